@@ -1,0 +1,191 @@
+"""What users send and receive: SamplingParams, Output, Usage. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, Final, Literal, TypeAlias
+
+from overlap.errors import RequestError, nearest
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+"""Why an answer ended: a stop token, stop id or stop string ("stop"), or `max_tokens` or the context ("length")."""
+
+ChatMessage: TypeAlias = Mapping[str, Any]
+"""A chat message as in the OpenAI API: at least `role` and `content`."""
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
+"""Text, token ids, or chat messages (which go through the model's chat template)."""
+
+MAX_STOP_STRINGS: Final = 64
+_LATER: Final = (
+    "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs",
+    "prompt_logprobs", "min_tokens", "bad_words", "include_stop_str_in_output", "guided_decoding",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the tokens of an answer. The names are those of the OpenAI API and of vLLM.
+
+    The filters apply in the order temperature, top-k, top-p, min-p, each on the distribution that the one before left
+    (the order of `transformers`). The token is then drawn by the Gumbel-max trick with Philox noise keyed by
+    (seed, absolute position, token id), so a seeded request gives the same tokens alone or in any batch.
+
+    Raises RequestError for a value out of range and for an unknown name (the nearest known one is named).
+    """
+
+    temperature: float = 1.0
+    """0 is greedy. Finite, >= 0."""
+    top_k: int = 0
+    """Keep the k most likely tokens (ties at the k-th value all stay); 0 or -1 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities reach this sum. In (0, 1]."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as likely as the most likely one. In [0, 1]."""
+    seed: int | None = None
+    """Any integer of 64 bits, signed or unsigned. None draws one from the operating system."""
+    max_tokens: int | None = None
+    """The most tokens to answer with, >= 1. None goes on to a stop or the end of the context."""
+    stop: str | Sequence[str] | None = None
+    """End the answer before any of these strings. No part of one is ever emitted."""
+    stop_token_ids: Sequence[int] = field(default=())
+    """End the answer at any of these tokens, beside the model's own end tokens."""
+    ignore_eos: bool = False
+    """Do not end the answer at the model's own end tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens (such as `<|im_end|>`) out of the text."""
+
+    def __new__(cls, **given: object) -> SamplingParams:
+        """Refuse unknown names before the dataclass' own, poorer, TypeError does."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name in _LATER:
+                raise RequestError(f"The sampling parameter {name!r} is not supported yet. Leave it out.")
+            if name not in known:
+                raise RequestError(
+                    f"Unknown sampling parameter {name!r}.{nearest(name, known)} Known ones: {', '.join(known)}."
+                )
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, must: str) -> RequestError:
+            return RequestError(f"{name} must be {must}, not {getattr(self, name)!r}.")
+
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise refuse(name, "a finite number")
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | (int if name == "top_k" else NoneType)):
+                raise refuse(name, "an integer")
+        if self.temperature < 0:
+            raise refuse("temperature", "0 (greedy) or more")
+        if self.top_k < -1 or self.top_k > 2**31 - 1:
+            raise refuse("top_k", "1 or more, or 0 or -1 to keep all tokens")
+        if not 0 < self.top_p <= 1:
+            raise refuse("top_p", "in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise refuse("min_p", "in [0, 1]")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise refuse("seed", "an integer of 64 bits")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise refuse("max_tokens", "1 or more, or None")
+        stops = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else tuple(self.stop)
+        if len(stops) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(stops)} strings; give {MAX_STOP_STRINGS} at most.")
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise refuse("stop", "a non-empty string or a sequence of them")
+        ids = tuple(self.stop_token_ids)
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+            raise refuse("stop_token_ids", "a sequence of token ids")
+        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop_token_ids", ids)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return self.stop  # type: ignore[return-value]  # __post_init__ made it one
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a request has cost so far, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache."""
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Output:
+    """What has arrived of one answer. Each one is a whole picture so far, plus what is new in it.
+
+    An Output stays true for ever: later tokens do not change it.
+    """
+
+    __slots__ = (
+        "_num_tokens",
+        "_tokens",
+        "finish_reason",
+        "index",
+        "request_id",
+        "stop_reason",
+        "text",
+        "text_delta",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        index: int,
+        tokens: list[int],
+        text: str,
+        text_delta: str,
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+        usage: Usage,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        """Which prompt of a batch this answers; 0 for `generate`."""
+        self.text = text
+        """All text so far. Never ends in half a character or in part of a stop string."""
+        self.text_delta = text_delta
+        """What is new in `text` since the Output before."""
+        self.finish_reason: FinishReason | None = finish_reason
+        """None while more may come."""
+        self.stop_reason = stop_reason
+        """The stop token id or stop string that ended the answer, if one of the request's own did."""
+        self.usage = usage
+        self._tokens = tokens  # grows after this; only the first _num_tokens are ours
+        self._num_tokens = len(tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All token ids so far, including the one that ended the answer."""
+        return self._tokens[: self._num_tokens]
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the answer's last Output."""
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        end = f", finish_reason={self.finish_reason!r}" if self.finished else ""
+        return f"Output({self.request_id!r}, {self._num_tokens} tokens, text_delta={self.text_delta!r}{end})"

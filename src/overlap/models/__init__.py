@@ -1,0 +1,1 @@
+"""Model programs, and loading their weights."""

@@ -1,0 +1,1 @@
+"""Which rows run next. Decides only; imports no torch."""

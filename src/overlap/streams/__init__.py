@@ -1,0 +1,1 @@
+"""The stream's promise and its three keepers: CUDA, a CPU worker thread, virtual time."""

@@ -1,0 +1,1 @@
+"""Tools for tests of overlap and of programs that embed it."""
