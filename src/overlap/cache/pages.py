@@ -1,8 +1,104 @@
-"""Pages of KV memory."""
+"""Pages of KV memory: which are free, which are owned, and which wait behind a fence.
+
+A page that a request gives up while a launched step may still write to it is not free yet. It waits in `Fences` until
+that step has been settled; then it goes back to the `PagePool`, once. Slots wait the same way: a slot is a row of
+device state, and a launched step may still write there too. Stream order alone would do for one lane, but not for a
+second lane or a transfer, so the fence is universal (vllm#45357, mini-sglang#111).
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from overlap.errors import InternalError
 
 PAGE: Final = 16
 """Tokens in a page. XQA and FlashInfer's paged prefill both take 16; a page of SmolLM2-135M in bf16 is 360 KiB."""
+
+Ints: TypeAlias = npt.NDArray[np.int32]
+"""An int32 column."""
+
+
+def pages_for(tokens: int) -> int:
+    """Return how many pages hold `tokens` tokens."""
+    return -(-tokens // PAGE)
+
+
+class PagePool:
+    """The free pages, as a stack: what came back last goes out first."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages: Final = num_pages
+        self._stack: Ints = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._top = num_pages
+
+    @property
+    def num_free(self) -> int:
+        """How many pages can be taken now."""
+        return self._top
+
+    def take(self, count: int) -> Ints:
+        """Take `count` pages. The caller looks at `num_free` first: too few is an InternalError."""
+        if count > self._top:
+            raise InternalError(f"{count} pages were asked for and {self._top} are free")
+        self._top -= count
+        return self._stack[self._top : self._top + count].copy()
+
+    def give(self, pages: Ints) -> None:
+        """Give pages back. Each was taken, and comes back once."""
+        if self._top + len(pages) > self.num_pages:
+            raise InternalError(f"{len(pages)} pages came back to a pool of {self.num_pages} with {self._top} free")
+        self._stack[self._top : self._top + len(pages)] = pages
+        self._top += len(pages)
+
+    def free_pages(self) -> Ints:
+        """Return the free pages, for checks: O(pages)."""
+        return self._stack[: self._top].copy()
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """`slot` and `pages` may be used again once `step` has been settled."""
+
+    step: int
+    slot: int
+    pages: Ints
+
+
+class Fences:
+    """What waits for a step to be settled, in the order of those steps."""
+
+    def __init__(self) -> None:
+        self._fifo: deque[Fence] = deque()
+        self._num_pages = 0
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages wait."""
+        return self._num_pages
+
+    def __len__(self) -> int:
+        return len(self._fifo)
+
+    def __iter__(self) -> Iterator[Fence]:
+        return iter(self._fifo)
+
+    def put(self, fence: Fence) -> None:
+        """Let slot and pages wait until `fence.step` has been settled."""
+        if self._fifo and fence.step < self._fifo[-1].step:
+            raise InternalError(f"a fence at step {fence.step} was put behind one at step {self._fifo[-1].step}")
+        self._fifo.append(fence)
+        self._num_pages += len(fence.pages)
+
+    def pass_step(self, settled: int) -> Iterator[Fence]:
+        """Hand out, once each, the fences whose step is no later than `settled`."""
+        while self._fifo and self._fifo[0].step <= settled:
+            fence = self._fifo.popleft()
+            self._num_pages -= len(fence.pages)
+            yield fence

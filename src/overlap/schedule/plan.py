@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-Ints: TypeAlias = npt.NDArray[np.int32]
-"""An int32 column."""
+from overlap.cache.pages import Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ class StepPlan:
     prompt: Ints
     """[T - D] the tokens of the prompt chunks, row after row."""
     emits: Ints
-    """[E] the rows that sample a token, ascending. The first D are the decode rows; a chunk emits if it ends its prompt."""
+    """[E] the rows that sample a token, ascending. First the D decode rows, then the chunks that end a prompt."""
     sampled: Ints
     """Indices into `emits` of the rows that are not greedy, ascending."""
     truncated: bool

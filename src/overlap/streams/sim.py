@@ -1,0 +1,148 @@
+"""The stream's promise in virtual time: the device runs nowhere, and says when it would have been busy.
+
+`launch` runs its work at once, in order, and books the time that it would have taken. That makes "the device never
+waits for a host that is faster than a step" and "two lanes hide one behind the other" tests of milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from overlap.errors import InternalError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from overlap.streams.stream import Mark
+
+Cost = Callable[[str, int], float]
+"""(work, tokens) -> seconds of device time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Some work that a stream was busy with, in virtual seconds."""
+
+    work: str
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class _SimMark:
+    time: float
+    failure: BaseException | None
+
+
+class SimDevice:
+    """A clock that the host and all streams of one device share.
+
+    `now` is the host's time. The host spends it with `spend` (or through `SimTimeline`) and by waiting for a mark.
+    """
+
+    def __init__(self, cost: Cost | float = 1.0) -> None:
+        self.now = 0.0
+        self._cost = (lambda _work, _tokens: cost) if isinstance(cost, (int, float)) else cost
+        self.streams: dict[str, SimStream] = {}
+
+    def stream(self, name: str) -> SimStream:
+        """Return a new stream of this device."""
+        if name in self.streams:
+            raise InternalError(f"the simulated device has a stream {name!r} already")
+        stream = self.streams[name] = SimStream(self, name)
+        return stream
+
+    def spend(self, seconds: float) -> None:
+        """Let the host be busy for some time."""
+        self.now += seconds
+
+    def cost(self, work: str, tokens: int) -> float:
+        """Return how long some work takes."""
+        return self._cost(work, tokens)
+
+    def busy(self, name: str) -> float:
+        """Return how long a stream was busy."""
+        return sum(span.end - span.start for span in self.streams[name].spans)
+
+    def bubble(self, name: str) -> float:
+        """Return how long a stream was idle between its first work and its last."""
+        spans = self.streams[name].spans
+        return spans[-1].end - spans[0].start - self.busy(name) if spans else 0.0
+
+    def hidden(self, name: str, *, behind: str) -> float:
+        """Return the share of one stream's busy time during which another was busy too."""
+        total = self.busy(name)
+        both = sum(
+            max(0.0, min(a.end, b.end) - max(a.start, b.start))
+            for a in self.streams[name].spans
+            for b in self.streams[behind].spans
+        )
+        return both / total if total else 0.0
+
+
+class SimStream:
+    """Keeps the stream's promise in a SimDevice's time."""
+
+    def __init__(self, device: SimDevice, name: str) -> None:
+        self.name: Final = name
+        self.spans: list[Span] = []
+        self._device = device
+        self._free_at = 0.0
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:
+        """Run `run` now, and book its time behind all earlier work."""
+        if self._closed:
+            raise InternalError(f"stream {self.name!r} is closed")
+        start = max(self._free_at, self._device.now)
+        self._free_at = start + self._device.cost(work, tokens)
+        self.spans.append(Span(work, start, self._free_at))
+        try:
+            run()
+        except Exception as failure:  # told by the next mark: the promise of every stream
+            self._failure = self._failure or failure
+
+    def mark(self) -> Mark:
+        """Return the place right behind what was launched last."""
+        mark = _SimMark(max(self._free_at, self._device.now), self._failure)
+        self._failure = None
+        return mark
+
+    def follow(self, mark: Mark) -> None:
+        """Start what is launched next no sooner than `mark`."""
+        if not isinstance(mark, _SimMark):
+            raise InternalError(f"a simulated stream cannot follow {mark!r}")
+        self._free_at = max(self._free_at, mark.time)
+
+    async def wait_reached(self, mark: Mark) -> None:
+        """Let the host's clock go on to `mark`."""
+        if not isinstance(mark, _SimMark):
+            raise InternalError(f"a simulated stream cannot wait for {mark!r}")
+        await asyncio.sleep(0)  # as on a real device, other tasks run meanwhile
+        self._device.now = max(self._device.now, mark.time)
+        if mark.failure is not None:
+            failure, mark.failure = mark.failure, None
+            raise failure
+
+    def close(self) -> None:
+        """Refuse further work."""
+        self._closed = True
+
+
+class SimTimeline:
+    """A timeline that lets the host spend virtual time in each verb of the loop."""
+
+    def __init__(self, device: SimDevice, costs: Mapping[str, float]) -> None:
+        self._device = device
+        self._costs = costs
+
+    @contextmanager
+    def span(self, verb: str) -> Iterator[None]:
+        """Spend what `verb` costs, before its effect is seen."""
+        self._device.spend(self._costs.get(verb, 0.0))
+        yield

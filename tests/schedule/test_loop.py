@@ -1,0 +1,264 @@
+"""The loop on a simulated device: one step ahead, exact, and nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from overlap.errors import EngineDead, InternalError, RequestError
+from overlap.loop import Loop
+from overlap.schedule.plan import StepPlan
+from overlap.schedule.planner import Planner, Settled
+from overlap.schedule.request import Request
+from overlap.testing import EchoModel, SimDevice, SimRunner, SimTimeline
+
+MODEL = EchoModel()
+
+
+@dataclass
+class Readers:
+    """Collects what the loop tells, and holds it to what it promised."""
+
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    ends: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, BaseException] = field(default_factory=dict)
+    on_settled: Callable[[], None] = lambda: None
+
+    def tell_settled(self, settled: Settled) -> None:
+        for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
+            assert key not in self.ends, f"request {key} got a token after its end"
+            assert key not in self.failures
+            self.answers.setdefault(key, []).append(token)
+        for end in settled.ends:
+            assert end.key not in self.ends, f"request {end.key} ended twice"
+            self.ends[end.key] = end.reason
+        self.on_settled()
+
+    def tell_failed(self, key: int, front: int, failure: BaseException) -> None:
+        assert key not in self.ends
+        self.failures[key] = failure
+
+
+@dataclass
+class Rig:
+    """A planner, a simulated device and a loop."""
+
+    max_rows: int = 4
+    num_pages: int = 64
+    token_budget: int = 64
+    prefill_chunk: int = 64
+    cost: float = 4.0
+    costs: dict[str, float] = field(default_factory=dict)
+    overlap: bool = True
+    fault: Callable[[StepPlan], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.device = SimDevice(self.cost)
+        self.planner = Planner(
+            max_rows=self.max_rows,
+            num_pages=self.num_pages,
+            token_budget=self.token_budget,
+            prefill_chunk=self.prefill_chunk,
+            context=1024,
+        )
+        self.runner = SimRunner(self.device.stream("compute"), MODEL, num_pages=self.num_pages, fault=self.fault)
+        self.readers = Readers()
+        timeline = SimTimeline(self.device, self.costs)
+        self.loop = Loop(self.planner, self.runner, self.readers, timeline=timeline, overlap=self.overlap)
+
+    async def serve(self, *requests: Request) -> None:
+        for request in requests:
+            self.loop.submit(request)
+        self.loop.when_idle(self.loop.close)
+        await self.loop.run()
+        self.planner.check()
+
+
+def request(key: int, prompt: list[int], limit: int, **more: object) -> Request:
+    return Request(key=key, front=0, prompt=np.array(prompt, dtype=np.int32), limit=limit, **more)  # type: ignore[arg-type]
+
+
+async def test_the_device_never_waits_for_a_host_that_is_faster_than_a_step() -> None:
+    rig = Rig(cost=4.0, costs={"plan": 1.0, "launch": 0.5, "settle": 2.0})
+    await rig.serve(request(0, [1, 2, 3], 50))
+    assert len(rig.runner.plans) == 50
+    assert rig.device.bubble("compute") == 0
+    first_plan_and_launch, last_settle = 1.5, 2.0
+    assert rig.device.now == pytest.approx(first_plan_and_launch + 50 * 4.0 + last_settle)
+
+
+async def test_without_overlap_the_device_waits_for_the_host_at_every_step() -> None:
+    rig = Rig(cost=4.0, costs={"plan": 1.0, "launch": 0.5, "settle": 2.0}, overlap=False)
+    await rig.serve(request(0, [1, 2, 3], 50))
+    assert rig.device.bubble("compute") == pytest.approx(49 * 3.5)
+
+
+async def test_a_host_slower_than_a_step_costs_only_the_difference() -> None:
+    rig = Rig(cost=2.0, costs={"plan": 1.0, "launch": 0.5, "settle": 2.0})
+    await rig.serve(request(0, [1, 2, 3], 50))
+    assert rig.device.bubble("compute") / 48 == pytest.approx(1.5, rel=0.05)
+
+
+async def test_no_step_is_launched_for_rows_that_are_known_to_end_by_length() -> None:
+    rig = Rig()
+    await rig.serve(request(0, [1, 2, 3], 5), request(1, [4], 5))
+    assert len(rig.runner.plans) == 5
+
+
+async def test_a_row_that_ends_by_a_stop_token_is_launched_once_more_and_its_token_is_dropped() -> None:
+    answer = MODEL.answer([1, 2, 3], 20)
+    stop = answer[6]
+    first = answer.index(stop)
+    rig = Rig()
+    await rig.serve(request(0, [1, 2, 3], 20, stop_ids=(stop,)))
+    assert rig.readers.answers[0] == answer[: first + 1]
+    assert rig.readers.ends[0] == "stop"
+    assert len(rig.runner.plans) == first + 2
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("seed", range(40))
+async def test_every_answer_is_what_it_would_have_been_alone(seed: int, overlap: bool) -> None:
+    draw = random.Random(seed)
+    budget = draw.choice([9, 16, 40, 200])
+    rig = Rig(
+        max_rows=draw.choice([1, 3, 8]),
+        num_pages=draw.choice([8, 12, 40]),
+        token_budget=budget,
+        prefill_chunk=draw.choice([1, 5, 16, budget]),
+        overlap=overlap,
+    )
+    requests, expected = [], {}
+    for key in range(draw.randint(1, 25)):
+        prompt = [draw.randrange(97) for _ in range(draw.randint(1, 70))]
+        limit = draw.randint(1, 8 * 16 - len(prompt))
+        stops = tuple(draw.sample(range(97), draw.choice([0, 0, 1, 3])))
+        sampled = draw.random() < 0.5
+        more = {"temperature": 1.0, "seed": key * 7} if sampled else {}
+        requests.append(request(key, prompt, limit, stop_ids=stops, **more))
+        expected[key] = MODEL.answer(prompt, limit, stop_ids=stops, seed=key * 7 if sampled else 0)
+    await rig.serve(*requests)
+    assert rig.readers.answers == expected
+    assert all(
+        rig.readers.ends[key] == ("stop" if answer[-1] in requests[key].stop_ids else "length")
+        for key, answer in expected.items()
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_arrivals_aborts_and_failed_steps_at_any_moment_lose_nothing(seed: int) -> None:
+    draw = random.Random(1000 + seed)
+
+    def fault(plan: StepPlan) -> None:
+        if draw.random() < 0.03:
+            raise MemoryError(f"step {plan.number}")
+
+    rig = Rig(
+        max_rows=draw.choice([2, 5]), num_pages=draw.choice([8, 14]), token_budget=32, prefill_chunk=11, fault=fault
+    )
+    submitted: dict[int, tuple[list[int], int]] = {}
+    aborted: dict[int, int] = {}
+
+    def happen() -> None:
+        rig.planner.check()
+        if len(submitted) < 40 and draw.random() < 0.5:
+            key = len(submitted)
+            prompt = [draw.randrange(97) for _ in range(draw.randint(1, 60))]
+            submitted[key] = (prompt, draw.randint(1, 60))
+            rig.loop.submit(request(key, *submitted[key]))
+        if submitted and draw.random() < 0.25:
+            key = draw.choice(list(submitted))
+            if rig.loop.end(key):
+                aborted[key] = len(rig.readers.answers.get(key, []))
+            else:
+                assert key in rig.readers.ends or key in rig.readers.failures or key in aborted
+
+    async def storm() -> None:
+        while len(submitted) < 40:
+            happen()
+            await asyncio.sleep(0)
+        rig.loop.when_idle(rig.loop.close)
+
+    rig.readers.on_settled = happen
+    await asyncio.gather(rig.loop.run(), storm())
+    rig.planner.check()
+    figures = rig.planner.statistics()
+    assert (figures.free_pages, figures.running, figures.waiting, figures.draining) == (rig.num_pages, 0, 0, 0)
+    for key, (prompt, limit) in submitted.items():
+        alone, got = MODEL.answer(prompt, limit), rig.readers.answers.get(key, [])
+        assert sum([key in rig.readers.ends, key in rig.readers.failures, key in aborted]) == 1
+        if key in rig.readers.ends:
+            assert got == alone
+        else:
+            assert got == alone[: len(got)]
+        if key in aborted:
+            assert len(got) == aborted[key], "a token came after the abort"
+
+
+async def test_pressure_preempts_the_youngest_and_changes_no_answer() -> None:
+    rig = Rig(max_rows=4, num_pages=8)
+    prompts = [[key + 1] * 10 for key in range(4)]
+    await rig.serve(*(request(key, prompt, 100) for key, prompt in enumerate(prompts)))
+    assert rig.planner.statistics().preemptions > 0
+    assert rig.readers.answers == {key: MODEL.answer(prompt, 100) for key, prompt in enumerate(prompts)}
+    finished = list(rig.readers.ends)
+    assert finished[0] == 0, "the oldest is never preempted"
+
+
+async def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    rig = Rig(num_pages=8)
+    with pytest.raises(RequestError, match=r"100 tokens and asks for up to 50 more.*holds 128"):
+        rig.loop.submit(request(0, [1] * 100, 50))
+    with pytest.raises(RequestError, match="empty"):
+        rig.loop.submit(request(1, [], 5))
+    await rig.serve(request(2, [1] * 100, 28))
+    assert len(rig.readers.answers[2]) == 28
+
+
+async def test_a_failed_step_ends_its_requests_and_the_next_ones_go_on() -> None:
+    def fault(plan: StepPlan) -> None:
+        if plan.number == 3:
+            raise MemoryError("out of pages")
+
+    rig = Rig(fault=fault)
+    await rig.serve(request(0, [1, 2], 10))
+    assert isinstance(rig.readers.failures[0], MemoryError)
+    again = Rig(fault=fault)
+    again.loop.submit(request(0, [1, 2], 2))
+    await again.serve(request(1, [5] * 63, 8))
+    assert 0 in again.readers.ends
+    assert 1 in again.readers.failures
+
+
+async def test_a_device_that_does_not_come_back_ends_the_loop_with_the_cause() -> None:
+    def fault(plan: StepPlan) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    rig = Rig(fault=fault)
+    rig.runner.usable = lambda: False  # type: ignore[method-assign]
+    with pytest.raises(EngineDead, match="illegal memory access"):
+        await rig.serve(request(0, [1, 2], 10))
+
+
+async def test_a_step_is_settled_once_and_in_order() -> None:
+    rig = Rig()
+    rig.loop.submit(request(0, [1], 3))
+    plan = rig.planner.plan()
+    assert plan is not None
+    second = rig.planner.plan()
+    assert second is not None
+    with pytest.raises(InternalError, match="step 2 was settled after step 0"):
+        rig.planner.settle(second, np.array([1], dtype=np.int32))
+
+
+async def test_a_steady_step_plans_the_same_row_columns_again() -> None:
+    rig = Rig(max_rows=3)
+    await rig.serve(*(request(key, [key] * 5, 40) for key in range(3)))
+    steady = [plan for plan in rig.runner.plans if plan.num_decode == 3]
+    assert len({id(plan.slots) for plan in steady}) == 1
+    assert sum(len(plan.page_ids) for plan in steady) <= 3 * 3
