@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from overlap.cache.pages import PAGE, pages_for
 from overlap.errors import ConfigError, nearest
@@ -19,8 +19,8 @@ from overlap.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from overlap.models.config import ModelConfig
 
-DType = Literal["auto", "bfloat16", "float16", "float32"]
-LoadFormat = Literal["auto", "gguf", "safetensors", "dummy"]
+DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat: TypeAlias = Literal["auto", "dummy"]
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -52,7 +52,7 @@ class EngineConfig:
     context: int | Literal["auto"] = "auto"
     """The most tokens of one request, prompt and answer together. "auto": the model's own, as far as KV memory goes."""
     load_format: LoadFormat = "auto"
-    """"dummy" makes random weights from a config.json; the others say what kind of file to insist on."""
+    """"dummy" makes random weights, from no more than a config.json."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repo."""
     cache_dir: str | os.PathLike[str] | None = None

@@ -26,7 +26,9 @@ from overlap.schedule.request import Request
 class Flight(Protocol):
     """A launched plan."""
 
-    plan: StepPlan
+    @property
+    def plan(self) -> StepPlan:
+        """What was launched."""
 
     async def wait_landed(self) -> Ints:
         """Return the tokens [E] once the device is done; raise what the step raised."""

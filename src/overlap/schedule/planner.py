@@ -55,6 +55,14 @@ class Settled:
     tokens: Ints
     ends: tuple[End, ...]
 
+    def of_front(self, front: int) -> Settled:
+        """Return the entries of one front."""
+        mine = self.fronts == front
+        if mine.all():
+            return self
+        ends = tuple(end for end in self.ends if end.front == front)
+        return Settled(self.keys[mine], self.fronts[mine], self.tokens[mine], ends)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerStatistics:
@@ -119,6 +127,11 @@ class Planner:
         self._ones: Ints = np.ones(max_rows, dtype=np.int32)
 
     # ── what may happen at any time ──────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def context(self) -> int:
+        """The most tokens of one request, prompt and answer together."""
+        return self._context
 
     @property
     def has_work(self) -> bool:

@@ -1,1 +1,5 @@
-"""The engine behind HTTP, on aiohttp."""
+"""The OpenAI-compatible endpoint: an aiohttp application around an engine."""
+
+from overlap.serve.app import MAX_BODY_BYTES, make_app, serving
+
+__all__ = ["MAX_BODY_BYTES", "make_app", "serving"]

@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from overlap.errors import InternalError
 
@@ -62,7 +62,7 @@ class CpuStream:
     """Runs its work in order on one daemon thread of its own."""
 
     def __init__(self, name: str = "cpu") -> None:
-        self.name: Final = name
+        self.name = name
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"overlap-{name}", daemon=True)
         self._thread.start()

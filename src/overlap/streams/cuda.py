@@ -37,7 +37,7 @@ class CudaStream:
     """A CUDA stream of its own on `device`. `priority` is CUDA's: lower numbers go first, 0 is the default."""
 
     def __init__(self, device: torch.device, name: str = "cuda", *, priority: int = 0) -> None:
-        self.name: Final = name
+        self.name = name
         self.device: Final = device
         self.stream: Final = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
         self._failure: BaseException | None = None

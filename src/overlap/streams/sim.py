@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from overlap.errors import InternalError
 
@@ -88,7 +88,7 @@ class SimStream:
     """Keeps the stream's promise in a SimDevice's time."""
 
     def __init__(self, device: SimDevice, name: str) -> None:
-        self.name: Final = name
+        self.name = name
         self.spans: list[Span] = []
         self._device = device
         self._free_at = 0.0

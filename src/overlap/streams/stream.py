@@ -22,7 +22,9 @@ class Stream(Protocol):
     failure from `wait_reached` (each later mark does not: a failure is told once).
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the timeline calls it."""
 
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:
         """Queue `run` behind all earlier work and return at once. `work` names it in the timeline."""

@@ -60,7 +60,7 @@ class SimFlight:
 
 
 class SimRunner:
-    """Runs plans with an EchoModel on a stream (a simulated one, or any other) over state kept as a device would keep it.
+    """Runs plans with an EchoModel on any stream, over state kept as a device would keep it.
 
     `fault(plan)` may raise, to fail a step.
     """

@@ -1,1 +1,8 @@
 """Between text and token ids: tokenizer, chat template, incremental detokenizing, stop strings."""
+
+from overlap.text.detokenize import Detokenizer
+from overlap.text.stops import StopStrings
+from overlap.text.templates import ChatTemplate
+from overlap.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "Detokenizer", "StopStrings", "Tokenizer"]

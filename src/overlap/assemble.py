@@ -1,0 +1,172 @@
+"""From an EngineConfig to the parts of an engine: model, planner, runner, text. Runs on the engine's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from overlap.cache.pages import PAGE
+from overlap.config import (
+    EngineConfig,
+    Machine,
+    Resolved,
+    cache_directory,
+    num_kv_pages,
+    package_index,
+    page_bytes,
+    resolve,
+)
+from overlap.models import Checkpoint, build, open_checkpoint
+from overlap.models.config import ModelConfig
+from overlap.models.llama import Llama
+from overlap.observe.progress import wanted
+from overlap.ops.attention import TorchAttention
+from overlap.runner import Runner
+from overlap.schedule.planner import Planner
+from overlap.streams.stream import Stream
+from overlap.text import ChatTemplate, Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """What turns prompts into tokens and back; both None for random weights made from a configuration alone."""
+
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A whole engine, standing still."""
+
+    resolved: Resolved
+    model: ModelConfig
+    text: Text
+    planner: Planner
+    runner: Runner
+    notes: tuple[str, ...]
+    """What runs how, and why: a sentence each."""
+
+
+def machine() -> Machine:
+    """Look at this machine."""
+    cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Machine(
+        cuda_devices=cuda_devices,
+        cuda_name=torch.cuda.get_device_name(0) if cuda_devices else "",
+        fast_cpu_bfloat16=_fast_cpu_bfloat16(),
+        cores=torch.get_num_threads(),
+    )
+
+
+def _fast_cpu_bfloat16() -> bool:
+    capabilities: dict[str, object] = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def assemble(asked: EngineConfig) -> Parts:
+    """Open the model, choose, load, and set up memory. Raises ConfigError (ModelError) and leaves nothing behind."""
+    show = wanted(asked.progress)
+    checkpoint = open_checkpoint(
+        asked.model,
+        load_format=asked.load_format,
+        revision=asked.revision,
+        cache_dir=cache_directory(asked.cache_dir),
+        index_url=package_index(),
+        progress=show,
+    )
+    try:
+        resolved = resolve(asked, checkpoint.config, machine())
+        text = _text(checkpoint)
+        with _device(resolved.device) as device:
+            program = build(checkpoint, device=device, dtype=getattr(torch, resolved.dtype), progress=show)
+            return _parts(resolved, checkpoint.config, text, program, device)
+    finally:
+        checkpoint.close()
+
+
+def _parts(resolved: Resolved, model: ModelConfig, text: Text, program: Llama, device: torch.device) -> Parts:
+    num_pages = num_kv_pages(resolved, model, _free_bytes(device))
+    context = min(resolved.context, num_pages * PAGE)
+    kv = torch.zeros(  # zeros: a masked key's weight is 0, and 0 times a stray NaN would be NaN
+        (num_pages, model.num_layers, 2, PAGE, model.num_kv_heads, model.head_dim),
+        dtype=getattr(torch, resolved.dtype),
+        device=device,
+    )
+    attention, why = TorchAttention(kv, model.num_heads), "the only kind for this device"
+    runner = Runner(
+        program,
+        attention,
+        _stream(device),
+        kv=kv,
+        max_rows=resolved.max_rows,
+        token_budget=resolved.token_budget,
+        context=context,
+    )
+    planner = Planner(
+        max_rows=resolved.max_rows,
+        num_pages=num_pages,
+        token_budget=resolved.token_budget,
+        prefill_chunk=resolved.prefill_chunk,
+        context=context,
+    )
+    size = num_pages * page_bytes(model, resolved.dtype)
+    notes = (
+        f"weights: {program.weight_bytes() / 2**20:.0f} MiB as {resolved.dtype}",
+        f"kv cache: {num_pages} pages of {PAGE} tokens, {size / 2**20:.0f} MiB",
+        f"context: {context} tokens a request at most",
+        f"attention: {attention.name}: {why}",
+        "linear: " + ", ".join(program.kinds()),
+        "driver: eager",
+    )
+    return Parts(resolved=resolved, model=model, text=text, planner=planner, runner=runner, notes=notes)
+
+
+def _text(checkpoint: Checkpoint) -> Text:
+    source = checkpoint.tokenizer_source
+    if source is None:
+        return Text(tokenizer=None, template=None)
+    if source.kind == "gguf":
+        tokenizer = Tokenizer.from_gguf(source.fields)
+    else:
+        tokenizer = Tokenizer.from_json_file(source.path, config=source.fields)
+    template = ChatTemplate(
+        checkpoint.chat_template,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token,
+    )
+    return Text(tokenizer=tokenizer, template=template)
+
+
+@contextmanager
+def _device(name: str) -> Iterator[torch.device]:
+    """Make a CUDA device this thread's current one; the engine's thread is its own, so nobody else sees it."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    yield device
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    return int(psutil.virtual_memory().available)
+
+
+def _stream(device: torch.device) -> Stream:
+    if device.type == "cuda":
+        from overlap.streams.cuda import CudaStream
+
+        return CudaStream(device, "compute")
+    from overlap.streams.cpu import CpuStream
+
+    return CpuStream("compute")

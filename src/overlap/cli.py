@@ -1,0 +1,330 @@
+"""The command line: `overlap generate`, `overlap chat` and `overlap serve`.
+
+The model's text goes to stdout and everything else to stderr, so that a pipe gets the text alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from overlap import AsyncEngine, EngineConfig, Output, SamplingParams
+from overlap.errors import OverlapError, RequestError
+
+DEFAULT_MODEL: Final = "smollm2-135m-instruct"
+INTERRUPTED: Final = 128 + 2
+BROKEN_PIPE: Final = 128 + 13
+
+_ENGINE_OPTIONS: Final = tuple(field.name for field in fields(EngineConfig) if field.name != "model")
+_SAMPLING_OPTIONS: Final = tuple(field.name for field in fields(SamplingParams))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, 141 for an output that nobody reads any more.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OverlapError as error:
+        print(f"overlap: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"overlap: error: {error}", file=sys.stderr)
+            return 1
+        # Whoever read our output has left. Python flushes the rest of it at exit and would complain: give it a place.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+# ---------------------------------------------------------------- generate
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    params = _sampling(arguments)
+    asyncio.run(_stream_answer(arguments, prompt, params))
+    return 0
+
+
+async def _stream_answer(arguments: argparse.Namespace, prompt: str, params: SamplingParams) -> None:
+    async with _engine(arguments) as engine:
+        asked = [{"role": "user", "content": prompt}] if arguments.chat else prompt
+        async with contextlib.aclosing(engine.generate(asked, params)) as outputs:
+            async for output in outputs:
+                if not arguments.json:
+                    print(output.text_delta, end="", flush=True)
+    print(json.dumps(_as_json(output)) if arguments.json else "", flush=True)
+
+
+def _as_json(output: Output) -> dict[str, Any]:
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "usage": {
+            "prompt_tokens": output.usage.prompt_tokens,
+            "completion_tokens": output.usage.completion_tokens,
+            "total_tokens": output.usage.total_tokens,
+        },
+    }
+
+
+# ---------------------------------------------------------------- chat
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A conversation at the terminal, and the engine that keeps it going."""
+
+    engine: AsyncEngine
+    params: SamplingParams
+    messages: list[dict[str, str]]
+    opening: tuple[dict[str, str], ...]
+    """What `/reset` goes back to."""
+
+    async def answer(self, text: str) -> None:
+        """Stream the answer to `text`. However the answer ends, what was shown of it stays in the conversation.
+
+        A message that the engine refuses, as it does when the conversation has outgrown the context, is taken back.
+        """
+        self.messages.append({"role": "user", "content": text})
+        shown = ""
+        output: Output | None = None
+        try:
+            async with contextlib.aclosing(self.engine.generate(self.messages, self.params)) as outputs:
+                async for output in outputs:
+                    print(output.text_delta, end="", flush=True)
+                    shown = output.text
+            print(flush=True)
+        except RequestError as error:
+            _note(f"{error} The message was not kept; /reset starts a new conversation.")
+        finally:
+            if output is None:
+                self.messages.pop()
+            else:
+                self.messages.append({"role": "assistant", "content": shown})
+        if output is not None and output.finish_reason == "length" and not self._was_cut(output):
+            context = self.engine.config.context
+            _note(f"The conversation has filled the model's context of {context} tokens. /reset starts a new one.")
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages[:] = self.opening
+
+    def _was_cut(self, output: Output) -> bool:
+        """Whether the answer ended at `max_tokens`, as it was asked to."""
+        return self.params.max_tokens is not None and output.usage.completion_tokens >= self.params.max_tokens
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    opening = () if arguments.system is None else ({"role": "system", "content": arguments.system},)
+    params = _sampling(arguments)
+    # The engine has a thread of its own, so nothing stands still while this one waits for somebody to type.
+    with asyncio.Runner() as runner:
+        engine = _engine(arguments)
+        runner.run(engine.start())
+        try:
+            if sys.stdin.isatty():
+                _note(f"{engine.model_name}. Ctrl-C stops an answer; /reset forgets the conversation; Ctrl-D ends.")
+            _converse(runner, Conversation(engine, params, list(opening), opening))
+        finally:
+            runner.run(engine.aclose())
+    return 0
+
+
+def _converse(runner: asyncio.Runner, conversation: Conversation) -> None:
+    """Read messages and answer them until the input or the reader ends it."""
+    while True:
+        try:
+            line = _read_line()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _note("\nCtrl-D or /exit ends.")
+            continue
+        match line.strip():
+            case "":
+                continue
+            case "/exit":
+                return
+            case "/reset":
+                conversation.reset()
+                _note("The conversation is forgotten.")
+            case text if text.startswith("/") and " " not in text and "/" not in text[1:]:
+                _note(f"There is no command {text}. Commands: /reset, /exit.")
+            case text:
+                try:
+                    runner.run(conversation.answer(text))
+                except KeyboardInterrupt:
+                    _note("\n(stopped)")
+
+
+def _read_line() -> str:
+    """Read a line with line editing at a terminal, without a prompt from a pipe. Raises EOFError at the end."""
+    if sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() line editing and history
+        return input("> ")
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+# ---------------------------------------------------------------- serve
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    import uvloop  # the other commands start sooner without it
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve_until_told(arguments))
+    return 0
+
+
+async def _serve_until_told(arguments: argparse.Namespace) -> None:
+    """Serve until SIGTERM, which lets open answers end, or Ctrl-C."""
+    from overlap.serve import serving  # the other commands need no HTTP
+
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    async with _engine(arguments) as engine:
+        options = {"host": arguments.host, "port": arguments.port, "api_key": arguments.api_key}
+        async with serving(engine, **options) as address:
+            _note(f"{engine.model_name} is served at {address}/v1 (Ctrl-C ends)")
+            await told.wait()
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="overlap", description="Run a language model.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"overlap {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="go on with a text, or answer a question", allow_abbrev=False)
+    _add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", help="what to go on with; - reads it from stdin")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    generate.add_argument("--json", action="store_true", help="print one JSON object when the answer is complete")
+    _add_sampling(generate, max_tokens=256)
+    _add_engine(generate)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk with a model in the terminal", allow_abbrev=False)
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling(chat, max_tokens=None)
+    _add_engine(chat)
+    chat.set_defaults(run=_chat)
+
+    serve = commands.add_parser("serve", help="serve a model to OpenAI clients", allow_abbrev=False)
+    _add_model(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
+    serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key")
+    _add_engine(serve)
+    serve.set_defaults(run=_serve)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("overlap")
+    except importlib.metadata.PackageNotFoundError:
+        return "(run from its source, not installed)"
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        help="a known name, a GGUF file, a Hugging Face directory or a repo id (default: %(default)s)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    """Add an option for each field of SamplingParams; what is not given keeps the field's own default."""
+    group = parser.add_argument_group("sampling")
+    until = "until the model ends it or the context is full" if max_tokens is None else str(max_tokens)
+    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens of an answer (default: {until})")
+    group.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: 1)")
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest with this probability")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens less likely than P times the likeliest")
+    group.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end at any of these tokens")
+    group.add_argument("--ignore-eos", action="store_const", const=True, help="go on past the model's own end")
+    group.add_argument("--skip-special-tokens", action=argparse.BooleanOptionalAction, help="(default: skip)")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add the options that people set at a command line; what is not given keeps EngineConfig's default."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", help="cpu, cuda, cuda:N or auto")
+    group.add_argument("--dtype", help="bfloat16, float16, float32 or auto")
+    group.add_argument("--kv-cache", type=_number, metavar="SIZE", help="tokens, a size (2GiB), or a share (0.5)")
+    group.add_argument("--max-rows", type=_number, metavar="N", help="requests in one step")
+    group.add_argument("--token-budget", type=_number, metavar="N", help="tokens in one step")
+    group.add_argument("--context", type=_number, metavar="N", help="tokens of one request, prompt and answer")
+    group.add_argument("--load-format", help="gguf, safetensors, auto, or dummy for random weights")
+    group.add_argument("--revision", help="branch, tag or commit of a repo")
+    group.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
+
+
+def _number(text: str) -> int | float | str:
+    """Read a number as a number, and leave anything else to EngineConfig, which knows what it may be."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+
+
+def _engine(arguments: argparse.Namespace) -> AsyncEngine:
+    return AsyncEngine(arguments.model, **_given(arguments, _ENGINE_OPTIONS))
+
+
+def _sampling(arguments: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(**_given(arguments, _SAMPLING_OPTIONS))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

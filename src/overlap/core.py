@@ -1,0 +1,265 @@
+"""The engine's own thread: it opens the model, runs the loop on an event loop of its own, and gives all back.
+
+A busy notebook cell or web handler never starves the loop, and the loop never starves them. Nothing global changes:
+the event loop belongs to this thread, CUDA's current device is set on this thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import numpy as np
+
+from overlap.errors import EngineClosed, EngineDead, OverlapError
+from overlap.front import Front, dead
+from overlap.loop import Loop
+
+if TYPE_CHECKING:
+    from overlap.assemble import Parts, Text
+    from overlap.config import EngineConfig, Resolved
+    from overlap.models.config import ModelConfig
+    from overlap.schedule.planner import Planner, Settled
+    from overlap.schedule.request import Request
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What an opened engine is. Plain values, for any thread to read."""
+
+    resolved: Resolved
+    model: ModelConfig
+    text: Text
+    notes: tuple[str, ...]
+    refusal: Callable[[int, int], str | None]
+    """(prompt tokens, new tokens) -> why such a request could never run, or None."""
+    context: int
+
+
+class Core:
+    """One engine's thread, and the only door to its loop. Methods may be called from any thread."""
+
+    def __init__(self, asked: EngineConfig) -> None:
+        self._asked = asked
+        self._thread = threading.Thread(target=self._run, name="overlap-engine", daemon=True)
+        self._opened: Future[Opened] = Future()
+        self._stopped: Future[None] = Future()
+        self._events: asyncio.AbstractEventLoop | None = None
+        self._loop: Loop | None = None
+        self._planner: Planner | None = None
+        self._fronts: dict[int, Front] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()  # guards the two below: who comes late must hear what those before heard
+        self._ended: Callable[[], OverlapError] | None = None
+        self._close_asked = False
+
+    def start(self) -> Future[Opened]:
+        """Start the thread. The future brings what was opened, or why it could not be."""
+        with self._lock:
+            if self._close_asked:
+                raise EngineClosed("The engine was closed. Make a new one.")
+            self._thread.start()
+        return self._opened
+
+    def front(self, loop: asyncio.AbstractEventLoop) -> Front:
+        """Return a new front for an event loop of the user's."""
+        with self._lock:
+            self._fronts = {n: front for n, front in self._fronts.items() if not front.loop.is_closed()}
+            front = Front(next(self._numbers), loop)
+            self._fronts[front.number] = front
+            return front
+
+    def check_open(self) -> None:
+        """Raise EngineClosed or EngineDead if the engine has ended."""
+        if self._ended is not None:
+            raise self._ended()
+
+    @property
+    def close_asked(self) -> bool:
+        """Whether `close` was called."""
+        return self._close_asked
+
+    @property
+    def failure(self) -> EngineDead | None:
+        """Why the engine died, if it did."""
+        error = self._ended() if self._ended is not None else None
+        return error if isinstance(error, EngineDead) else None
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that `Opened.refusal` does not refuse."""
+        self._post(self._live_loop.submit, request)
+
+    def end(self, key: int) -> None:
+        """End a request soon, without waiting. Does nothing once the engine has ended."""
+        try:
+            self._post(self._live_loop.end, key)
+        except (EngineClosed, EngineDead):
+            return  # every request has ended with it
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call a function on the loop's thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future
+
+    def end_and_tell(self, key: int) -> Future[bool]:
+        """End a request; the future says whether it was still there."""
+        return self.call(self._live_loop.end, key)
+
+    def idle(self) -> Future[None]:
+        """Return a future of the moment when no request is left and nothing is in flight."""
+        future: Future[None] = Future()
+        self._post(self._live_loop.when_idle, lambda: future.set_result(None))
+        return future
+
+    @property
+    def parts(self) -> tuple[Planner, Loop]:
+        """What has figures to show. Reading them from another thread may mix two moments."""
+        self.check_open()
+        if self._planner is None:
+            raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
+        return self._planner, self._live_loop
+
+    def close(self) -> Future[None]:
+        """End every request and let the thread give everything back. Idempotent."""
+        with self._lock:
+            first, self._close_asked = not self._close_asked, True
+        if first and self._thread.ident is None:
+            self._ended = lambda: EngineClosed("The engine was closed.")
+            self._stopped.set_result(None)
+        elif first:
+            self._end_all(lambda: EngineClosed("The engine was closed."))
+            if self._events is not None and self._loop is not None:
+                with suppress(RuntimeError):  # it has ended by itself meanwhile
+                    self._events.call_soon_threadsafe(self._loop.close)
+        return self._stopped
+
+    # ── on the thread ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tell_settled(self, settled: Settled) -> None:
+        """Outbox: hand a step's tokens to the fronts that read them."""
+        if not len(settled.keys):
+            return
+        for number in np.unique(settled.fronts).tolist():
+            part = settled.of_front(number)
+            front = self._fronts.get(number)
+            if front is None or not front.post_settled(part):  # its event loop was closed: nobody reads there any more
+                for key in part.keys.tolist():
+                    self.end(key)
+
+    def tell_failed(self, key: int, front: int, failure: BaseException) -> None:
+        """Outbox: tell a front that a request failed."""
+        traceback.clear_frames(failure.__traceback__)  # whoever keeps the error must not keep the step's tensors
+        if (reader := self._fronts.get(front)) is not None:
+            reader.post_failed(key, failure)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._loop = self._planner = None
+            gc.collect()  # a failed step's traceback may hold tensors in a cycle
+            _give_back_cached_memory()
+            self._stopped.set_result(None)
+
+    def _serve(self) -> None:
+        from overlap.assemble import assemble  # imports torch: here, so that importing overlap stays light
+
+        try:
+            parts = assemble(self._asked)
+        except BaseException as error:
+            why = str(error)
+            self._end_all(lambda: EngineClosed(f"The engine did not start: {why}"))
+            self._opened.set_exception(error)
+            return
+        events = _new_event_loop()
+        try:
+            events.run_until_complete(self._serve_parts(parts, events))
+        except Exception as error:
+            cause = error.__cause__ or error
+            traceback.clear_frames(cause.__traceback__)
+            self._end_all(lambda: dead(cause))
+        finally:
+            parts.runner.close()
+            with self._lock:
+                self._events = None
+            events.close()
+
+    async def _serve_parts(self, parts: Parts, events: asyncio.AbstractEventLoop) -> None:
+        self._planner = parts.planner
+        self._loop = Loop(parts.planner, parts.runner, self, overlap=parts.resolved.overlap)
+        with self._lock:
+            self._events = events
+            if self._close_asked:
+                self._loop.close()
+        self._opened.set_result(
+            Opened(
+                resolved=parts.resolved,
+                model=parts.model,
+                text=parts.text,
+                notes=parts.notes,
+                refusal=parts.planner.refusal,
+                context=parts.planner.context,
+            )
+        )
+        await self._loop.run()
+
+    # ── from any thread ──────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _live_loop(self) -> Loop:
+        self.check_open()
+        loop = self._loop
+        if loop is None:
+            raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
+        return loop
+
+    def _post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended()
+            if self._events is None:
+                raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
+            self._events.call_soon_threadsafe(lambda: function(*args, **kwargs))
+
+    def _end_all(self, make: Callable[[], OverlapError]) -> None:
+        with self._lock:
+            self._ended = self._ended or make
+            fronts = list(self._fronts.values())
+        for front in fronts:
+            front.post_end(self._ended)
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def _give_back_cached_memory() -> None:
+    """Let torch's allocator return to CUDA what the engine used, so that the next engine finds it."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

@@ -1,0 +1,428 @@
+"""AsyncEngine: open, generate, abort, explain, aclose."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+import threading
+import warnings
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from overlap.config import EngineConfig, Resolved
+from overlap.core import Core, Opened
+from overlap.errors import EngineClosed, EngineDead, RequestError
+from overlap.front import Answer, Front
+from overlap.messages import ChatMessage, Output, Prompt, SamplingParams
+from overlap.observe.progress import bar
+from overlap.schedule.request import Request
+from overlap.text.answer import AnswerText
+
+if TYPE_CHECKING:
+    from overlap.text import Tokenizer
+
+_LONG_TEXT: Final = 2_000  # characters: below, encoding (about 0.2 ms) costs less than a change of thread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """An engine's figures at one moment. Counters count from the start."""
+
+    waiting: int
+    running: int
+    draining: int
+    """Slots whose reader is done and that wait for the step in flight."""
+    free_pages: int
+    fenced_pages: int
+    num_pages: int
+    planned_steps: int
+    settled_steps: int
+    preemptions: int
+    steps: int
+    failed_steps: int
+    tokens_in: int
+    """Tokens run: prompt and decode."""
+    tokens_out: int
+    """Tokens that reached a reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether an engine can serve; if not, why."""
+
+    ok: bool
+    reason: str
+
+
+class Generation:
+    """One answer to iterate over: an async iterator of Outputs.
+
+    The request starts with the first `__anext__` and stops, giving its pages back, at the first of: its last Output;
+    an exception out of `__anext__` (a cancelled task and `asyncio.timeout` among them); `aclose()`; leaving
+    `async with`; the loss of the last reference to it (which is what `break` in an `async for` does).
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, prompt: Prompt, params: SamplingParams, request_id: str, index: int
+    ) -> None:
+        self.request_id: Final = request_id
+        self._engine = engine
+        self._prompt = prompt
+        self._params = params
+        self._index = index
+        self._answer: Answer | None = None
+        self._reading = False
+        self._done = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._done:
+            raise StopAsyncIteration
+        if self._reading:
+            raise RuntimeError(f"request {self.request_id!r} is being read by another task")
+        self._reading = True
+        try:
+            if self._answer is None:
+                self._answer = await self._engine._begin(self._prompt, self._params, self.request_id, self._index)
+            return await self._answer.next_output()
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            self._reading = False
+
+    async def aclose(self) -> None:
+        """Stop the request. Idempotent."""
+        self._end()
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._done = True
+        if self._answer is not None:
+            self._engine._forget(self._answer)
+
+
+class AsyncEngine:
+    """An LLM engine inside your program.
+
+    ```python
+    async with AsyncEngine("smollm2-135m-instruct") as engine:
+        async for out in engine.generate("The capital of France is", SamplingParams(max_tokens=16)):
+            print(out.text_delta, end="")
+    ```
+
+    `model` is a known name, a GGUF file, a Hugging Face directory or a Hub repo id. The keyword arguments are
+    `EngineConfig`'s fields; an unknown one raises ConfigError and names the nearest. The engine runs on a thread of
+    its own and changes nothing global; any number of engines live in one process, and any number of event loops may
+    use one. Raises ConfigError (ModelError) from `start` for what cannot be opened.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        self._asked = EngineConfig.from_options(model, options)
+        self._core = Core(self._asked)
+        self._opened: Opened | None = None
+        self._keys = itertools.count()
+        self._lock = threading.Lock()  # guards the two below, which threads of several event loops share
+        self._fronts: dict[asyncio.AbstractEventLoop, Front] = {}
+        self._answers: dict[str, tuple[Answer, Front]] = {}
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="overlap-text")
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Open the model and start serving. The event loop runs on meanwhile. Raises ConfigError, EngineClosed."""
+        if self._opened is not None:
+            self._core.check_open()
+            return
+        try:
+            self._opened = await asyncio.wrap_future(self._core.start())
+        except BaseException:
+            self._core.close()
+            raise
+
+    async def aclose(self, *, drain: bool = False) -> None:
+        """Close the engine and give all its memory back. Idempotent.
+
+        `drain=True` lets every request end first; otherwise those that still run end with EngineClosed.
+        """
+        if drain and self._opened is not None:
+            with suppress(EngineClosed, EngineDead):  # it may end by itself: then nothing is left to drain
+                await asyncio.wrap_future(self._core.idle())
+        stopped = self._core.close()
+        self._encoder.shutdown(wait=False)
+        await asyncio.shield(asyncio.wrap_future(stopped))
+
+    async def __aenter__(self) -> AsyncEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if self._opened is not None and not self._core.close_asked:
+            warnings.warn(f"unclosed engine of {self._asked.model!r}: use `async with`", ResourceWarning, stacklevel=2)
+            self._core.close()
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Generation:
+        """Return the answer to `prompt` as an async iterator of Outputs; see Generation for how it stops.
+
+        `prompt` is text, token ids, or chat messages (which go through the model's chat template). `params` are the
+        defaults of SamplingParams if not given. A `request_id` of your own must not be in use. Iterating raises
+        RequestError for a request that cannot be served, RequestAborted after `abort`, RequestFailed when a step of
+        it failed, EngineClosed and EngineDead when the engine ended before the answer did.
+        """
+        return self._generation(prompt, params, request_id, 0)
+
+    async def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> AsyncIterator[Output]:
+        """Yield the last Output of each prompt as it completes; `Output.index` says which prompt it answers.
+
+        `params` is one for all, or one a prompt. `progress` shows a bar on stderr; None shows it in a terminal and in
+        a notebook. The first error ends the batch, with a note that says which prompt it was.
+        """
+        items = list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(items)
+        if len(each) != len(items):
+            raise RequestError(f"{len(items)} prompts came with {len(each)} params. Give one, or one for each.")
+        todo = iter(list(enumerate(zip(items, each, strict=True))))
+        window = 4 * self._live.resolved.max_rows  # enough to keep every slot taken
+        tasks: set[asyncio.Task[Output]] = set()
+        try:
+            with bar(len(items), "generating", "answer", asked=progress) as shown:
+                num_tokens = 0
+                while True:
+                    for index, (prompt, one) in itertools.islice(todo, window - len(tasks)):
+                        tasks.add(asyncio.create_task(self._last_output(prompt, one, index)))
+                    if not tasks:
+                        return
+                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        output = task.result()
+                        num_tokens += output.usage.completion_tokens
+                        shown.update(1)
+                        shown.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+                        yield output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request now; its reader gets RequestAborted. False if there is none of this id (any more).
+
+        When this returns, nothing more of the request is seen, and the engine runs it no further.
+        """
+        with self._lock:
+            answer, front = self._answers.pop(request_id, (None, None))
+        if answer is None or front is None:
+            return False
+        if asyncio.get_running_loop() is front.loop:
+            front.abort(answer)
+        else:
+            front.post_abort(answer)
+        try:
+            await asyncio.wrap_future(self._core.end_and_tell(answer.key))
+        except (EngineClosed, EngineDead):
+            return True
+        return True
+
+    # ── what it is ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def model_name(self) -> str:
+        """The model as it was asked for."""
+        return self._asked.model
+
+    @property
+    def config(self) -> Resolved:
+        """What runs: the configuration with every "auto" chosen."""
+        return self._live.resolved
+
+    @property
+    def context(self) -> int:
+        """The most tokens of one request, prompt and answer together."""
+        return self._live.context
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises RequestError for random weights that came without one."""
+        tokenizer = self._live.text.tokenizer
+        if tokenizer is None:
+            raise RequestError(f"{self.model_name!r} has no tokenizer. Give token ids as the prompt.")
+        return tokenizer
+
+    def statistics(self) -> Statistics:
+        """Return the figures of this moment."""
+        planner, loop = self._core.parts
+        return Statistics(**asdict(planner.statistics()), **asdict(loop.statistics()))
+
+    def health(self) -> Health:
+        """Return whether the engine can serve, and if not why."""
+        try:
+            self._core.check_open()
+            self._live  # noqa: B018 - raises when it was not started
+        except (EngineClosed, EngineDead) as error:
+            return Health(ok=False, reason=str(error))
+        return Health(ok=True, reason="serving")
+
+    def explain(self) -> str:
+        """Return what was chosen and why, a line each."""
+        live = self._live
+        return "\n".join([f"model = {self.model_name}", *live.resolved.reasons, *live.notes])
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _live(self) -> Opened:
+        if self._opened is None:
+            self._core.check_open()
+            raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
+        return self._opened
+
+    def _generation(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, index: int
+    ) -> Generation:
+        return Generation(self, prompt, params or SamplingParams(), request_id or f"req-{secrets.token_hex(8)}", index)
+
+    async def _last_output(self, prompt: Prompt, params: SamplingParams | None, index: int) -> Output:
+        last: Output | None = None
+        try:
+            async for output in self._generation(prompt, params, None, index):
+                last = output
+        except Exception as error:
+            error.add_note(f"This was prompt {index} of the batch.")
+            raise
+        assert last is not None, "an answer ends with an Output or an error"
+        return last
+
+    async def _begin(self, prompt: Prompt, params: SamplingParams, request_id: str, index: int) -> Answer:
+        """Check, encode and submit a request, and open its answer."""
+        self._core.check_open()
+        live = self._live
+        tokens = await self._encode(prompt)
+        limit = params.max_tokens or max(1, live.context - len(tokens))
+        refusal = live.refusal(len(tokens), limit)
+        if refusal is not None:
+            raise RequestError(refusal)
+        key = next(self._keys)
+        front = self._front()
+        answer = Answer(
+            key=key,
+            request_id=request_id,
+            index=index,
+            num_prompt=len(tokens),
+            text=AnswerText(live.text.tokenizer, tokens.tolist(), params),
+            own_stop_ids=params.stop_token_ids,
+            end_request=lambda: self._core.end(key),
+        )
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids(live))}
+        request = Request(
+            key=key,
+            front=front.number,
+            prompt=tokens,
+            limit=limit,
+            temperature=params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=secrets.randbits(64) if params.seed is None else params.seed % 2**64,
+            stop_ids=tuple(sorted(stop_ids)),
+        )
+        with self._lock:
+            if request_id in self._answers:
+                raise RequestError(f"The request id {request_id!r} is in use. Give each request one of its own.")
+            self._answers[request_id] = (answer, front)
+        front.open(answer)
+        try:
+            self._core.submit(request)
+        except BaseException:
+            self._forget(answer)
+            raise
+        return answer
+
+    @staticmethod
+    def _eos_ids(live: Opened) -> set[int]:
+        tokenizer = live.text.tokenizer
+        return {*live.model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer is not None else ())}
+
+    def _front(self) -> Front:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            front = self._fronts.get(loop)
+            if front is None:
+                self._fronts = {loop: front for loop, front in self._fronts.items() if not loop.is_closed()}
+                front = self._fronts[loop] = self._core.front(loop)
+            return front
+
+    def _forget(self, answer: Answer) -> None:
+        """Drop an answer whose reader is gone. From any thread, and from a finalizer."""
+        with self._lock:
+            _, front = self._answers.pop(answer.request_id, (None, None))
+        if front is not None:
+            front.close(answer)
+            if not answer.ended:
+                self._core.end(answer.key)
+
+    async def _encode(self, prompt: Prompt) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Turn any kind of prompt into token ids."""
+        live = self._live
+        if isinstance(prompt, str):
+            return np.array(await self._encode_text(prompt, special=True), dtype=np.int32)
+        parts: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # numpy arrays, tensors
+        if isinstance(parts, (bytes, bytearray)) or not isinstance(parts, Sequence):
+            raise RequestError(f"A prompt is text, token ids or chat messages, not {type(prompt).__name__}.")
+        if parts and all(isinstance(part, Mapping) for part in parts):
+            return await self._encode_chat(parts)
+        for token in parts:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < live.model.vocab_size:
+                raise RequestError(
+                    f"A token id is an integer from 0 to {live.model.vocab_size - 1}, not {token!r:.80}."
+                )
+        return np.array(parts, dtype=np.int32)
+
+    async def _encode_chat(self, messages: Sequence[ChatMessage]) -> np.ndarray[Any, np.dtype[np.int32]]:
+        template = self._live.text.template
+        if template is None:
+            raise RequestError(f"{self.model_name!r} has no tokenizer. Give token ids as the prompt.")
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(self._encoder, lambda: template.render(messages))
+        return np.array(await self._encode_text(text, special=False), dtype=np.int32)
+
+    async def _encode_text(self, text: str, *, special: bool) -> list[int]:
+        tokenizer = self.tokenizer
+        if len(text) < _LONG_TEXT:
+            return tokenizer.encode(text, special=special)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoder, lambda: tokenizer.encode(text, special=special))

@@ -1,0 +1,188 @@
+"""The reader's side of an engine: tokens become text, and wait for whoever iterates.
+
+A Front belongs to one event loop of the user's, and is touched on that loop's thread only. The engine's loop posts one
+message a step to it; detokenizing and stop strings are done here, so the engine never waits for them and a slow reader
+finds what came meanwhile in one Output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestAborted, RequestFailed
+from overlap.messages import FinishReason, Output, Usage
+
+if TYPE_CHECKING:
+    from overlap.schedule.planner import End, Settled
+    from overlap.text.answer import AnswerText
+
+
+class Answer:
+    """One answer as it grows."""
+
+    def __init__(
+        self,
+        *,
+        key: int,
+        request_id: str,
+        index: int,
+        num_prompt: int,
+        text: AnswerText,
+        own_stop_ids: Collection[int],
+        end_request: Callable[[], None],
+    ) -> None:
+        self.key = key
+        self.request_id = request_id
+        self._index = index
+        self._num_prompt = num_prompt
+        self._answer_text = text
+        self._own_stop_ids = own_stop_ids
+        self._end_request = end_request
+        self._tokens: list[int] = []
+        self._text = ""
+        self._unread = 0  # length of the text that the reader has seen
+        self._news = False
+        self._finish_reason: FinishReason | None = None
+        self._stop_reason: int | str | None = None
+        self._failure: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._finish_reason is not None or self._failure is not None
+
+    def push(self, token: int, end: End | None) -> None:
+        """Take in a token, and the end of the answer if this is its last."""
+        if self.ended:
+            return  # a stop string or an abort was faster than the engine
+        self._tokens.append(token)
+        self._news = True
+        matched = None
+        if end is None or end.stop_id is None:  # the token that stops an answer is no part of its text
+            emit, matched = self._answer_text.push(token)
+            self._text += emit
+        if end is not None and matched is None:
+            emit, matched = self._answer_text.end()
+            self._text += emit
+        if matched is not None:
+            self._finish_reason, self._stop_reason = "stop", matched
+            if end is None:
+                self._end_request()
+        elif end is not None:
+            self._finish_reason = end.reason
+            self._stop_reason = end.stop_id if end.stop_id in self._own_stop_ids else None
+
+    def fail(self, failure: BaseException) -> None:
+        """End the answer with an error."""
+        if not self.ended:
+            self._failure = failure
+            self._news = False  # nothing more of an aborted or failed request is seen
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the reader look."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next_output(self) -> Output:
+        """Return what is new; raise StopAsyncIteration behind the last Output, or the failure."""
+        while not self._news:
+            if self._failure is not None:
+                failure, self._failure = self._failure, EngineClosed(f"request {self.request_id!r} has ended")
+                raise failure
+            if self._finish_reason is not None:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._news = False
+        delta, self._unread = self._text[self._unread :], len(self._text)
+        return Output(
+            request_id=self.request_id,
+            index=self._index,
+            tokens=self._tokens,
+            text=self._text,
+            text_delta=delta,
+            finish_reason=self._finish_reason,
+            stop_reason=self._stop_reason,
+            usage=Usage(prompt_tokens=self._num_prompt, completion_tokens=len(self._tokens)),
+        )
+
+
+class Front:
+    """All answers that are read on one event loop."""
+
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.number = number
+        self.loop = loop
+        self._answers: dict[int, Answer] = {}
+
+    def open(self, answer: Answer) -> None:
+        """Take in a new answer. On the front's own thread, like all but `post_*`."""
+        self._answers[answer.key] = answer
+
+    def close(self, answer: Answer) -> None:
+        """Forget an answer."""
+        self._answers.pop(answer.key, None)
+
+    def post_settled(self, settled: Settled) -> bool:
+        """From any thread: bring tokens. False if the front's event loop was closed: nobody reads there any more."""
+        return self._post(self._take_settled, settled)
+
+    def post_failed(self, key: int, failure: BaseException) -> bool:
+        """From any thread: one request failed."""
+        return self._post(self._take_failed, key, failure)
+
+    def post_end(self, make: Callable[[], OverlapError]) -> bool:
+        """From any thread: the engine ends, and every answer with it."""
+        return self._post(self._take_end, make)
+
+    def post_abort(self, answer: Answer) -> bool:
+        """From any thread: somebody aborted an answer."""
+        return self._post(self.abort, answer)
+
+    def _post(self, take: Callable[..., None], *what: object) -> bool:
+        try:
+            self.loop.call_soon_threadsafe(take, *what)
+        except RuntimeError:
+            return False
+        return True
+
+    def _take_settled(self, settled: Settled) -> None:
+        ends = {end.key: end for end in settled.ends}
+        for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
+            answer = self._answers.get(key)
+            if answer is not None:
+                answer.push(token, ends.get(key))
+                answer.wake()
+                if answer.ended:
+                    del self._answers[key]
+
+    def _take_failed(self, key: int, failure: BaseException) -> None:
+        answer = self._answers.pop(key, None)
+        if answer is not None:
+            error = RequestFailed(f"Request {answer.request_id!r} failed on the device: {failure!r}")
+            error.__cause__ = failure
+            answer.fail(error)
+
+    def _take_end(self, make: Callable[[], OverlapError]) -> None:
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            answer.fail(make())
+
+    def abort(self, answer: Answer) -> None:
+        """End an answer with RequestAborted."""
+        self.close(answer)
+        answer.fail(RequestAborted(f"Request {answer.request_id!r} was aborted."))
+
+
+def dead(cause: BaseException) -> EngineDead:
+    """Return an EngineDead with its cause attached."""
+    error = EngineDead(f"The engine can not go on: {cause!r}")
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,98 @@
+"""Checkpoint: a model's files as its program needs them, whatever their format.
+
+Tensors go by their Hugging Face names (`model.layers.0.self_attn.q_proj.weight`) and are read one at a time, in any
+order, straight to where they are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal, Protocol
+
+from torch import Tensor
+
+from overlap.errors import ModelError
+from overlap.models.config import ModelConfig
+from overlap.models.layout import tensor_shapes
+
+BLOCK_BYTES: Final = 4 << 20
+"""The size that one block of rows aims at as float32 while it is converted; a few of them are alive at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerSource:
+    """What the tokenizer is made of.
+
+    For `kind="gguf"`, `fields` holds the file's `tokenizer.*` keys (plain values and lists) and `path` is the GGUF. For
+    `kind="json"`, `path` is the `tokenizer.json` and `fields` is the content of `tokenizer_config.json` (empty if
+    there is none).
+    """
+
+    kind: Literal["gguf", "json"]
+    path: Path
+    fields: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Checkpoint(Protocol):
+    """An open model. Every method but `close` raises ModelError, naming file and tensor, for what is not as it should.
+
+    `tokenizer_source` is None only for random weights made from a configuration alone.
+    """
+
+    config: ModelConfig
+    chat_template: str | None
+    tokenizer_source: TokenizerSource | None
+
+    @property
+    def path(self) -> Path:
+        """The file or directory, for messages."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill `out` (any device and floating dtype) with a tensor, in blocks of rows: 16 MiB of host memory at most.
+
+        ModelError if the tensor's shape is not that of `out`.
+        """
+
+    def close(self) -> None:
+        """Let the files go. Idempotent."""
+
+
+def missing_tensor(path: Path, name: str) -> ModelError:
+    """Return the error for a tensor that is not there."""
+    return ModelError(
+        f"{str(path)!r} has no tensor {name!r}, which its configuration asks for. The file is incomplete, or its "
+        "configuration belongs to another model: fetch the model again."
+    )
+
+
+def check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raise ModelError unless a tensor has the shape that the configuration gives it."""
+    if found != wanted:
+        raise ModelError(
+            f"The tensor {name!r} in {str(path)!r} has the shape {list(found)}, but by its configuration it should be "
+            f"{list(wanted)}. The configuration belongs to another model: fetch the model again."
+        )
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Raise ModelError unless every tensor that the configuration asks for is there, in its shape."""
+    for name, shape in tensor_shapes(checkpoint.config).items():
+        if not checkpoint.has(name):
+            raise missing_tensor(checkpoint.path, name)
+        check_shape(checkpoint.path, name, checkpoint.shape(name), shape)
+
+
+def row_blocks(num_rows: int, row_elements: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut rows into blocks (start, stop) of about BLOCK_BYTES as float32, each but the last a `multiple` of rows."""
+    step = max(1, BLOCK_BYTES // (4 * max(1, row_elements)) // multiple) * multiple
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)

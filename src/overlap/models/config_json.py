@@ -1,0 +1,146 @@
+"""Reading a ModelConfig from the config.json of a Hugging Face directory. Imports no torch.
+
+Both ways of writing it are read: `rope_parameters` and `dtype` (transformers 5), and `rope_theta`, `rope_scaling` and
+`torch_dtype` (before). What a config.json leaves out has the default that `transformers.LlamaConfig` gives it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from overlap.errors import ModelError
+from overlap.models.config import ModelConfig, RopeScaling
+
+KNOWN_ARCHITECTURES: Final = ("LlamaForCausalLM", "MistralForCausalLM")
+_OF_TYPE: Final = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_DTYPES: Final = ("bfloat16", "float16", "float32")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. ModelError if it cannot be read or is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(path)!r} cannot be read: {error}. Fetch the model again.") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{str(path)!r} holds {type(found).__name__}, not an object. Fetch the model again.")
+    return found
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read `path` (a config.json) and the generation_config.json beside it, whose end tokens win.
+
+    Raises ModelError for an architecture, activation or rope scaling that overlap does not know, by name.
+    """
+    raw = read_json(path)
+    generation_path = path.with_name("generation_config.json")
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    return _Reader(path, raw).config(generation)
+
+
+class _Reader:
+    """One config.json, and errors that name it."""
+
+    def __init__(self, path: Path, raw: Mapping[str, Any]) -> None:
+        self._path = path
+        self._raw = raw
+
+    def config(self, generation: Mapping[str, Any]) -> ModelConfig:
+        raw = self._raw
+        architecture = self._architecture()
+        self._refuse_unknown()
+        hidden, heads = self._count("hidden_size"), self._count("num_attention_heads")
+        head_dim = self._count("head_dim", hidden // heads)
+        kv_heads = self._count("num_key_value_heads", heads)
+        if heads % kv_heads or head_dim % 2:
+            raise self._wrong("num_key_value_heads", kv_heads, f"a divisor of the {heads} query heads, with even heads")
+        theta, scaling = self._rope()
+        eos = generation.get("eos_token_id")
+        eos = raw.get("eos_token_id") if eos is None else eos
+        bos = generation.get("bos_token_id")
+        bos = raw.get("bos_token_id") if bos is None else bos
+        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+        return ModelConfig(
+            architecture=architecture,
+            vocab_size=self._count("vocab_size"),
+            hidden_size=hidden,
+            num_layers=self._count("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=self._count("intermediate_size"),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            context=self._count("max_position_embeddings", 2048),
+            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            eos_token_ids=self._ids("eos_token_id", eos),
+            bos_token_id=next(iter(self._ids("bos_token_id", bos)), None),
+            dtype=dtype if dtype in _DTYPES else "float32",
+        )
+
+    def _architecture(self) -> str:
+        names = self._raw.get("architectures") or [_OF_TYPE.get(str(self._raw.get("model_type")))]
+        known = next((name for name in names if name in KNOWN_ARCHITECTURES), None)
+        if known is None:
+            asked = ", ".join(map(repr, self._raw.get("architectures") or [self._raw.get("model_type")]))
+            raise ModelError(
+                f"{str(self._path)!r} is of the architecture {asked}. overlap knows: "
+                f"{', '.join(KNOWN_ARCHITECTURES)}. Use a model of the Llama family."
+            )
+        return str(known)
+
+    def _refuse_unknown(self) -> None:
+        """Refuse by name what would change the arithmetic, rather than answer wrongly."""
+        raw = self._raw
+        if raw.get("hidden_act", "silu") != "silu":
+            raise self._wrong("hidden_act", raw["hidden_act"], "'silu'")
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise self._wrong(
+                "quantization_config", method, "absent: overlap reads 16- and 32-bit safetensors, or a GGUF"
+            )
+        if raw.get("sliding_window") is not None and raw.get("model_type") != "llama":
+            raise self._wrong("sliding_window", raw["sliding_window"], "null: attention in a window is not known yet")
+        if raw.get("partial_rotary_factor", 1.0) != 1.0:
+            raise self._wrong("partial_rotary_factor", raw["partial_rotary_factor"], "1.0")
+
+    def _rope(self) -> tuple[float, RopeScaling | None]:
+        """Return theta and the scaling, of either way of writing."""
+        given = self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {}
+        theta = float(given.get("rope_theta") or self._raw.get("rope_theta") or 10000.0)
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind == "default":
+            return theta, None
+        if kind != "llama3":
+            raise self._wrong("rope_type", kind, "'default' or 'llama3'")
+        try:
+            return theta, RopeScaling(
+                factor=float(given["factor"]),
+                low_freq_factor=float(given["low_freq_factor"]),
+                high_freq_factor=float(given["high_freq_factor"]),
+                original_context=int(given["original_max_position_embeddings"]),
+            )
+        except KeyError as missing:
+            raise ModelError(f"The rope scaling in {str(self._path)!r} has no {missing}.") from None
+
+    def _count(self, name: str, default: int | None = None) -> int:
+        value = self._raw.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(name, value, "a whole number of 1 or more")
+        return value
+
+    def _ids(self, name: str, value: Any) -> tuple[int, ...]:
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+            raise self._wrong(name, value, "a token id or a list of them")
+        return tuple(ids)
+
+    def _wrong(self, name: str, value: object, must: str) -> ModelError:
+        return ModelError(f"In {str(self._path)!r}, {name} is {value!r}; it must be {must}.")

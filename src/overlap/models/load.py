@@ -1,0 +1,104 @@
+"""From a checkpoint to a program: tensor by tensor, so that little more than the weights is ever in memory."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from overlap.models.checkpoint import Checkpoint, check_complete
+from overlap.models.layout import tensor_shapes
+from overlap.models.llama import Layer, Llama
+from overlap.ops.linear import Linear
+from overlap.ops.rope import rope_table
+
+
+def build(checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype, progress: bool = False) -> Llama:
+    """Load a Llama's weights onto `device` as `dtype`.
+
+    Memory peaks at the weights, the largest matrix once more (while the CPU packs it; the head and the embedding, the
+    largest, come first, when little else is there), and 16 MiB of staging. `progress` shows a bar on stderr. Raises
+    ModelError for a tensor that is missing or of a wrong shape before anything is read. The checkpoint stays open.
+    """
+    with torch.inference_mode(), _Loading(checkpoint, torch.device(device), dtype, progress=progress) as loading:
+        return loading.llama()
+
+
+class _Loading:
+    """One run of `build`: where tensors come from and where they go."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, progress: bool) -> None:
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config
+        self._device = device
+        self._dtype = dtype
+        self._shapes = tensor_shapes(checkpoint.config)
+        check_complete(checkpoint)
+        total = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
+        self._bar = tqdm(
+            total=total, desc="loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+        )
+
+    def __enter__(self) -> _Loading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def llama(self) -> Llama:
+        config = self._config
+        if config.tied_embeddings:
+            embedding_VC = self._tensor("model.embed_tokens.weight")
+            # The rows stay plain for looking up, and the CPU packs a copy of them for the head.
+            head = Linear.sharing(embedding_VC).finish()
+        else:
+            head = self._linear("lm_head", bias=False)
+            embedding_VC = self._tensor("model.embed_tokens.weight")
+        return Llama(
+            config,
+            embedding_VC=embedding_VC,
+            head=head,
+            layers=tuple(self._layer(f"model.layers.{index}") for index in range(config.num_layers)),
+            norm_C=self._tensor("model.norm.weight"),
+            rope_table=rope_table(
+                config.head_dim, config.context, config.rope_theta, config.rope_scaling, self._device
+            ),
+        )
+
+    def _layer(self, prefix: str) -> Layer:
+        attention, mlp = self._config.attention_bias, self._config.mlp_bias
+        return Layer(
+            gate_up=self._linear(f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj", bias=mlp),
+            down=self._linear(f"{prefix}.mlp.down_proj", bias=mlp),
+            qkv=self._linear(*(f"{prefix}.self_attn.{part}_proj" for part in "qkv"), bias=attention),
+            o=self._linear(f"{prefix}.self_attn.o_proj", bias=attention),
+            attention_norm_C=self._tensor(f"{prefix}.input_layernorm.weight"),
+            mlp_norm_C=self._tensor(f"{prefix}.post_attention_layernorm.weight"),
+        )
+
+    def _linear(self, *modules: str, bias: bool) -> Linear:
+        """Read the matrices of some modules as one, the rows of each below those of the one before."""
+        rows = [self._shapes[f"{module}.weight"][0] for module in modules]
+        columns = self._shapes[f"{modules[0]}.weight"][1]
+        linear = Linear.empty(sum(rows), columns, bias=bias, device=self._device, dtype=self._dtype)
+        start = 0
+        for module, count in zip(modules, rows, strict=True):
+            self._read(f"{module}.weight", linear.weight_rows(start, start + count))
+            if bias:
+                self._read(f"{module}.bias", linear.bias_rows(start, start + count))
+            start += count
+        return linear.finish()
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = torch.empty(self._shapes[name], device=self._device, dtype=self._dtype)
+        self._read(name, tensor)
+        return tensor
+
+    def _read(self, name: str, out: Tensor) -> None:
+        self._checkpoint.read_into(name, out)
+        self._bar.update(out.nbytes)

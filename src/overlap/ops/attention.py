@@ -1,0 +1,175 @@
+"""Attention over paged KV: what a step must tell it, what each kind of it offers, and the torch reference.
+
+Legend: R rows, N decode rows of them, T tokens, H query heads, K key/value heads, G = H / K, D head size, P pages of
+the widest row, W pages of the widest decode row of this step, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from overlap.cache.pages import PAGE, Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRows:
+    """What a step's attention must know of its rows: decode rows first, then prompt chunks, as in StepPlan.
+
+    Columns named as host are numpy int32 and may be upper bounds for decode rows; `seq_lens` is exact.
+    """
+
+    num_decode: int
+    seq_lens: Tensor
+    """int32 [R] on the device: tokens of the row in KV, this step's included."""
+    page_table: Tensor
+    """int32 [R, P] on the device; entries past the length are arbitrary but valid page ids."""
+    starts: Ints
+    """Host [R]: the position of each row's first token in this step."""
+    counts: Ints
+    """Host [R]: tokens of each row in this step, 1 for a decode row."""
+    chunk_pages: Ints
+    """Host: page ids of the chunk rows, row after row, ceil((start + count) / PAGE) of them each."""
+
+
+class Attention(Protocol):
+    """Attention of one lane: bound to the KV memory, planned once a step, asked once a layer."""
+
+    name: str
+
+    def plan(self, rows: AttentionRows) -> None:
+        """Prepare for the rows of the next step. Enqueues only, never waits for the device."""
+
+    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+        """Return softmax(q k / sqrt(D)) v of the planned rows, [T, H * D]; this step's k and v are in KV already."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """What all layers of a step share for its decode rows."""
+
+    num_rows: int
+    index_LN: Tensor
+    """int64 [L, 2, N * W]: which [PAGE, K, D] block of KV to gather, for keys and for values."""
+    keys: Tensor
+    """[N * W, PAGE, K, D] where each layer's keys are gathered to; `values` likewise."""
+    values: Tensor
+    keys_NKTD: Tensor
+    values_NKTD: Tensor
+    mask: Tensor | None
+    """Additive, [N, 1, G, W * PAGE]; None if no key has to be hidden."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What all layers of a step share for one prompt chunk."""
+
+    tokens: slice
+    length: int
+    index_L2P: Tensor
+    mask: Tensor | None
+    """bool [count, length]; None for a chunk that starts its prompt, which is plainly causal."""
+
+
+class TorchAttention:
+    """Attention in plain torch: the reference, the CPU's attention, and the way out on CUDA.
+
+    Decode rows run together: their pages are gathered into one buffer, and the G query heads of a key head ride as
+    G queries (measured: half the time of `enable_gqa` and of bmm at every size tried). Each chunk runs alone.
+    """
+
+    name = "torch"
+
+    def __init__(self, kv: Tensor, num_heads: int) -> None:
+        """`kv` is [pages, layers, 2, PAGE, K, D], contiguous; `num_heads` is a multiple of K."""
+        self._blocks = kv.view(-1, *kv.shape[3:])
+        self._num_layers = kv.shape[1]
+        self._num_heads = num_heads
+        self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
+        self._layers_L1 = torch.arange(self._num_layers, device=kv.device)[:, None, None] * 2
+        self._sides_12 = torch.arange(2, device=kv.device)[None, :, None]
+        self._gathered = kv.new_empty(0)
+        self._decode: _Decode | None = None
+        self._chunks: list[_Chunk] = []
+
+    def plan(self, rows: AttentionRows) -> None:
+        """Find the blocks to gather and the keys to hide, for all layers at once."""
+        num_decode, num_rows = rows.num_decode, len(rows.counts)
+        self._decode = self._plan_decode(rows) if num_decode else None
+        self._chunks = []
+        first = num_decode
+        for row in range(num_decode, num_rows):
+            start, count = int(rows.starts[row]), int(rows.counts[row])
+            length = start + count
+            mask = None
+            if start:
+                keys = torch.arange(length, device=rows.page_table.device)
+                mask = keys[None, :] <= keys[start:, None]
+            index = self._index(rows.page_table[row, : -(-length // PAGE)])
+            self._chunks.append(_Chunk(slice(first, first + count), length, index, mask))
+            first += count
+
+    def _plan_decode(self, rows: AttentionRows) -> _Decode:
+        num_rows, group = rows.num_decode, self._num_heads // self._num_kv_heads
+        seq_lens = rows.seq_lens[:num_rows]
+        if seq_lens.is_cuda:  # bounds will do: the mask comes from the device
+            lengths = [int((rows.starts[:num_rows] + rows.counts[:num_rows]).max()), 0]
+        else:
+            lengths = seq_lens.tolist()
+        longest = max(lengths)
+        width = -(-longest // PAGE)
+        index = self._index(rows.page_table[:num_rows, :width].reshape(-1))
+        size = num_rows * width * PAGE * self._num_kv_heads * self._head_dim
+        if len(self._gathered) < 2 * size:  # grows by doubling; fresh memory for each layer would be page faults
+            self._gathered = self._gathered.new_empty(4 * size)
+        shape = (num_rows * width, PAGE, self._num_kv_heads, self._head_dim)
+        keys, values = self._gathered[:size].view(shape), self._gathered[size : 2 * size].view(shape)
+        keys_NKTD, values_NKTD = (
+            side.view(num_rows, width * PAGE, self._num_kv_heads, self._head_dim)[:, :longest].transpose(1, 2)
+            for side in (keys, values)
+        )
+        mask = None
+        if min(lengths) < longest:
+            hidden = torch.arange(longest, device=seq_lens.device)[None, :] >= seq_lens[:, None]
+            blank = torch.zeros((num_rows, longest), dtype=keys.dtype, device=keys.device)
+            mask = blank.masked_fill_(hidden, -torch.inf)[:, None, None, :].expand(-1, 1, group, -1)
+        return _Decode(num_rows, index, keys, values, keys_NKTD, values_NKTD, mask)
+
+    def _index(self, pages: Tensor) -> Tensor:
+        """Return int64 [L, 2, pages]: the rows of `_blocks` that hold these pages' keys and values in each layer."""
+        return pages.long()[None, None, :] * (2 * self._num_layers) + self._layers_L1 + self._sides_12
+
+    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+        """Return [T, H * D]."""
+        decode = self._decode
+        if decode is None:
+            parts = []
+        else:
+            q_NKGD = q_THD[: decode.num_rows].view(decode.num_rows, self._num_kv_heads, -1, self._head_dim)
+            index_2N = decode.index_LN[layer]
+            torch.index_select(self._blocks, 0, index_2N[0], out=decode.keys)
+            torch.index_select(self._blocks, 0, index_2N[1], out=decode.values)
+            out = F.scaled_dot_product_attention(q_NKGD, decode.keys_NKTD, decode.values_NKTD, attn_mask=decode.mask)
+            parts = [out.reshape(decode.num_rows, -1)]
+        for chunk in self._chunks:
+            parts.append(self._attend_chunk(layer, q_THD[chunk.tokens], chunk))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_chunk(self, layer: int, q_THD: Tensor, chunk: _Chunk) -> Tensor:
+        count, group = q_THD.shape[0], self._num_heads // self._num_kv_heads
+        keys_KGTD, values_KGTD = (
+            self._blocks.index_select(0, index)
+            .view(-1, self._num_kv_heads, self._head_dim)[: chunk.length]
+            .transpose(0, 1)[:, None]
+            .expand(-1, group, -1, -1)
+            for index in chunk.index_L2P[layer]
+        )
+        q_KGTD = q_THD.unflatten(1, (self._num_kv_heads, group)).permute(1, 2, 0, 3)
+        out = F.scaled_dot_product_attention(
+            q_KGTD, keys_KGTD, values_KGTD, attn_mask=chunk.mask, is_causal=chunk.mask is None
+        )
+        return out.permute(2, 0, 1, 3).reshape(count, -1)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from overlap import SamplingParams
+from overlap.cli import main
+
+OVERLAP = [sys.executable, "-m", "overlap"]
+TINY = ["--device", "cpu", "--dtype", "float32"]
+GREEDY = ["--temperature", "0"]
+TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+SOON = 60.0
+
+
+def overlap(*arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*OVERLAP, *arguments], input=text, capture_output=True, text=True, timeout=SOON, check=False)
+
+
+class Terminal:
+    """A command on a terminal of its own, with somebody who reads and types."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self._fd, inner = pty.openpty()
+        command = [sys.executable, "-c", TAKE_TERMINAL, *OVERLAP, *arguments]
+        self.program = subprocess.Popen(
+            command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, env={**os.environ, "TERM": "dumb"}
+        )
+        os.close(inner)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def read_until(self, pattern: str) -> str:
+        """Return what was shown up to and with the first match of `pattern` that was not read before."""
+        until = time.monotonic() + SOON
+        while not (found := re.search(pattern, self.seen)):
+            ready, _, _ = select.select([self._fd], [], [], max(0.0, until - time.monotonic()))
+            assert ready, f"{pattern!r} was not shown; there was: {self.seen[-2000:]!r}"
+            self.seen += os.read(self._fd, 4096).decode(errors="replace")
+        read, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return read
+
+    def wait_end(self) -> int:
+        with contextlib.suppress(OSError):  # Linux says EIO once the other side is closed
+            while os.read(self._fd, 4096):
+                pass
+        return self.program.wait(SOON)
+
+    def close(self) -> None:
+        self.program.kill()
+        self.program.wait()
+        os.close(self._fd)
+
+
+@contextlib.contextmanager
+def terminal(*arguments: str | Path) -> Iterator[Terminal]:
+    opened = Terminal(*arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def test_the_version_is_printed() -> None:
+    run = overlap("--version")
+    assert run.returncode == 0
+    assert run.stdout.startswith("overlap ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["smollm2-135m-instuct", "x"], "'smollm2-135m-instruct'"),
+        (["/nowhere/model.gguf", "x"], "/nowhere/model.gguf"),
+        (["x", "--temperature", "-1"], "temperature"),
+        (["x", "--dtype", "float99"], "float99"),
+        (["x", "--max-rows", "many"], "max_rows"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
+    run = overlap("generate", *arguments)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("overlap: error: ")
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_sampling_parameter_has_an_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert [field.name for field in fields(SamplingParams) if "--" + field.name.replace("_", "-") not in shown] == []
+
+
+def test_stdout_gets_the_text_and_nothing_else(tiny_llama_dir: Path) -> None:
+    asked = ["generate", tiny_llama_dir, "The quick brown fox", "--max-tokens", "12", *GREEDY, *TINY]
+    streamed, whole = overlap(*asked), overlap(*asked, "--json")
+    assert (streamed.returncode, whole.returncode) == (0, 0), streamed.stderr + whole.stderr
+    assert (streamed.stderr, whole.stderr) == ("", "")
+    answer = json.loads(whole.stdout)
+    assert streamed.stdout == answer["text"] + "\n"
+    assert answer["usage"]["completion_tokens"] == len(answer["token_ids"]) <= 12
+    assert answer["finish_reason"] in ("stop", "length")
+
+
+def test_a_prompt_can_come_from_stdin(tiny_llama_dir: Path) -> None:
+    options = ["--max-tokens", "6", *GREEDY, *TINY]
+    assert (
+        overlap("generate", tiny_llama_dir, "-", *options, text="Paris is").stdout
+        == overlap("generate", tiny_llama_dir, "Paris is", *options).stdout
+    )
+
+
+def test_a_reader_who_leaves_early_ends_the_command_quietly(smollm2_path: Path) -> None:
+    command = [
+        *OVERLAP,
+        "generate",
+        smollm2_path,
+        "One, two,",
+        "--max-tokens",
+        "4000",
+        "--ignore-eos",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.read(4)
+        program.stdout.close()
+        assert program.stderr.read() == b""
+    assert program.returncode == 141
+
+
+def test_ctrl_c_ends_generate_quietly_with_130(smollm2_path: Path) -> None:
+    command = [
+        *OVERLAP,
+        "generate",
+        smollm2_path,
+        "One, two,",
+        "--max-tokens",
+        "4000",
+        "--ignore-eos",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.read(4)
+        program.send_signal(signal.SIGINT)
+        program.stdout.read()
+        assert program.stderr.read() == b""
+    assert program.returncode == 130
+
+
+@pytest.mark.slow
+def test_in_chat_ctrl_c_stops_the_answer_and_not_the_program(smollm2_path: Path) -> None:
+    with terminal("chat", smollm2_path, "--temperature", "0", "--device", "cpu", "--ignore-eos") as chat:
+        chat.read_until("> ")
+        chat.type("My name is Ada. Count to one thousand.\n")
+        chat.read_until(r"thousand\.\r\n[^>]*\w")  # the first word of the answer
+        chat.type("\x03")
+        chat.read_until(r"\(stopped\)\r\n> ")
+        chat.type("\x03")  # with no answer to stop, it says how to end
+        chat.read_until("Ctrl-D or /exit ends[^>]*> ")
+        chat.type("/help\n")
+        chat.read_until("There is no command /help[^>]*> ")
+        chat.type("/reset\n")
+        chat.read_until("forgotten[^>]*> ")
+        chat.type("/exit\n")
+        assert chat.wait_end() == 0
+
+
+@pytest.mark.slow
+def test_chat_remembers_what_was_said(smollm2_path: Path) -> None:
+    said = "My name is Ada.\nWhat is my name?\n"
+    run = overlap("chat", smollm2_path, "--device", "cpu", "--max-tokens", "32", *GREEDY, text=said)
+    assert run.returncode == 0, run.stderr
+    assert "Ada" in run.stdout.strip().splitlines()[-1]
+
+
+def test_ctrl_d_ends_chat(tiny_llama_dir: Path) -> None:
+    with terminal("chat", tiny_llama_dir, *TINY) as chat:
+        chat.read_until("> ")
+        chat.type("\x04")
+        assert chat.wait_end() == 0
+
+
+def test_chat_says_when_the_conversation_has_outgrown_the_context(tiny_llama_dir: Path) -> None:
+    asked = ["chat", tiny_llama_dir, "--ignore-eos", *GREEDY, *TINY]
+    run = overlap(*asked, text="How many tokens are there?\nAnd now?\n/reset\nHow many?\n")
+    assert run.returncode == 0, run.stderr
+    filled, refused, forgotten, again = run.stderr.splitlines()
+    assert "has filled the model's context of 512 tokens" in filled
+    assert "The message was not kept; /reset starts a new conversation." in refused
+    assert "forgotten" in forgotten
+    assert again == filled
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_serve_answers_until_it_is_told_to_end(tiny_llama_dir: Path, sent: signal.Signals, code: int) -> None:
+    command = [*OVERLAP, "serve", tiny_llama_dir, "--port", "0", *TINY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        assert program.stdout is not None
+        found = re.search(r"(http://127\.0\.0\.1:\d+)/v1", program.stderr.readline())
+        assert found
+        with urllib.request.urlopen(f"{found[1]}/health", timeout=SOON) as health:
+            assert health.status == 200
+        program.send_signal(sent)
+        assert program.stdout.read() == ""
+        assert program.stderr.read() == ""
+    assert program.returncode == code
+
+
+def test_serve_says_that_a_port_is_taken(tiny_llama_dir: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        run = overlap("serve", tiny_llama_dir, "--port", str(taken.getsockname()[1]), *TINY)
+    assert run.returncode == 1
+    assert run.stderr.startswith("overlap: error: ")
+    assert "address already in use" in run.stderr
