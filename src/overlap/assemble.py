@@ -64,7 +64,7 @@ def machine() -> Machine:
 
 
 def _fast_cpu_bfloat16() -> bool:
-    capabilities: dict[str, object] = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 

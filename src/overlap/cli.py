@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from overlap import AsyncEngine, EngineConfig, Output, SamplingParams
+from overlap import AsyncEngine, EngineConfig, Output, SamplingParams, __version__
 from overlap.errors import OverlapError, RequestError
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
@@ -122,8 +121,9 @@ class Conversation:
             else:
                 self.messages.append({"role": "assistant", "content": shown})
         if output is not None and output.finish_reason == "length" and not self._was_cut(output):
-            context = self.engine.config.context
-            _note(f"The conversation has filled the model's context of {context} tokens. /reset starts a new one.")
+            _note(
+                f"The conversation has filled the model's context of {self.engine.context} tokens. /reset starts a new one."
+            )
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -220,7 +220,7 @@ async def _serve_until_told(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="overlap", description="Run a language model.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"overlap {_version()}")
+    parser.add_argument("--version", action="version", version=f"overlap {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="go on with a text, or answer a question", allow_abbrev=False)
@@ -247,13 +247,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine(serve)
     serve.set_defaults(run=_serve)
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("overlap")
-    except importlib.metadata.PackageNotFoundError:
-        return "(run from its source, not installed)"
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

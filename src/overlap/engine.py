@@ -138,9 +138,9 @@ class AsyncEngine:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        self._opened: Opened | None = None  # first: the finalizer looks at it even if an option is refused
         self._asked = EngineConfig.from_options(model, options)
         self._core = Core(self._asked)
-        self._opened: Opened | None = None
         self._keys = itertools.count()
         self._lock = threading.Lock()  # guards the two below, which threads of several event loops share
         self._fronts: dict[asyncio.AbstractEventLoop, Front] = {}
@@ -185,6 +185,7 @@ class AsyncEngine:
         if self._opened is not None and not self._core.close_asked:
             warnings.warn(f"unclosed engine of {self._asked.model!r}: use `async with`", ResourceWarning, stacklevel=2)
             self._core.close()
+            self._encoder.shutdown(wait=False)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
 

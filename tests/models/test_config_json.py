@@ -102,6 +102,7 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope scaling in .* has no 'factor'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is 'fp8'"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096"),
+        ({"model_type": "mistral"}, "sliding_window is 4096; it must be null"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": "big"}, "hidden_size is 'big'; it must be a whole number"),
         ({"vocab_size": None}, "vocab_size is None"),

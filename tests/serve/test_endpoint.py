@@ -72,7 +72,8 @@ async def last_chunk(stream: openai.AsyncStream[ChatCompletionChunk]) -> ChatCom
 
 
 def pages_in_use(engine: AsyncEngine) -> int:
-    return engine.statistics().pages_in_use
+    figures = engine.statistics()
+    return figures.num_pages - figures.free_pages
 
 
 async def no_page_is_left(engine: AsyncEngine) -> None:

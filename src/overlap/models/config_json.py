@@ -105,8 +105,10 @@ class _Reader:
             raise self._wrong(
                 "quantization_config", method, "absent: overlap reads 16- and 32-bit safetensors, or a GGUF"
             )
-        if raw.get("sliding_window") is not None and raw.get("model_type") != "llama":
-            raise self._wrong("sliding_window", raw["sliding_window"], "null: attention in a window is not known yet")
+        # A Mistral that says nothing has transformers' default, a window of 4096; a Llama never has one.
+        window = raw.get("sliding_window", 4096) if self._architecture() == "MistralForCausalLM" else None
+        if window is not None:
+            raise self._wrong("sliding_window", window, "null: attention in a window is not known yet")
         if raw.get("partial_rotary_factor", 1.0) != 1.0:
             raise self._wrong("partial_rotary_factor", raw["partial_rotary_factor"], "1.0")
 

@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 
 from overlap.errors import InternalError
-from overlap.schedule.plan import Admission, Ints, StepPlan
+from overlap.cache.pages import Ints
+from overlap.schedule.plan import Admission, StepPlan
 
 HEADER: Final = 16
 """Words before the first section."""
