@@ -24,8 +24,12 @@ HOT_PATH = [
     ROOT / "models" / "program.py",
 ]
 WAITS = {"item", "cpu", "synchronize", "tolist", "nonzero", "result", "sleep", "wait", "join", "acquire"}
-ALLOWED_WAITS = {
-    "usable",  # looks at the device after a failure
+HOST_ONLY = {  # (file, function): why nothing there waits for a device
+    ("runner.py", "usable"): "looks at the device after a failure",
+    ("ops/rope.py", "_write"): "the CPU's own path",
+    ("ops/attention.py", "_plan_decode"): "behind a test for CUDA",
+    ("sample/philox.py", "gumbel"): "behind a test for CUDA",
+    ("state/inputs.py", "_mixed_inputs"): "the CPU's own path",
 }
 LAYERS = [  # an import goes to the same line or further down
     {"serve", "cli", "__main__"},
@@ -93,20 +97,12 @@ def test_the_hot_path_never_makes_the_host_wait_for_the_device(path: Path) -> No
     tree = ast.parse(path.read_text())
     decider = path in DECIDERS  # numpy there: `tolist` and `nonzero` wait for nobody
     for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
-        if function.name in ALLOWED_WAITS:
+        if (relative(path), function.name) in HOST_ONLY:
             continue
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WAITS:
-                host_value = decider or ast.unparse(node.func.value).startswith(("np.", "numpy."))
-                assert host_value or node.func.attr == "tolist" and _is_host(node), (
-                    f"{relative(path)}:{node.lineno} calls .{node.func.attr}()"
-                )
-
-
-def _is_host(node: ast.Call) -> bool:
-    """Host columns of a plan are numpy, and are read by name."""
-    text = ast.unparse(node)
-    return any(part in text for part in ("starts", "counts", "chunk_pages", "host", "lengths"))
+                on_host = decider or ast.unparse(node.func.value).startswith(("np.", "numpy."))
+                assert on_host, f"{relative(path)}:{node.lineno} calls .{node.func.attr}()"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from overlap import SamplingParams
+from overlap import AsyncEngine, SamplingParams
 from overlap.cli import main
 
 OVERLAP = [sys.executable, "-m", "overlap"]
@@ -192,12 +192,18 @@ def test_in_chat_ctrl_c_stops_the_answer_and_not_the_program(smollm2_path: Path)
         assert chat.wait_end() == 0
 
 
-@pytest.mark.slow
-def test_chat_remembers_what_was_said(smollm2_path: Path) -> None:
-    said = "My name is Ada.\nWhat is my name?\n"
-    run = overlap("chat", smollm2_path, "--device", "cpu", "--max-tokens", "32", *GREEDY, text=said)
-    assert run.returncode == 0, run.stderr
-    assert "Ada" in run.stdout.strip().splitlines()[-1]
+async def test_chat_remembers_what_was_said(tiny_llama_dir: Path) -> None:
+    options = ["--max-tokens", "12", "--ignore-eos", *GREEDY, *TINY]
+    run = overlap("chat", tiny_llama_dir, "--system", "Be brief.", *options, text="Paris?\nAnd Rome?\n")
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    messages = [{"role": "system", "content": "Be brief."}]
+    async with AsyncEngine(tiny_llama_dir, device="cpu", dtype="float32") as engine:
+        for question in ("Paris?", "And Rome?"):
+            messages.append({"role": "user", "content": question})
+            answer = [output.text async for output in engine.generate(messages, params)][-1]
+            messages.append({"role": "assistant", "content": answer})
+    assert run.stderr == ""
+    assert run.stdout.splitlines() == f"{messages[2]['content']}\n{messages[4]['content']}\n".splitlines()
 
 
 def test_ctrl_d_ends_chat(tiny_llama_dir: Path) -> None:

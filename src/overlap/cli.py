@@ -121,9 +121,8 @@ class Conversation:
             else:
                 self.messages.append({"role": "assistant", "content": shown})
         if output is not None and output.finish_reason == "length" and not self._was_cut(output):
-            _note(
-                f"The conversation has filled the model's context of {self.engine.context} tokens. /reset starts a new one."
-            )
+            context = self.engine.context
+            _note(f"The conversation has filled the model's context of {context} tokens. /reset starts a new one.")
 
     def reset(self) -> None:
         """Forget all but the system message."""

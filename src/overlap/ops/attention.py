@@ -173,3 +173,42 @@ class TorchAttention:
             q_KGTD, keys_KGTD, values_KGTD, attn_mask=chunk.mask, is_causal=chunk.mask is None
         )
         return out.permute(2, 0, 1, 3).reshape(count, -1)
+
+
+def choose_attention(
+    kv: Tensor, num_heads: int, *, max_pages_per_row: int, sm_count: int | None = None
+) -> tuple[Attention, str]:
+    """Return the fastest attention that this KV memory allows, warmed up, and why it was chosen.
+
+    `kv` is [pages, layers, 2, PAGE, K, D], contiguous; H is a multiple of K. Never raises for want of a kernel: plain
+    torch runs everywhere.
+    """
+    unfit = _why_not_flashinfer(kv, num_heads)
+    if unfit is None:
+        try:
+            from overlap.ops.attention_flashinfer import FlashInferAttention
+
+            fast = FlashInferAttention(kv, num_heads, max_pages_per_row, sm_count=sm_count)
+        except ImportError as missing:
+            unfit = f"FlashInfer is not there ({missing}); install overlap[cuda] for faster attention"
+        except Exception as failure:  # whatever a build or a load raises: the engine still runs
+            unfit = f"FlashInfer has no kernel for this model here ({type(failure).__name__}: {failure})"
+        else:
+            return fast, "the fastest known on this device"
+    return TorchAttention(kv, num_heads), unfit
+
+
+def _why_not_flashinfer(kv: Tensor, num_heads: int) -> str | None:
+    group, head_dim = num_heads // kv.shape[4], kv.shape[5]
+    if not kv.is_cuda:
+        return "the only kind for this device"
+    if kv.dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashInfer takes bfloat16 and float16, not {str(kv.dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(kv.device)
+    if capability[0] not in (9, 10, 12):
+        return f"XQA needs compute capability 9, 10 or 12, and this device has {capability[0]}.{capability[1]}"
+    if head_dim not in (64, 128, 256):
+        return f"XQA takes head sizes 64, 128 and 256, not {head_dim}"
+    if group > 8:
+        return f"XQA takes up to 8 query heads for each key head, not {group}"
+    return None

@@ -1,0 +1,27 @@
+"""Every Triton kernel against its torch reference, on the CPU, by Triton's interpreter in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).parent / "interpreted_kernels.py"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_each_kernel_agrees_with_its_reference_over_random_shapes() -> None:
+    run = subprocess.run(
+        [sys.executable, str(CHECKS)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.split() == ["norm", "activation", "rope", "philox", "inputs"]
