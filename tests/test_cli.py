@@ -113,7 +113,7 @@ def test_every_sampling_parameter_has_an_option(command: str, capsys: pytest.Cap
 
 
 def test_stdout_gets_the_text_and_nothing_else(tiny_llama_dir: Path) -> None:
-    asked = ["generate", tiny_llama_dir, "The quick brown fox", "--max-tokens", "12", *GREEDY, *TINY]
+    asked: list[str | Path] = ["generate", tiny_llama_dir, "The quick brown fox", "--max-tokens", "12", *GREEDY, *TINY]
     streamed, whole = overlap(*asked), overlap(*asked, "--json")
     assert (streamed.returncode, whole.returncode) == (0, 0), streamed.stderr + whole.stderr
     assert (streamed.stderr, whole.stderr) == ("", "")
@@ -132,7 +132,7 @@ def test_a_prompt_can_come_from_stdin(tiny_llama_dir: Path) -> None:
 
 
 def test_a_reader_who_leaves_early_ends_the_command_quietly(smollm2_path: Path) -> None:
-    command = [
+    command: list[str | Path] = [
         *OVERLAP,
         "generate",
         smollm2_path,
@@ -153,7 +153,7 @@ def test_a_reader_who_leaves_early_ends_the_command_quietly(smollm2_path: Path) 
 
 
 def test_ctrl_c_ends_generate_quietly_with_130(smollm2_path: Path) -> None:
-    command = [
+    command: list[str | Path] = [
         *OVERLAP,
         "generate",
         smollm2_path,
@@ -214,7 +214,7 @@ def test_ctrl_d_ends_chat(tiny_llama_dir: Path) -> None:
 
 
 def test_chat_says_when_the_conversation_has_outgrown_the_context(tiny_llama_dir: Path) -> None:
-    asked = ["chat", tiny_llama_dir, "--ignore-eos", *GREEDY, *TINY]
+    asked: list[str | Path] = ["chat", tiny_llama_dir, "--ignore-eos", *GREEDY, *TINY]
     run = overlap(*asked, text="How many tokens are there?\nAnd now?\n/reset\nHow many?\n")
     assert run.returncode == 0, run.stderr
     filled, refused, forgotten, again = run.stderr.splitlines()
@@ -226,7 +226,7 @@ def test_chat_says_when_the_conversation_has_outgrown_the_context(tiny_llama_dir
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_serve_answers_until_it_is_told_to_end(tiny_llama_dir: Path, sent: signal.Signals, code: int) -> None:
-    command = [*OVERLAP, "serve", tiny_llama_dir, "--port", "0", *TINY]
+    command: list[str | Path] = [*OVERLAP, "serve", tiny_llama_dir, "--port", "0", *TINY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         assert program.stderr is not None
         assert program.stdout is not None

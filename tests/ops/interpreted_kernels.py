@@ -20,8 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """bfloat16 may differ by one rounding."""
-    tolerance = 1e-5 if expected.dtype is torch.float32 else 2**-7
+    """The interpreter truncates to bfloat16 where devices round, up to twice in a row."""
+    tolerance = 1e-5 if expected.dtype is torch.float32 else 2**-5
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 

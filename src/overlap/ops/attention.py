@@ -168,7 +168,7 @@ class TorchAttention:
             .expand(-1, group, -1, -1)
             for index in chunk.index_L2P[layer]
         )
-        q_KGTD = q_THD.unflatten(1, (self._num_kv_heads, group)).permute(1, 2, 0, 3)
+        q_KGTD = q_THD.view(count, self._num_kv_heads, group, -1).permute(1, 2, 0, 3)
         out = F.scaled_dot_product_attention(
             q_KGTD, keys_KGTD, values_KGTD, attn_mask=chunk.mask, is_causal=chunk.mask is None
         )

@@ -18,9 +18,8 @@ from flashinfer.jit import gen_batch_prefill_module
 from flashinfer.xqa import xqa
 from torch import Tensor
 
-from overlap.cache.pages import PAGE
+from overlap.cache.pages import PAGE, Ints
 from overlap.ops.attention import AttentionRows
-from overlap.schedule.plan import Ints
 
 SEMAPHORES: Final = 8 << 20
 """Bytes at the head of XQA's workspace that must start as zeros; XQA leaves them zero."""

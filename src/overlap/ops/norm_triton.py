@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_kernel(
     x: Any,
     residual: Any,
@@ -29,7 +29,8 @@ def _rms_norm_kernel(
     inside = channel < channels
     value = tl.load(x + row * x_stride + channel, mask=inside, other=0.0)
     if HAS_RESIDUAL:
-        value += tl.load(residual + row * residual_stride + channel, mask=inside, other=0.0)
+        addend = tl.load(residual + row * residual_stride + channel, mask=inside, other=0.0)
+        value = (value.to(tl.float32) + addend.to(tl.float32)).to(value.dtype)
         tl.store(total + row * channels + channel, value, mask=inside)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / channels + eps)

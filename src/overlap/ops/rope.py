@@ -72,9 +72,7 @@ def rope_and_write(
     if qkv_TX.is_cuda:
         from overlap.ops import rope_triton
 
-        return rope_triton.rope_and_write(
-            qkv_TX, positions_T, table, kv, layer, kv_index_T, num_heads, num_kv_heads
-        )
+        return rope_triton.rope_and_write(qkv_TX, positions_T, table, kv, layer, kv_index_T, num_heads, num_kv_heads)
     tokens, half, num_rotated = qkv_TX.shape[0], table.shape[1] // 2, num_heads + num_kv_heads
     # The few dispatches below are what this costs at one row: mixed dtypes would double the price of each.
     heads_TN2D = qkv_TX.float().view(tokens, -1, 2, half)

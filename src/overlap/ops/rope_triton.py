@@ -15,7 +15,7 @@ _HEADS_A_PROGRAM: Final = 4
 
 
 # Not specialised on the layer: 0, 1 and multiples of 16 would each be compiled anew, in the middle of a step.
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
 def _rope_and_write_kernel(
     qkv: Any,
     positions: Any,

@@ -15,7 +15,7 @@ from overlap.sample.philox import LARGEST, MULTIPLIERS, ROUNDS, WEYL
 _BLOCKS_A_PROGRAM: Final = 256
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gumbel_kernel(
     seed_lo: Any,
     seed_hi: Any,

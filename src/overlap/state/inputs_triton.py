@@ -20,7 +20,7 @@ _TOKENS_BLOCK: Final = 128
 
 
 # Counts and offsets change with every step: specialising on them would compile a kernel for each kind of number.
-@triton.jit(do_not_specialize=["admissions", "num_admissions", "page_updates", "num_updates"])
+@triton.jit(do_not_specialize=["admissions", "num_admissions", "page_updates", "num_updates"])  # type: ignore[untyped-decorator]
 def _apply_changes_kernel(
     packed: Any,
     seq_len: Any,
@@ -62,7 +62,7 @@ def _apply_changes_kernel(
     tl.store(page_table + row * table_stride + index, page, mask=updated)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_decode", "prompt"])
+@triton.jit(do_not_specialize=["num_rows", "num_decode", "prompt"])  # type: ignore[untyped-decorator]
 def _build_inputs_kernel(
     packed: Any,
     last_token: Any,
@@ -98,18 +98,19 @@ def _build_inputs_kernel(
         column = begin + lane
         page = tl.load(source + column, mask=column < WIDTH, other=0)
         tl.store(pages + row.to(tl.int64) * WIDTH + column, page, mask=column < WIDTH)
-    for begin in range(0, count, BLOCK):
-        token = begin + lane
+    token = lane
+    done = count * 0  # a while: the interpreter's range takes no device value
+    while done < count:
         inside = token < count
-        from_prompt = tl.load(
-            packed + prompt + first - num_decode + token, mask=inside & (row >= num_decode), other=0
-        )
+        from_prompt = tl.load(packed + prompt + first - num_decode + token, mask=inside & (row >= num_decode), other=0)
         from_slot = tl.load(last_token + slot)
         position = start + token
         page = tl.load(source + position // PAGE_TOKENS, mask=inside, other=0)
         tl.store(token_ids + first + token, tl.where(row < num_decode, from_slot, from_prompt), mask=inside)
         tl.store(positions + first + token, position, mask=inside)
         tl.store(kv_index + first + token, page * PAGE_TOKENS + position % PAGE_TOKENS, mask=inside)
+        token += BLOCK
+        done += BLOCK
     tl.store(seq_lens + row, start + count)
     tl.store(emit_tokens + emit, first + count - 1, mask=emit >= 0)
     tl.store(emit_slots + emit, slot, mask=emit >= 0)

@@ -11,8 +11,8 @@ from typing import Final
 
 import numpy as np
 
-from overlap.errors import InternalError
 from overlap.cache.pages import Ints
+from overlap.errors import InternalError
 from overlap.schedule.plan import Admission, StepPlan
 
 HEADER: Final = 16
