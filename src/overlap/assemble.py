@@ -23,7 +23,6 @@ from overlap.config import (
 )
 from overlap.models import Checkpoint, build, open_checkpoint
 from overlap.models.config import ModelConfig
-from overlap.models.llama import Llama
 from overlap.observe.progress import wanted
 from overlap.ops.attention import choose_attention
 from overlap.runner import Runner
@@ -90,9 +89,7 @@ def assemble(asked: EngineConfig) -> Parts:
             torch.cuda.set_device(device)  # of the engine's thread, which nobody else sees
         stream = _stream(device)
         try:
-            dtype = getattr(torch, resolved.dtype)
-            program = _on(stream, lambda: build(checkpoint, device=device, dtype=dtype, progress=show))
-            return _parts(resolved, checkpoint.config, text, program, stream)
+            return _on(stream, lambda: _parts(resolved, checkpoint, text, stream, device, show=show))
         except BaseException:
             stream.close()
             raise
@@ -100,8 +97,11 @@ def assemble(asked: EngineConfig) -> Parts:
         checkpoint.close()
 
 
-def _parts(resolved: Resolved, model: ModelConfig, text: Text, program: Llama, stream: Stream) -> Parts:
-    device = program.device
+def _parts(
+    resolved: Resolved, checkpoint: Checkpoint, text: Text, stream: Stream, device: torch.device, *, show: bool
+) -> Parts:
+    model, dtype = checkpoint.config, getattr(torch, resolved.dtype)
+    program = build(checkpoint, device=device, dtype=dtype, progress=show)
     num_pages = num_kv_pages(resolved, model, _free_bytes(device))
     context = min(resolved.context, num_pages * PAGE)
     kv = torch.zeros(  # zeros: a masked key's weight is 0, and 0 times a stray NaN would be NaN
@@ -109,7 +109,7 @@ def _parts(resolved: Resolved, model: ModelConfig, text: Text, program: Llama, s
         dtype=getattr(torch, resolved.dtype),
         device=device,
     )
-    attention, why = _on(stream, lambda: choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context)))
+    attention, why = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
     runner = Runner(
         program,
         attention,

@@ -139,7 +139,6 @@ class FlashInferAttention:
             )
             self.plan(rows)
             self.attend(0, torch.zeros((2, self._num_heads, self._head_dim), dtype=self._dtype, device=self._device))
-        torch.cuda.synchronize(self._device)
 
 
 def _offsets(counts: Ints) -> Ints:

@@ -60,7 +60,7 @@ def _gumbel_kernel(
     if ONLY_BITS:
         tl.store(target, bits.to(tl.int64), mask=inside)
     else:
-        uniform = tl.minimum((bits.to(tl.float32) + 0.5) * (2.0**-32), LARGEST_)
+        uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, LARGEST_)  # 2**-32
         noise = -libdevice.log(-libdevice.log1p(-uniform))
         if HAS_BASE:
             noise += tl.load(base + row * base_stride + token, mask=inside, other=0.0)
