@@ -81,7 +81,8 @@ def test_a_decider_imports_no_torch(path: Path) -> None:
 @pytest.mark.parametrize("path", [*DECIDERS, *PUBLIC_EDGE], ids=relative)
 def test_importing_a_decider_or_the_public_edge_loads_no_torch(path: Path) -> None:
     module = "overlap." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    code = f"import sys, importlib; importlib.import_module({module.removesuffix('.__init__')!r}); assert 'torch' not in sys.modules"
+    name = module.removesuffix(".__init__")
+    code = f"import sys, importlib; importlib.import_module({name!r}); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
     assert done.returncode == 0, done.stderr
 
@@ -126,7 +127,8 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_no_module_is_part_of_an_import_cycle() -> None:
     graph: dict[str, set[str]] = {}
-    names = {".".join(("overlap", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES}
+    dotted = {path: ".".join(("overlap", *path.relative_to(ROOT).with_suffix("").parts)) for path in FILES}
+    names = {name.removesuffix(".__init__"): path for path, name in dotted.items()}
     for name, path in names.items():
         graph[name] = {target for target, top in imports(path) if top and target in names and target != name}
     seen: dict[str, int] = {}

@@ -54,8 +54,10 @@ async def last(engine: AsyncEngine, prompt: Any, **params: Any) -> Output:
 
 
 async def test_an_answer_streams_and_its_parts_make_the_whole(engine: AsyncEngine) -> None:
-    text, tokens, outputs = "", [], []
-    async for output in engine.generate("The quick brown", SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)):
+    text, outputs = "", []
+    tokens: list[int] = []
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    async for output in engine.generate("The quick brown", params):
         text += output.text_delta
         assert output.text == text
         assert output.token_ids[: len(tokens)] == tokens
@@ -190,7 +192,8 @@ async def test_abort_ends_a_request_and_nothing_more_of_it_is_seen(engine: Async
     seen: list[Output] = []
 
     async def read() -> None:
-        async for output in engine.generate("Berlin", SamplingParams(max_tokens=480, ignore_eos=True), request_id="mine"):
+        params = SamplingParams(max_tokens=480, ignore_eos=True)
+        async for output in engine.generate("Berlin", params, request_id="mine"):
             seen.append(output)  # noqa: PERF401 - read as it comes
 
     reader = asyncio.create_task(read())
@@ -318,7 +321,9 @@ def test_a_bad_sampling_parameter_is_refused_by_name_and_value(given: dict[str, 
         ({"load_format": "pickle"}, "load_format must be one of"),
     ],
 )
-async def test_a_bad_option_is_refused_by_name_and_value(tiny_llama_dir: Path, given: dict[str, Any], message: str) -> None:
+async def test_a_bad_option_is_refused_by_name_and_value(
+    tiny_llama_dir: Path, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         async with AsyncEngine(tiny_llama_dir, **{"device": "cpu", **given}):
             pass
@@ -398,8 +403,8 @@ async def test_an_engine_left_open_warns_and_its_thread_ends(tiny_llama_dir: Pat
 
 
 async def test_a_step_that_fails_ends_its_requests_with_the_cause_and_the_engine_goes_on(engine: AsyncEngine) -> None:
-    runner = engine._core._loop._runner  # type: ignore[union-attr]
-    sound = runner._attention  # type: ignore[attr-defined]
+    runner: Any = engine._core._loop._runner  # type: ignore[union-attr]
+    sound = runner._attention
 
     class Broken:
         def plan(self, rows: object) -> None:
@@ -407,12 +412,12 @@ async def test_a_step_that_fails_ends_its_requests_with_the_cause_and_the_engine
 
     async with engine.generate("The", SamplingParams(max_tokens=400, ignore_eos=True)) as answer:
         await anext(answer)
-        runner._attention = Broken()  # type: ignore[attr-defined]
+        runner._attention = Broken()
         with pytest.raises(RequestFailed, match="no memory for this step") as failure:
             while True:
                 await anext(answer)
         assert isinstance(failure.value.__cause__, MemoryError)
-    runner._attention = sound  # type: ignore[attr-defined]
+    runner._attention = sound
     assert (await last(engine, "Paris", max_tokens=3, ignore_eos=True)).usage.completion_tokens == 3
     assert engine.statistics().failed_steps >= 1
 
@@ -426,7 +431,7 @@ async def test_when_the_loop_dies_every_waiter_hears_the_cause_at_once(tiny_llam
         def die() -> None:
             raise ZeroDivisionError("a bug")
 
-        engine._core._planner.plan = die  # type: ignore[union-attr, method-assign, assignment]
+        engine._core._planner.plan = die  # type: ignore[union-attr, method-assign]
         for answer in answers:
             with pytest.raises(EngineDead, match="a bug") as death:
                 while True:

@@ -1,4 +1,4 @@
-"""Greedy answers are those of `transformers`, token for token, in fp32 on the CPU: the real model and small random ones."""
+"""Greedy answers are those of `transformers`, token for token, in fp32 on the CPU, of real and of random models."""
 
 from __future__ import annotations
 

@@ -146,7 +146,8 @@ with asyncio.Runner() as runner:
     during = runner.run(main())
 after = world()
 after["names"] = before["names"] = None if after["names"] != before["names"] else before["names"]
-print(json.dumps([before == after, {k: (before[k], v) for k, v in during.items() if before[k] != v and k != "signals"}]))
+changed = {k: (before[k], v) for k, v in during.items() if before[k] != v and k != "signals"}
+print(json.dumps([before == after, changed]))
 """
 
 
@@ -208,8 +209,8 @@ def test_a_running_loop_in_jupyter_is_a_host(tiny_llama_dir: Path) -> None:
     tokens = json.loads(notebook.cells[1].outputs[-1]["data"]["text/plain"])
     assert tokens == asyncio.run(answer(tiny_llama_dir))
     assert notebook.cells[2].outputs[-1]["data"]["text/plain"] == "3"
-    bars = [output for output in notebook.cells[2].outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
-    assert bars, "a batch shows its progress as a widget in a notebook"
+    kinds = [kind for output in notebook.cells[2].outputs for kind in output.get("data", {})]
+    assert "application/vnd.jupyter.widget-view+json" in kinds, "a batch shows its progress as a widget in a notebook"
 
 
 def test_the_parameters_of_a_host_in_inference_mode_do_not_leak(tiny_llama_dir: Path) -> None:

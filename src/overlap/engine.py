@@ -228,9 +228,10 @@ class AsyncEngine:
                         tasks.add(asyncio.create_task(self._last_output(prompt, one, index)))
                     if not tasks:
                         return
-                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         output = task.result()
+                        tasks.remove(task)
                         num_tokens += output.usage.completion_tokens
                         shown.update(1)
                         shown.set_postfix_str(f"{num_tokens} tokens", refresh=False)

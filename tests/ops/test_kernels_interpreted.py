@@ -25,3 +25,19 @@ def test_each_kernel_agrees_with_its_reference_over_random_shapes() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.split() == ["norm", "activation", "rope", "philox", "inputs"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_each_kernel_compiles_for_hopper_on_a_machine_without_a_gpu() -> None:
+    run = subprocess.run(
+        [sys.executable, str(CHECKS.with_name("compile_kernels.py"))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert set(run.stdout.split()) == {
+        "_rms_norm_kernel", "_silu_mul_kernel", "_rope_and_write_kernel", "_gumbel_kernel", "_apply_changes_kernel",
+        "_build_inputs_kernel",
+    }  # fmt: skip

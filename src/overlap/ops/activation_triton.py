@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -12,8 +12,8 @@ from torch import Tensor
 _BLOCK: Final = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _silu_mul_kernel(gate_up: Any, out: Any, row_stride: Any, size: Any, BLOCK: tl.constexpr) -> None:
+@triton.jit
+def _silu_mul_kernel(gate_up, out, row_stride, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rms_norm_kernel(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    normed: Any,
-    total: Any,
-    x_stride: Any,
-    residual_stride: Any,
-    channels: Any,
-    eps: Any,
+    x,
+    residual,
+    weight,
+    normed,
+    total,
+    x_stride,
+    residual_stride,
+    channels,
+    eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < channels

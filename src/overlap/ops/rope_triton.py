@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -15,24 +15,24 @@ _HEADS_A_PROGRAM: Final = 4
 
 
 # Not specialised on the layer: 0, 1 and multiples of 16 would each be compiled anew, in the middle of a step.
-@triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["layer"])
 def _rope_and_write_kernel(
-    qkv: Any,
-    positions: Any,
-    table: Any,
-    kv: Any,
-    kv_index: Any,
-    q_out: Any,
-    row_stride: Any,
-    layer: Any,
-    layers: Any,
+    qkv,
+    positions,
+    table,
+    kv,
+    kv_index,
+    q_out,
+    row_stride,
+    layer,
+    layers,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
-) -> None:
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)[:, None]
     column = tl.arange(0, HALF_BLOCK)[None, :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -15,15 +15,15 @@ from overlap.sample.philox import LARGEST, MULTIPLIERS, ROUNDS, WEYL
 _BLOCKS_A_PROGRAM: Final = 256
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _gumbel_kernel(
-    seed_lo: Any,
-    seed_hi: Any,
-    positions: Any,
-    base: Any,
-    out: Any,
-    base_stride: Any,
-    size: Any,
+    seed_lo,
+    seed_hi,
+    positions,
+    base,
+    out,
+    base_stride,
+    size,
     HAS_BASE: tl.constexpr,
     ONLY_BITS: tl.constexpr,
     ROUNDS_: tl.constexpr,
@@ -33,7 +33,7 @@ def _gumbel_kernel(
     WEYL_1: tl.constexpr,
     LARGEST_: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     low = tl.load(seed_lo + row).to(tl.uint32, bitcast=True)

@@ -106,7 +106,7 @@ def _count_kept(ranked_SV: Tensor, top_k_S1: Tensor, top_p_S1: Tensor) -> Tensor
 
 
 def _descending(values_SV: Tensor) -> Tensor:
-    """Return each row's values from high to low. On the CPU numpy's vectorised sort is some ten times torch's."""
+    """Return each row's values from high to low. On the CPU numpy's sort is 1.7 to 3.6 times as fast."""
     if values_SV.is_cuda:
         return values_SV.sort(dim=-1, descending=True).values
     ascending = np.negative(values_SV.numpy())

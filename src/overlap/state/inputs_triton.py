@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import triton
 import triton.language as tl
@@ -20,25 +20,25 @@ _TOKENS_BLOCK: Final = 128
 
 
 # Counts and offsets change with every step: specialising on them would compile a kernel for each kind of number.
-@triton.jit(do_not_specialize=["admissions", "num_admissions", "page_updates", "num_updates"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["admissions", "num_admissions", "page_updates", "num_updates"])
 def _apply_changes_kernel(
-    packed: Any,
-    seq_len: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seed_lo: Any,
-    seed_hi: Any,
-    page_table: Any,
-    table_stride: Any,
-    admissions: Any,
-    num_admissions: Any,
-    page_updates: Any,
-    num_updates: Any,
+    packed,
+    seq_len,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seed_lo,
+    seed_hi,
+    page_table,
+    table_stride,
+    admissions,
+    num_admissions,
+    page_updates,
+    num_updates,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     change = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     admitted = change < num_admissions
     word = packed + admissions + change * WORDS
@@ -62,28 +62,28 @@ def _apply_changes_kernel(
     tl.store(page_table + row * table_stride + index, page, mask=updated)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_decode", "prompt"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows", "num_decode", "prompt"])
 def _build_inputs_kernel(
-    packed: Any,
-    last_token: Any,
-    seq_len: Any,
-    page_table: Any,
-    token_ids: Any,
-    positions: Any,
-    kv_index: Any,
-    seq_lens: Any,
-    pages: Any,
-    emit_tokens: Any,
-    emit_slots: Any,
-    emit_positions: Any,
-    num_rows: Any,
-    num_decode: Any,
-    prompt: Any,
+    packed,
+    last_token,
+    seq_len,
+    page_table,
+    token_ids,
+    positions,
+    kv_index,
+    seq_lens,
+    pages,
+    emit_tokens,
+    emit_slots,
+    emit_positions,
+    num_rows,
+    num_decode,
+    prompt,
     WIDTH: tl.constexpr,
     HEADER_WORDS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """One program a row: it alone reads and then advances the row's length."""
     row = tl.program_id(0)
     words = packed + HEADER_WORDS + row
