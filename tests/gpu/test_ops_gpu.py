@@ -53,16 +53,16 @@ def test_norm_and_activation_agree_with_float32(dtype: torch.dtype) -> None:
         torch.manual_seed(seed)
         chance = random.Random(seed)
         tokens, channels = chance.randint(1, 300), chance.choice([8, 100, 576, 4096, 14336])
-        x, residual = torch.randn(2, tokens, channels).to(dtype)
-        weight = torch.randn(channels).to(dtype)
+        x, residual = torch.randn(tokens, channels).to(dtype), torch.randn(tokens, channels)
+        weight = torch.randn(channels)
         on_device = x.cuda(), residual.cuda(), weight.cuda()
         with no_sync():
-            alone = norm.rms_norm(on_device[0], on_device[2], 1e-5)
+            alone = norm.rms_norm(on_device[1], on_device[2], 1e-5, dtype)
             normed, total = norm.add_rms_norm(*on_device, 1e-5)
             gated = activation.silu_mul(on_device[0])
-        close(alone, norm.rms_norm(x.float(), weight.float(), 1e-5))
-        close(total, x.float() + residual.float())
-        close(normed, norm.rms_norm((x + residual).float(), weight.float(), 1e-5))
+        close(alone, norm.rms_norm(residual, weight, 1e-5, torch.float32))
+        close(total, x.float() + residual)
+        close(normed, norm.rms_norm(x.float() + residual, weight, 1e-5, torch.float32))
         close(gated, activation.silu_mul(x.float()))
 
 

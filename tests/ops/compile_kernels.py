@@ -53,9 +53,9 @@ def compile_only() -> None:
 def main() -> None:
     compile_only()
     for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(4, 64).to(dtype)
-        norm_triton.rms_norm(x, x[0], 1e-5)
-        norm_triton.add_rms_norm(x, x, x[0], 1e-5)
+        residual = torch.randn(4, 64)
+        norm_triton.rms_norm(residual, residual[0], 1e-5, dtype)
+        norm_triton.add_rms_norm(residual.to(dtype), residual, residual[0], 1e-5)
         activation_triton.silu_mul(torch.randn(4, 128).to(dtype))
         kv = torch.zeros(4, 2, 2, 16, 3, 64).to(dtype)
         index = torch.arange(4, dtype=torch.int32)

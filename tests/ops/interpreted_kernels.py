@@ -28,9 +28,9 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 def check_norm(chance: random.Random) -> None:
     for dtype in DTYPES:
         tokens, channels = chance.randint(1, 5), chance.choice([8, 100, 576])
-        x, residual = torch.randn(2, tokens, channels).to(dtype)
-        weight = torch.randn(channels).to(dtype)
-        close(norm_triton.rms_norm(x, weight, 1e-5), norm.rms_norm(x, weight, 1e-5))
+        x, residual = torch.randn(tokens, channels).to(dtype), torch.randn(tokens, channels)
+        weight = torch.randn(channels)
+        close(norm_triton.rms_norm(residual, weight, 1e-5, dtype), norm.rms_norm(residual, weight, 1e-5, dtype))
         for got, expected in zip(
             norm_triton.add_rms_norm(x, residual, weight, 1e-5),
             norm.add_rms_norm(x, residual, weight, 1e-5),

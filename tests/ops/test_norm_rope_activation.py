@@ -14,16 +14,16 @@ LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_has_the_bits_of_llama(dtype: torch.dtype) -> None:
+def test_rms_norm_has_the_bits_of_llama_in_float32_and_is_rounded_once(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    theirs = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    theirs = LlamaRMSNorm(96, eps=1e-5)
     theirs.weight.data.normal_()
-    x, residual = torch.randn(2, 5, 96).to(dtype)
+    x, residual = torch.randn(5, 96).to(dtype), torch.randn(5, 96)
     with torch.no_grad():
-        assert torch.equal(rms_norm(x, theirs.weight, 1e-5), theirs(x))
+        assert torch.equal(rms_norm(residual, theirs.weight, 1e-5, dtype), theirs(residual).to(dtype))
         normed, total = add_rms_norm(x, residual, theirs.weight, 1e-5)
-        assert torch.equal(total, x + residual)
-        assert torch.equal(normed, theirs(x + residual))
+        assert torch.equal(total, x.float() + residual)
+        assert torch.equal(normed, theirs(x.float() + residual).to(dtype))
 
 
 def test_silu_mul_has_the_bits_of_two_ops() -> None:

@@ -73,10 +73,11 @@ class Llama:
     def forward(self, batch: Batch) -> Forward:
         """Yield one `Attend` a layer, be sent [T, H * D], and return the hidden states after the final norm, [T, C]."""
         eps = self.config.rms_norm_eps
-        x_TC = residual_TC = F.embedding(batch.token_ids, self._embedding_VC)
+        x_TC = F.embedding(batch.token_ids, self._embedding_VC)
+        residual_TC = x_TC.float()
         for index, layer in enumerate(self._layers):
             if index == 0:
-                normed_TC = rms_norm(x_TC, layer.attention_norm_C, eps)
+                normed_TC = rms_norm(residual_TC, layer.attention_norm_C, eps, self.dtype)
             else:
                 normed_TC, residual_TC = add_rms_norm(x_TC, residual_TC, layer.attention_norm_C, eps)
             q_THD = rope_and_write(

@@ -64,7 +64,7 @@ class _Loading:
             embedding_VC=embedding_VC,
             head=head,
             layers=tuple(self._layer(f"model.layers.{index}") for index in range(config.num_layers)),
-            norm_C=self._tensor("model.norm.weight"),
+            norm_C=self._norm("model.norm.weight"),
             rope_table=rope_table(
                 config.head_dim, config.context, config.rope_theta, config.rope_scaling, self._device
             ),
@@ -77,8 +77,8 @@ class _Loading:
             down=self._linear(f"{prefix}.mlp.down_proj", bias=mlp),
             qkv=self._linear(*(f"{prefix}.self_attn.{part}_proj" for part in "qkv"), bias=attention),
             o=self._linear(f"{prefix}.self_attn.o_proj", bias=attention),
-            attention_norm_C=self._tensor(f"{prefix}.input_layernorm.weight"),
-            mlp_norm_C=self._tensor(f"{prefix}.post_attention_layernorm.weight"),
+            attention_norm_C=self._norm(f"{prefix}.input_layernorm.weight"),
+            mlp_norm_C=self._norm(f"{prefix}.post_attention_layernorm.weight"),
         )
 
     def _linear(self, *modules: str, bias: bool) -> Linear:
@@ -96,6 +96,11 @@ class _Loading:
 
     def _tensor(self, name: str) -> Tensor:
         tensor = torch.empty(self._shapes[name], device=self._device, dtype=self._dtype)
+        self._read(name, tensor)
+        return tensor
+
+    def _norm(self, name: str) -> Tensor:
+        tensor = torch.empty(self._shapes[name], device=self._device)  # float32, as the residual stream it scales
         self._read(name, tensor)
         return tensor
 

@@ -19,51 +19,50 @@ def _rms_norm_kernel(
     residual_stride,
     channels,
     eps,
-    HAS_RESIDUAL: tl.constexpr,
+    HAS_X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < channels
-    value = tl.load(x + row * x_stride + channel, mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        addend = tl.load(residual + row * residual_stride + channel, mask=inside, other=0.0)
-        value = (value.to(tl.float32) + addend.to(tl.float32)).to(value.dtype)
+    value = tl.load(residual + row * residual_stride + channel, mask=inside, other=0.0)
+    if HAS_X:
+        value += tl.load(x + row * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row * channels + channel, value, mask=inside)
-    wide = value.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / channels + eps)
-    rounded = (wide * scale).to(value.dtype).to(tl.float32)
-    scaled = rounded * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + row * channels + channel, scaled.to(value.dtype), mask=inside)
+    scale = tl.rsqrt(tl.sum(value * value, axis=0) / channels + eps)
+    scaled = value * scale * tl.load(weight + channel, mask=inside, other=0.0)
+    tl.store(normed + row * channels + channel, scaled.to(normed.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    """See `ops.norm.rms_norm`. Rows may be strided, channels may not."""
-    return _launch(x_TC, None, weight_C, eps)[0]
+def rms_norm(residual_TC: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """See `ops.norm.rms_norm`."""
+    return _launch(None, residual_TC, weight_C, eps, dtype)[0]
 
 
 def add_rms_norm(x_TC: Tensor, residual_TC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ops.norm.add_rms_norm`."""
-    return _launch(x_TC, residual_TC, weight_C, eps)
+    return _launch(x_TC, residual_TC, weight_C, eps, x_TC.dtype)
 
 
-def _launch(x_TC: Tensor, residual_TC: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    tokens, channels = x_TC.shape
-    normed_TC = torch.empty((tokens, channels), dtype=x_TC.dtype, device=x_TC.device)
-    residual = x_TC if residual_TC is None else residual_TC
-    total_TC = normed_TC if residual_TC is None else torch.empty_like(normed_TC)
+def _launch(
+    x_TC: Tensor | None, residual_TC: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    tokens, channels = residual_TC.shape
+    normed_TC = torch.empty((tokens, channels), dtype=dtype, device=residual_TC.device)
+    total_TC = residual_TC if x_TC is None else torch.empty_like(residual_TC, memory_format=torch.contiguous_format)
+    x = residual_TC if x_TC is None else x_TC
     block = triton.next_power_of_2(channels)
     _rms_norm_kernel[(tokens,)](
-        x_TC,
-        residual,
+        x,
+        residual_TC,
         weight_C,
         normed_TC,
         total_TC,
-        x_TC.stride(0),
-        residual.stride(0),
+        x.stride(0),
+        residual_TC.stride(0),
         channels,
         eps,
-        HAS_RESIDUAL=residual_TC is not None,
+        HAS_X=x_TC is not None,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
     )

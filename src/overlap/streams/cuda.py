@@ -70,7 +70,9 @@ class CudaStream:
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the device has passed `mark`; raise what the work before it raised."""
         own = _own(mark)
-        if not own.event.query():  # type: ignore[no-untyped-call]
+        if own.event.query():  # type: ignore[no-untyped-call]
+            await asyncio.sleep(0)  # arrivals and aborts get their turn at every step, however fast the device
+        else:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
             self._waits.put((own.event, loop, future))

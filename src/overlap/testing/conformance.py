@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from overlap.streams.stream import Stream
@@ -17,7 +18,10 @@ async def check_stream(make: Callable[[str], Stream]) -> None:
         mark = first.mark()
         await first.wait_reached(mark)
         assert done == ["a", "b", "c"], f"work ran as {done}, not in the order in which it was launched"
+        others: list[str] = []
+        asyncio.get_running_loop().call_soon(others.append, "ran")
         await first.wait_reached(mark)  # a mark stays reached
+        assert others == ["ran"], "other tasks got no turn while a reached mark was waited for"
         await first.wait_reached(first.mark())  # a mark behind no new work is a place too
 
         first.launch("before", lambda: done.append("before"))
