@@ -12,14 +12,12 @@ WIDTH, HEIGHT = 1000, 560
 LEFT: Final = 182  # where time begins
 STEP: Final = 244  # px that a step takes on the device
 SETTLE, PLAN, LAUNCH, READ = 50, 44, 54, 44
-RIGHT: Final = LEFT + 3 * STEP + 50  # where the drawing is cut off
+RIGHT: Final = LEFT + 3 * STEP + 56  # where the drawing is cut off
 TALL: Final = 46
 
 INK, FAINT, LINE, PAPER = "#1c2430", "#66707d", "#d5dae1", "#ffffff"
-FILL: Final = {
-    "settle": "#f4b183", "plan": "#9cc4ec", "launch": "#7fd1b4", "read": "#d9c3ee",
-    "step": ("#39465a", "#4d5d75", "#63758f", "#7d8ea6"),
-}  # fmt: skip
+FILL: Final = {"settle": "#f4b183", "plan": "#9cc4ec", "launch": "#7fd1b4", "read": "#d9c3ee"}
+STEPS: Final = ("#39465a", "#4d5d75", "#63758f", "#7d8ea6")
 FONT: Final = "font-family=\"'DejaVu Sans', 'Segoe UI', Helvetica, Arial, sans-serif\""
 
 
@@ -76,7 +74,7 @@ def ahead(top: float) -> list[str]:
     ]
     for k in range(3):
         x = LEFT + k * STEP
-        out.append(box(x, device, STEP, FILL["step"][k], (f"step {at(k)}",), ink=PAPER))
+        out.append(box(x, device, STEP, STEPS[k], (f"step {at(k)}",), ink=PAPER))
         out.append(box(x, host, SETTLE, FILL["settle"], ("settle", at(k - 1))))
         out.append(box(x + SETTLE, host, PLAN, FILL["plan"], ("plan", at(k + 1))))
         launch = x + SETTLE + PLAN
@@ -93,7 +91,7 @@ def ahead(top: float) -> list[str]:
         )
         out.append(arrow(f"M{x + STEP} {device} V{host + TALL + 4}"))
     x = LEFT + 3 * STEP
-    out.append(box(x, device, RIGHT - x, FILL["step"][3], (at(3),), ink=PAPER))
+    out.append(box(x, device, RIGHT - x, STEPS[3], (at(3),), ink=PAPER))
     out.append(box(x, host, RIGHT - x, FILL["settle"], ("settle", at(2))))
     queued = LEFT + SETTLE + PLAN + LAUNCH - 22
     out.append(text(queued, host + 84, f"queued behind step {at(0)}", size=11.5, fill=FAINT, more='text-anchor="end"'))
@@ -110,7 +108,7 @@ def in_turn(top: float) -> list[str]:
         out.append(box(x, host, PLAN, FILL["plan"], ("plan", at(k))))
         out.append(box(x + PLAN, host, LAUNCH, FILL["launch"], ("launch", at(k))))
         begin = x + PLAN + LAUNCH
-        out.append(box(begin, device, STEP, FILL["step"][k], (f"step {at(k)}",), ink=PAPER))
+        out.append(box(begin, device, STEP, STEPS[k], (f"step {at(k)}",), ink=PAPER))
         out.append(gap(begin, host, STEP, "sleeps"))
         end = begin + STEP
         out.append(box(end, host, SETTLE, FILL["settle"], ("settle", at(k))))
@@ -122,25 +120,25 @@ def in_turn(top: float) -> list[str]:
 def drawing() -> str:
     """Return the whole SVG."""
     parts = [
-        text(20, 34, "One step ahead", size=17, more='font-weight="bold"'),
+        text(20, 34, "One step ahead", size=16.5, more='font-weight="bold"'),
         text(
-            LEFT - 8,
+            LEFT + 6,
             34,
             "While the device runs a step, the host settles the one before and launches the next.",
             size=13,
         ),
         *ahead(64),
         f'<path d="M20 330 H{RIGHT}" stroke="{LINE}"/>',
-        text(20, 362, "In turn", size=17, more='font-weight="bold"'),
+        text(20, 362, "In turn", size=16.5, more='font-weight="bold"'),
         text(
-            LEFT - 8,
+            LEFT + 6,
             362,
             "The same loop with overlap=False: the device waits for the host between any two steps.",
             size=13,
         ),
         *in_turn(392),
         text(RIGHT, 538, "time →", size=11.5, fill=FAINT, more='text-anchor="end"'),
-        text(LEFT - 8, 538, "Lengths are chosen to be seen, not measured.", size=11.5, fill=FAINT),
+        text(LEFT, 538, "Lengths are chosen to be seen, not measured.", size=11.5, fill=FAINT),
     ]
     head = (
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'

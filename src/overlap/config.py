@@ -23,7 +23,17 @@ DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-_UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS: Final = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +121,8 @@ def parse_kv_cache(asked: str | float) -> KvBudget:
         match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", asked, re.IGNORECASE)
     ):
         unit = match[2].upper()
-        if unit in _UNITS or unit == "B":
-            return KvBudget(num_bytes=int(float(match[1]) * _UNITS.get(unit, 1)))
+        if unit in _UNITS:
+            return KvBudget(num_bytes=int(float(match[1]) * _UNITS[unit]))
     raise ConfigError(
         f"kv_cache must be a number of tokens ({PAGE} or more), a size such as '2GiB' or '512MB', "
         f"a share of free memory such as 0.5, or 'auto', not {asked!r}."

@@ -48,6 +48,7 @@ class Answer:
         self._stop_reason: int | str | None = None
         self._failure: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._muted = False
 
     @property
     def ended(self) -> bool:
@@ -56,7 +57,7 @@ class Answer:
 
     def push(self, token: int, end: End | None) -> None:
         """Take in a token, and the end of the answer if this is its last."""
-        if self.ended:
+        if self.ended or self._muted:
             return  # a stop string or an abort was faster than the engine
         self._tokens.append(token)
         self._news = True
@@ -82,6 +83,10 @@ class Answer:
             self._news = False  # nothing more of an aborted or failed request is seen
             self.wake()
 
+    def mute(self) -> None:
+        """From any thread: let nothing more be seen; `fail` follows on the reader's own thread."""
+        self._muted = True
+
     def wake(self) -> None:
         """Let the reader look."""
         if self._waiter is not None and not self._waiter.done():
@@ -89,7 +94,7 @@ class Answer:
 
     async def next_output(self) -> Output:
         """Return what is new; raise StopAsyncIteration behind the last Output, or the failure."""
-        while not self._news:
+        while self._muted or not self._news:
             if self._failure is not None:
                 failure, self._failure = self._failure, EngineClosed(f"request {self.request_id!r} has ended")
                 raise failure
@@ -144,6 +149,7 @@ class Front:
 
     def post_abort(self, answer: Answer) -> bool:
         """From any thread: somebody aborted an answer."""
+        answer.mute()
         return self._post(self.abort, answer)
 
     def _post(self, take: Callable[..., None], *what: object) -> bool:

@@ -32,7 +32,9 @@ class SamplingParams:
 
     The filters apply in the order temperature, top-k, top-p, min-p, each on the distribution that the one before left
     (the order of `transformers`). The token is then drawn by the Gumbel-max trick with Philox noise keyed by
-    (seed, absolute position, token id), so a seeded request gives the same tokens alone or in any batch.
+    (seed, absolute position, token id), so a seeded request meets the same noise alone and in any batch, preempted or
+    not, and gives the same tokens wherever the model gives the same logits. That is so in float32 on a CPU, bit for
+    bit; in bfloat16 the matrix products may round differently with the number of rows.
 
     Raises RequestError for a value out of range and for an unknown name (the nearest known one is named).
     """
@@ -52,7 +54,8 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     """End the answer before any of these strings. No part of one is ever emitted."""
     stop_token_ids: Sequence[int] = field(default=())
-    """End the answer at any of these tokens, beside the model's own end tokens."""
+    """End the answer at any of these tokens, beside the model's own end tokens. The token that ends an answer is in
+    `Output.token_ids`, and no part of its text."""
     ignore_eos: bool = False
     """Do not end the answer at the model's own end tokens."""
     skip_special_tokens: bool = True

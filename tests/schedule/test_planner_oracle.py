@@ -225,35 +225,40 @@ class Pair:
 
     planner: Planner
     oracle: Oracle
+    prompts: tuple[int, ...]
+    """The longest prompts to draw, in tokens."""
+    limits: tuple[int, ...]
+    """The highest limits to draw."""
+    alike: bool
+    """Whether all are as long as can be drawn, so that many need a page at the same step."""
     requests: list[Request] = field(default_factory=list)
     flights: deque[tuple[StepPlan, list[int]]] = field(default_factory=deque)
     """Each plan in the air, and the keys in it."""
-    alike: tuple[int, int] | None = None
-    """The prompt's length and the limit of every request, where they are to need pages at the same step."""
     table: dict[int, dict[int, int]] = field(default_factory=dict)
     """The page table as the device has it: slot, index, page."""
 
     @classmethod
     def drawn(cls, draw: random.Random) -> Pair:
         max_rows, num_pages = draw.choice([1, 3, 4, 8]), draw.choice([4, 5, 6, 8, 10, 40])
-        budget = max_rows + draw.choice([1, 1, 4, 20, 100])
+        budget = max_rows + draw.choice([1, 4, 20, 100])
         chunk = draw.choice([1, 7, 16, budget])
+        context = draw.choice([40, 1024])
+        prompts, limits = draw.choice([(3, 12, 30, 90), (3, 14, 30)]), draw.choice([(1, 20, 90), (90,)])
+        if draw.random() < 0.3:  # short of pages and of budget
+            max_rows, num_pages, budget, chunk = draw.choice([(4, 8, 5, 5), (6, 9, 7, 3), (8, 12, 9, 9)])
+            context, prompts, limits = 1024, (3, 3, 30, 80), (60,)
         planner = Planner(
-            max_rows=max_rows,
-            num_pages=num_pages,
-            token_budget=budget,
-            prefill_chunk=chunk,
-            context=draw.choice([40, 1024]),
+            max_rows=max_rows, num_pages=num_pages, token_budget=budget, prefill_chunk=chunk, context=context
         )
-        alike = draw.choice([None, None, (3, 30), (14, 26)])
-        return cls(planner, Oracle(max_rows, num_pages, budget, chunk), alike=alike)
+        return cls(planner, Oracle(max_rows, num_pages, budget, chunk), prompts, limits, draw.random() < 0.3)
 
     def submit(self, draw: random.Random) -> None:
         key, room = len(self.requests), self.planner.context
-        prompt = [
-            draw.randrange(VOCABULARY) for _ in range(draw.randint(1, min(room - 1, draw.choice([3, 12, 30, 90]))))
-        ]
-        limit = draw.randint(1, min(room - len(prompt), draw.choice([1, 20, 90, 90])))
+        longest = min(room - 1, draw.choice(self.prompts))
+        length = longest if self.alike else draw.randint(1, longest)
+        highest = min(room - length, draw.choice(self.limits))
+        limit = highest if self.alike else draw.randint(1, highest)
+        prompt = [draw.randrange(VOCABULARY) for _ in range(length)]
         stop_ids = tuple(draw.sample(range(VOCABULARY), draw.choice([0, 0, 1, 3])))
         temperature, top_k = draw.choice([0.0, 0.7]), draw.choice([0, 5])
         request = Request(
