@@ -161,7 +161,7 @@ def _on(stream: Stream, work: Callable[[], T]) -> T:
 
     On a CPU this matters: OpenMP keeps a team of threads for each thread that uses torch, and spins far less between
     two operations once there are more of them than cores. Loading on one thread and computing on another made a step of
-    SmolLM2 25 ms instead of 18 (two cores; docs/log.md).
+    SmolLM2 41 ms instead of 28 to 30 (two cores; docs/log.md).
     """
     done: Future[T] = Future()
 
