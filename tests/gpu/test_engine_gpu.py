@@ -75,7 +75,7 @@ def step_through(parts: Parts, prompt: list[int], new: int) -> tuple[list[int], 
     """Answer greedily, one step after the other; return the tokens and the logits behind each, [new, V]."""
     runner, planner = parts.runner, parts.planner
     listening = Listening(runner._program)
-    runner._program = listening  # type: ignore[assignment]
+    runner._program = listening
     planner.submit(Request(key=0, front=0, prompt=np.array(prompt, dtype=np.int32), limit=new))
     tokens: list[int] = []
 
