@@ -58,6 +58,18 @@ class Terminal:
         read, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return read
 
+    def press_until_answered(self, key: str) -> None:
+        """Press a key a moment after what was shown, and again while nothing is shown for it, as people do.
+
+        CPython's `input` notices a Ctrl-C that comes between readline's prompt and its wait at the next key only.
+        """
+        until = time.monotonic() + SOON
+        while time.monotonic() < until:
+            time.sleep(0.2)
+            self.type(key)
+            if select.select([self._fd], [], [], 2.0)[0]:
+                return
+
     def wait_end(self) -> int:
         with contextlib.suppress(OSError):  # Linux says EIO once the other side is closed
             while os.read(self._fd, 4096):
@@ -182,7 +194,7 @@ def test_in_chat_ctrl_c_stops_the_answer_and_not_the_program(smollm2_path: Path)
         chat.read_until(r"thousand\.\r\n[^>]*\w")  # the first word of the answer
         chat.type("\x03")
         chat.read_until(r"\(stopped\)\r\n> ")
-        chat.type("\x03")  # with no answer to stop, it says how to end
+        chat.press_until_answered("\x03")  # with no answer to stop, it says how to end
         chat.read_until("Ctrl-D or /exit ends[^>]*> ")
         chat.type("/help\n")
         chat.read_until("There is no command /help[^>]*> ")
