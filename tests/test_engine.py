@@ -41,8 +41,8 @@ async def settled(engine: AsyncEngine) -> None:
     await asyncio.wrap_future(engine._core.idle())
     figures = engine.statistics()
     assert (figures.running, figures.waiting, figures.draining, figures.fenced_pages) == (0, 0, 0, 0)
-    assert figures.free_pages == figures.num_pages
-    await asyncio.wrap_future(engine._core.call(engine._core.parts[0].check))
+    assert figures.free_pages + figures.evictable_pages == figures.num_pages
+    await asyncio.wrap_future(engine._core.call(engine._core.parts[0].check_idle))
 
 
 async def last(engine: AsyncEngine, prompt: Any, **params: Any) -> Output:

@@ -4,19 +4,22 @@ The public API is what this module exports. Importing it imports no torch.
 """
 
 from overlap.config import EngineConfig
-from overlap.engine import AsyncEngine, Generation, Health, Statistics
+from overlap.engine import AsyncEngine, Health, Statistics
 from overlap.errors import (
     ConfigError,
+    DeadlineExceeded,
     EngineClosed,
     EngineDead,
     InternalError,
     ModelError,
     OverlapError,
+    QueueFull,
     RequestAborted,
     RequestError,
     RequestFailed,
 )
-from overlap.messages import ChatMessage, FinishReason, Output, Prompt, SamplingParams, Usage
+from overlap.generation import Generation
+from overlap.messages import ChatMessage, FinishReason, Output, Prompt, SamplingParams, Terms, Usage
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,7 @@ __all__ = [
     "AsyncEngine",
     "ChatMessage",
     "ConfigError",
+    "DeadlineExceeded",
     "EngineClosed",
     "EngineConfig",
     "EngineDead",
@@ -35,11 +39,13 @@ __all__ = [
     "Output",
     "OverlapError",
     "Prompt",
+    "QueueFull",
     "RequestAborted",
     "RequestError",
     "RequestFailed",
     "SamplingParams",
     "Statistics",
+    "Terms",
     "Usage",
     "__version__",
 ]

@@ -125,11 +125,14 @@ def _parts(
         token_budget=resolved.token_budget,
         prefill_chunk=resolved.prefill_chunk,
         context=context,
+        prefix_cache=resolved.prefix_cache,
+        max_waiting=resolved.max_waiting,
     )
     size = num_pages * page_bytes(model, resolved.dtype)
     notes = (
         f"weights: {program.weight_bytes() / 2**20:.0f} MiB as {resolved.dtype}",
         f"kv cache: {num_pages} pages of {PAGE} tokens, {size / 2**20:.0f} MiB",
+        "prefix cache: " + ("on: pages that nobody needs keep prefixes" if resolved.prefix_cache else "off, as asked"),
         f"context: {context} tokens a request at most",
         f"attention: {attention.name}: {why}",
         "linear: " + ", ".join(program.kinds()),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 from overlap.cache.pages import PAGE, pages_for
 from overlap.errors import ConfigError, nearest
@@ -61,6 +61,12 @@ class EngineConfig:
     """The most tokens of one prompt in one step. "auto": the token budget."""
     context: int | Literal["auto"] = "auto"
     """The most tokens of one request, prompt and answer together. "auto": the model's own, as far as KV memory goes."""
+    prefix_cache: bool = True
+    """Keep the KV of prefixes that requests have shared or may share, in memory that nothing else needs."""
+    max_waiting: int = 16384
+    """The most requests in the queue; one more is refused with QueueFull. >= 1."""
+    step_limit: float = 60.0
+    """Seconds that a step may take before the watchdog reports it: a warning in the log, and in `health()`. > 0."""
     load_format: LoadFormat = "auto"
     """"dummy" makes random weights, from no more than a config.json."""
     revision: str | None = None
@@ -88,6 +94,17 @@ class EngineConfig:
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise refuse(name, 'an integer of 1 or more, or "auto"')
+        if not isinstance(self.max_waiting, int) or isinstance(self.max_waiting, bool) or self.max_waiting < 1:
+            raise refuse("max_waiting", "an integer of 1 or more")
+        if (
+            isinstance(self.step_limit, bool)
+            or not isinstance(self.step_limit, (int, float))
+            or not self.step_limit > 0
+        ):
+            raise refuse("step_limit", "a number of seconds above 0")
+        for name in ("prefix_cache", "overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise refuse(name, "True or False")
         parse_kv_cache(self.kv_cache)
 
     @classmethod
@@ -129,6 +146,15 @@ def parse_kv_cache(asked: str | float) -> KvBudget:
     )
 
 
+T = TypeVar("T")
+
+
+class _Chose(Protocol):
+    """Notes why an "auto" became `value`, and returns it."""
+
+    def __call__(self, name: str, value: T, why: str) -> T: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """What a machine offers."""
@@ -154,6 +180,9 @@ class Resolved:
     prefill_chunk: int
     context: int
     overlap: bool
+    prefix_cache: bool
+    max_waiting: int
+    step_limit: float
     progress: bool | None
     reasons: tuple[str, ...]
 
@@ -162,45 +191,13 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
     """Choose every "auto". Pure. Raises ConfigError for what this model or machine cannot do."""
     reasons: list[str] = []
 
-    def chose(name: str, value: Any, why: str) -> Any:
+    def chose(name: str, value: T, why: str) -> T:
         reasons.append(f"{name} = {value}: {why}")
         return value
 
-    device = asked.device
-    if device == "auto":
-        device = "cuda:0" if machine.cuda_devices else "cpu"
-        chose("device", device, machine.cuda_name if machine.cuda_devices else "torch sees no CUDA device")
-    elif device == "cuda":
-        device = "cuda:0"
-    if device.startswith("cuda") and int(device[5:]) >= machine.cuda_devices:
-        raise ConfigError(f"device {asked.device!r} was asked for; torch sees {machine.cuda_devices} CUDA devices.")
-    on_cuda = device.startswith("cuda")
-
-    dtype = asked.dtype
-    if dtype == "auto" and on_cuda:
-        dtype = chose("dtype", "bfloat16" if model.dtype == "float32" else model.dtype, "the checkpoint's, or its half")
-    elif dtype == "auto" and machine.fast_cpu_bfloat16:
-        dtype = chose("dtype", "bfloat16", "this CPU has instructions for it")
-    elif dtype == "auto":
-        dtype = chose("dtype", "float32", "this CPU has no instructions for bfloat16")
-
-    if asked.max_rows == "auto":
-        max_rows: int = chose("max_rows", 256 if on_cuda else 32, "the default on this kind of device")
-    else:
-        max_rows = asked.max_rows
-    if asked.token_budget == "auto":
-        most = max(4096 if on_cuda else 512, 2 * max_rows)
-        token_budget: int = chose("token_budget", most, "the default on this kind of device")
-    else:
-        token_budget = asked.token_budget
-    if token_budget <= max_rows:
-        if asked.max_rows != "auto":
-            raise ConfigError(
-                f"token_budget is {token_budget} and max_rows {max_rows}: prompts would never get a turn beside that "
-                "many answers. Raise token_budget above max_rows, or lower max_rows."
-            )
-        max_rows = chose("max_rows", max(1, token_budget // 2), f"half of the token budget of {token_budget}")
-        token_budget = max(token_budget, max_rows + 1)
+    device = _device(asked, machine, chose)
+    dtype = _dtype(asked, model, machine, chose, on_cuda=device.startswith("cuda"))
+    max_rows, token_budget = _step_size(asked, chose, on_cuda=device.startswith("cuda"))
     chunk = token_budget if asked.prefill_chunk == "auto" else min(asked.prefill_chunk, token_budget)
     context = model.context
     if asked.context != "auto":
@@ -217,9 +214,61 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         prefill_chunk=chunk,
         context=context,
         overlap=asked.overlap,
+        prefix_cache=asked.prefix_cache,
+        max_waiting=asked.max_waiting,
+        step_limit=asked.step_limit,
         progress=asked.progress,
         reasons=tuple(reasons),
     )
+
+
+def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:
+    device = asked.device
+    if device == "auto":
+        device = "cuda:0" if machine.cuda_devices else "cpu"
+        chose("device", device, machine.cuda_name if machine.cuda_devices else "torch sees no CUDA device")
+    elif device == "cuda":
+        device = "cuda:0"
+    if device.startswith("cuda") and int(device[5:]) >= machine.cuda_devices:
+        raise ConfigError(f"device {asked.device!r} was asked for; torch sees {machine.cuda_devices} CUDA devices.")
+    return device
+
+
+def _dtype(
+    asked: EngineConfig, model: ModelConfig, machine: Machine, chose: _Chose, *, on_cuda: bool
+) -> Literal["bfloat16", "float16", "float32"]:
+    if asked.dtype != "auto":
+        return asked.dtype
+    if on_cuda:
+        half: Literal["bfloat16", "float16"] = "float16" if model.dtype == "float16" else "bfloat16"
+        return chose("dtype", half, "the checkpoint's, or its half")
+    if machine.fast_cpu_bfloat16:
+        return chose("dtype", "bfloat16", "this CPU has instructions for it")
+    return chose("dtype", "float32", "this CPU has no instructions for bfloat16")
+
+
+def _step_size(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> tuple[int, int]:
+    """Return the most rows and the most tokens of a step."""
+    default = "the default on this kind of device"
+    if asked.max_rows == "auto":
+        max_rows: int = chose("max_rows", 256 if on_cuda else 32, default)
+    else:
+        max_rows = asked.max_rows
+    if asked.token_budget == "auto":
+        token_budget: int = chose("token_budget", max(4096 if on_cuda else 512, 2 * max_rows), default)
+    else:
+        token_budget = asked.token_budget
+    if token_budget > max_rows:
+        return max_rows, token_budget
+    if asked.max_rows != "auto":
+        raise ConfigError(
+            f"token_budget is {token_budget} and max_rows {max_rows}: prompts would never get a turn beside that "
+            "many answers. Raise token_budget above max_rows, or lower max_rows."
+        )
+    max_rows = chose("max_rows", max(1, token_budget // 2), f"half of the token budget of {token_budget}")
+    if token_budget <= max_rows:
+        token_budget = chose("token_budget", max_rows + 1, "one row decodes while a prompt is read")
+    return max_rows, token_budget
 
 
 def page_bytes(model: ModelConfig, dtype: str) -> int:

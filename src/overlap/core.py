@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from overlap.assemble import Parts, Text
     from overlap.config import EngineConfig, Resolved
     from overlap.models.config import ModelConfig
-    from overlap.schedule.planner import Planner, Settled
+    from overlap.schedule.planner import Planner
     from overlap.schedule.request import Request
+    from overlap.schedule.settled import Settled
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,6 +66,7 @@ class Core:
         self._lock = threading.Lock()  # guards the two below: who comes late must hear what those before heard
         self._ended: Callable[[], OverlapError] | None = None
         self._close_asked = False
+        self._draining = False
 
     def start(self) -> Future[Opened]:
         """Start the thread. The future brings what was opened, or why it could not be."""
@@ -99,8 +101,15 @@ class Core:
         error = self._ended() if self._ended is not None else None
         return error if isinstance(error, EngineDead) else None
 
+    def late(self) -> str | None:
+        """Return what is wrong if a step takes too long to land, else None."""
+        loop = self._loop
+        return None if loop is None else loop.late()
+
     def submit(self, request: Request) -> None:
-        """Queue a request that `Opened.refusal` does not refuse."""
+        """Queue a request. What the loop refuses is told to its front."""
+        if self._draining:
+            raise EngineClosed("The engine is closing: it ends what it has begun, and begins nothing new.")
         self._post(self._live_loop.submit, request)
 
     def end(self, key: int) -> None:
@@ -126,6 +135,11 @@ class Core:
     def end_and_tell(self, key: int) -> Future[bool]:
         """End a request; the future says whether it was still there."""
         return self.call(self._live_loop.end, key)
+
+    def drain(self) -> Future[None]:
+        """Take no new request from now on; the future is done when none is left and nothing is in flight."""
+        self._draining = True
+        return self.idle()
 
     def idle(self) -> Future[None]:
         """Return a future of the moment when no request is left and nothing is in flight."""
@@ -216,7 +230,8 @@ class Core:
 
     async def _serve_parts(self, parts: Parts, events: asyncio.AbstractEventLoop) -> None:
         self._planner = parts.planner
-        self._loop = Loop(parts.planner, parts.runner, self, overlap=parts.resolved.overlap)
+        resolved = parts.resolved
+        self._loop = Loop(parts.planner, parts.runner, self, overlap=resolved.overlap, step_limit_s=resolved.step_limit)
         with self._lock:
             self._events = events
             if self._close_asked:

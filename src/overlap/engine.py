@@ -7,51 +7,35 @@ import itertools
 import os
 import secrets
 import threading
+import time
 import warnings
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
 from overlap.errors import EngineClosed, EngineDead, RequestError
 from overlap.front import Answer, Front
-from overlap.messages import ChatMessage, Output, Prompt, SamplingParams
+from overlap.generation import Generation
+from overlap.loop import LoopStatistics
+from overlap.messages import Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
 from overlap.schedule.request import Request
+from overlap.schedule.settled import PlannerStatistics
 from overlap.text.answer import AnswerText
+from overlap.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
     from overlap.text import Tokenizer
 
-_LONG_TEXT: Final = 2_000  # characters: below, encoding (about 0.2 ms) costs less than a change of thread
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
+@dataclass(frozen=True, kw_only=True)
+class Statistics(PlannerStatistics, LoopStatistics):
     """An engine's figures at one moment. Counters count from the start."""
-
-    waiting: int
-    running: int
-    draining: int
-    """Slots whose reader is done and that wait for the step in flight."""
-    free_pages: int
-    fenced_pages: int
-    num_pages: int
-    planned_steps: int
-    settled_steps: int
-    preemptions: int
-    steps: int
-    failed_steps: int
-    tokens_in: int
-    """Tokens run: prompt and decode."""
-    tokens_out: int
-    """Tokens that reached a reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,66 +44,6 @@ class Health:
 
     ok: bool
     reason: str
-
-
-class Generation:
-    """One answer to iterate over: an async iterator of Outputs.
-
-    The request starts with the first `__anext__` and stops, giving its pages back, at the first of: its last Output;
-    an exception out of `__anext__` (a cancelled task and `asyncio.timeout` among them); `aclose()`; leaving
-    `async with`; the loss of the last reference to it (which is what `break` in an `async for` does).
-    """
-
-    def __init__(
-        self, engine: AsyncEngine, prompt: Prompt, params: SamplingParams, request_id: str, index: int
-    ) -> None:
-        self.request_id: Final = request_id
-        self._engine = engine
-        self._prompt = prompt
-        self._params = params
-        self._index = index
-        self._answer: Answer | None = None
-        self._reading = False
-        self._done = False
-
-    def __aiter__(self) -> Generation:
-        return self
-
-    async def __anext__(self) -> Output:
-        if self._done:
-            raise StopAsyncIteration
-        if self._reading:
-            raise RuntimeError(f"request {self.request_id!r} is being read by another task")
-        self._reading = True
-        try:
-            if self._answer is None:
-                self._answer = await self._engine._begin(self._prompt, self._params, self.request_id, self._index)
-            return await self._answer.next_output()
-        except BaseException:
-            self._end()
-            raise
-        finally:
-            self._reading = False
-
-    async def aclose(self) -> None:
-        """Stop the request. Idempotent."""
-        self._end()
-
-    async def __aenter__(self) -> Generation:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def __del__(self) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        self._done = True
-        if self._answer is not None:
-            self._engine._forget(self._answer)
 
 
 class AsyncEngine:
@@ -138,14 +62,14 @@ class AsyncEngine:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        self._opened: Opened | None = None  # first: the finalizer looks at it even if an option is refused
+        self._opened: Opened | None = None  # first: the finalizer looks at these even if an option is refused
+        self._prompts: PromptEncoder | None = None
         self._asked = EngineConfig.from_options(model, options)
         self._core = Core(self._asked)
         self._keys = itertools.count()
         self._lock = threading.Lock()  # guards the two below, which threads of several event loops share
         self._fronts: dict[asyncio.AbstractEventLoop, Front] = {}
         self._answers: dict[str, tuple[Answer, Front]] = {}
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="overlap-text")
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,21 +79,25 @@ class AsyncEngine:
             self._core.check_open()
             return
         try:
-            self._opened = await asyncio.wrap_future(self._core.start())
+            self._opened = opened = await asyncio.wrap_future(self._core.start())
         except BaseException:
             self._core.close()
             raise
+        text = opened.text
+        self._prompts = PromptEncoder(self.model_name, opened.model.vocab_size, text.tokenizer, text.template)
 
     async def aclose(self, *, drain: bool = False) -> None:
         """Close the engine and give all its memory back. Idempotent.
 
-        `drain=True` lets every request end first; otherwise those that still run end with EngineClosed.
+        `drain=True` lets every request end first, and takes no new ones; otherwise those that still run end with
+        EngineClosed.
         """
         if drain and self._opened is not None:
             with suppress(EngineClosed, EngineDead):  # it may end by itself: then nothing is left to drain
-                await asyncio.wrap_future(self._core.idle())
+                await asyncio.wrap_future(self._core.drain())
         stopped = self._core.close()
-        self._encoder.shutdown(wait=False)
+        if self._prompts is not None:
+            self._prompts.close()
         await asyncio.shield(asyncio.wrap_future(stopped))
 
     async def __aenter__(self) -> AsyncEngine:
@@ -185,21 +113,33 @@ class AsyncEngine:
         if self._opened is not None and not self._core.close_asked:
             warnings.warn(f"unclosed engine of {self._asked.model!r}: use `async with`", ResourceWarning, stacklevel=2)
             self._core.close()
-            self._encoder.shutdown(wait=False)
+            if self._prompts is not None:
+                self._prompts.close()
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        fairness_key: str = "",
+        cache_salt: str = "",
     ) -> Generation:
         """Return the answer to `prompt` as an async iterator of Outputs; see Generation for how it stops.
 
         `prompt` is text, token ids, or chat messages (which go through the model's chat template). `params` are the
-        defaults of SamplingParams if not given. A `request_id` of your own must not be in use. Iterating raises
-        RequestError for a request that cannot be served, RequestAborted after `abort`, RequestFailed when a step of
-        it failed, EngineClosed and EngineDead when the engine ended before the answer did.
+        defaults of SamplingParams if not given. A `request_id` of your own must not be in use. `priority`, `deadline`
+        (seconds), `fairness_key` and `cache_salt` say how it is served beside others; see Terms. Iterating raises
+        RequestError for a request that cannot be served, QueueFull when too many wait, DeadlineExceeded, RequestAborted
+        after `abort`, RequestFailed when a step of it failed, EngineClosed and EngineDead when the engine ended before
+        the answer did.
         """
-        return self._generation(prompt, params, request_id, 0)
+        terms = Terms(priority=priority, deadline=deadline, fairness_key=fairness_key, cache_salt=cache_salt)
+        return self._generation(prompt, params, terms, request_id, 0)
 
     async def generate_batch(
         self,
@@ -207,12 +147,17 @@ class AsyncEngine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
+        priority: int = 0,
+        fairness_key: str = "",
+        cache_salt: str = "",
     ) -> AsyncIterator[Output]:
         """Yield the last Output of each prompt as it completes; `Output.index` says which prompt it answers.
 
-        `params` is one for all, or one a prompt. `progress` shows a bar on stderr; None shows it in a terminal and in
-        a notebook. The first error ends the batch, with a note that says which prompt it was.
+        `params` is one for all, or one a prompt; the other terms are those of `generate`. `progress` shows a bar on
+        stderr; None shows it in a terminal and in a notebook. The first error ends the batch, with a note that says
+        which prompt it was.
         """
+        terms = Terms(priority=priority, fairness_key=fairness_key, cache_salt=cache_salt)
         items = list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(items)
         if len(each) != len(items):
@@ -225,7 +170,7 @@ class AsyncEngine:
                 num_tokens = 0
                 while True:
                     for index, (prompt, one) in itertools.islice(todo, window - len(tasks)):
-                        tasks.add(asyncio.create_task(self._last_output(prompt, one, index)))
+                        tasks.add(asyncio.create_task(self._last_output(prompt, one, terms, index)))
                     if not tasks:
                         return
                     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -280,10 +225,7 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises RequestError for random weights that came without one."""
-        tokenizer = self._live.text.tokenizer
-        if tokenizer is None:
-            raise RequestError(f"{self.model_name!r} has no tokenizer. Give token ids as the prompt.")
-        return tokenizer
+        return self._encoder.tokenizer
 
     def statistics(self) -> Statistics:
         """Return the figures of this moment."""
@@ -297,12 +239,19 @@ class AsyncEngine:
             self._live  # noqa: B018 - raises when it was not started
         except (EngineClosed, EngineDead) as error:
             return Health(ok=False, reason=str(error))
+        if (late := self._core.late()) is not None:
+            return Health(ok=False, reason=late)
         return Health(ok=True, reason="serving")
 
     def explain(self) -> str:
         """Return what was chosen and why, a line each."""
         live = self._live
         return "\n".join([f"model = {self.model_name}", *live.resolved.reasons, *live.notes])
+
+    async def clear_cache(self) -> int:
+        """Forget every cached prefix that no request reads now; return how many pages came free."""
+        planner, _ = self._core.parts
+        return await asyncio.wrap_future(self._core.call(planner.clear_cache))
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -313,15 +262,22 @@ class AsyncEngine:
             raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
         return self._opened
 
-    def _generation(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, index: int
-    ) -> Generation:
-        return Generation(self, prompt, params or SamplingParams(), request_id or f"req-{secrets.token_hex(8)}", index)
+    @property
+    def _encoder(self) -> PromptEncoder:
+        if self._prompts is None:
+            raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
+        return self._prompts
 
-    async def _last_output(self, prompt: Prompt, params: SamplingParams | None, index: int) -> Output:
+    def _generation(
+        self, prompt: Prompt, params: SamplingParams | None, terms: Terms, request_id: str | None, index: int
+    ) -> Generation:
+        begin = partial(self._begin, prompt, params or SamplingParams(), terms)
+        return Generation(begin, self._forget, request_id or f"req-{secrets.token_hex(8)}", index)
+
+    async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         last: Output | None = None
         try:
-            async for output in self._generation(prompt, params, None, index):
+            async for output in self._generation(prompt, params, terms, None, index):
                 last = output
         except Exception as error:
             error.add_note(f"This was prompt {index} of the batch.")
@@ -329,11 +285,12 @@ class AsyncEngine:
         assert last is not None, "an answer ends with an Output or an error"
         return last
 
-    async def _begin(self, prompt: Prompt, params: SamplingParams, request_id: str, index: int) -> Answer:
+    async def _begin(self, prompt: Prompt, params: SamplingParams, terms: Terms, request_id: str, index: int) -> Answer:
         """Check, encode and submit a request, and open its answer."""
         self._core.check_open()
         live = self._live
-        tokens = await self._encode(prompt)
+        deadline = None if terms.deadline is None else time.monotonic() + terms.deadline
+        tokens = await self._encoder.encode(prompt)
         limit = params.max_tokens or max(1, live.context - len(tokens))
         refusal = live.refusal(len(tokens), limit)
         if refusal is not None:
@@ -361,6 +318,10 @@ class AsyncEngine:
             min_p=params.min_p,
             seed=secrets.randbits(64) if params.seed is None else params.seed % 2**64,
             stop_ids=tuple(sorted(stop_ids)),
+            priority=terms.priority,
+            fairness_key=terms.fairness_key,
+            salt=terms.cache_salt,
+            deadline=deadline,
         )
         with self._lock:
             if request_id in self._answers:
@@ -396,35 +357,3 @@ class AsyncEngine:
             front.close(answer)
             if not answer.ended:
                 self._core.end(answer.key)
-
-    async def _encode(self, prompt: Prompt) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Turn any kind of prompt into token ids."""
-        live = self._live
-        if isinstance(prompt, str):
-            return np.array(await self._encode_text(prompt, special=True), dtype=np.int32)
-        parts: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # numpy arrays, tensors
-        if isinstance(parts, (bytes, bytearray)) or not isinstance(parts, Sequence):
-            raise RequestError(f"A prompt is text, token ids or chat messages, not {type(prompt).__name__}.")
-        if parts and all(isinstance(part, Mapping) for part in parts):
-            return await self._encode_chat(parts)
-        for token in parts:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < live.model.vocab_size:
-                raise RequestError(
-                    f"A token id is an integer from 0 to {live.model.vocab_size - 1}, not {token!r:.80}."
-                )
-        return np.array(parts, dtype=np.int32)
-
-    async def _encode_chat(self, messages: Sequence[ChatMessage]) -> np.ndarray[Any, np.dtype[np.int32]]:
-        template = self._live.text.template
-        if template is None:
-            raise RequestError(f"{self.model_name!r} has no tokenizer. Give token ids as the prompt.")
-        loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(self._encoder, lambda: template.render(messages))
-        return np.array(await self._encode_text(text, special=False), dtype=np.int32)
-
-    async def _encode_text(self, text: str, *, special: bool) -> list[int]:
-        tokenizer = self.tokenizer
-        if len(text) < _LONG_TEXT:
-            return tokenizer.encode(text, special=special)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoder, lambda: tokenizer.encode(text, special=special))

@@ -5,6 +5,8 @@
     │   └── ModelError         the model's files are missing, broken, or of a kind that overlap does not know
     ├── RequestError           this request cannot be served; every other request goes on
     │   ├── RequestAborted     somebody aborted it
+    │   ├── DeadlineExceeded   it had not ended by its deadline
+    │   ├── QueueFull          too many requests wait already
     │   └── RequestFailed      a step that it was part of failed on the device
     ├── EngineClosed           the engine was closed, or never started
     ├── EngineDead             the engine can not go on; the cause is attached
@@ -37,6 +39,14 @@ class RequestError(OverlapError, ValueError):
 
 class RequestAborted(RequestError):
     """The request was aborted by somebody other than its reader."""
+
+
+class DeadlineExceeded(RequestError, TimeoutError):
+    """The request had not ended by its deadline; what it made so far was delivered."""
+
+
+class QueueFull(RequestError):
+    """Too many requests wait already (`max_waiting`). Sent again later, it may be served."""
 
 
 class RequestFailed(RequestError):

@@ -1,21 +1,22 @@
 """The reader's side of an engine: tokens become text, and wait for whoever iterates.
 
 A Front belongs to one event loop of the user's, and is touched on that loop's thread only. The engine's loop posts one
-message a step to it; detokenizing and stop strings are done here, so the engine never waits for them and a slow reader
-finds what came meanwhile in one Output.
+message a step to it, and wakes it only if it is not awake already; detokenizing and stop strings are done here, so the
+engine never waits for them and a slow reader finds what came meanwhile in one Output.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestAborted, RequestFailed
+from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestAborted, RequestError, RequestFailed
 from overlap.messages import FinishReason, Output, Usage
 
 if TYPE_CHECKING:
-    from overlap.schedule.planner import End, Settled
+    from overlap.schedule.settled import End, Settled
     from overlap.text.answer import AnswerText
 
 
@@ -42,6 +43,7 @@ class Answer:
         self._end_request = end_request
         self._tokens: list[int] = []
         self._text = ""
+        self.cached_tokens = 0
         self._unread = 0  # length of the text that the reader has seen
         self._news = False
         self._finish_reason: FinishReason | None = None
@@ -115,7 +117,11 @@ class Answer:
             text_delta=delta,
             finish_reason=self._finish_reason,
             stop_reason=self._stop_reason,
-            usage=Usage(prompt_tokens=self._num_prompt, completion_tokens=len(self._tokens)),
+            usage=Usage(
+                prompt_tokens=self._num_prompt,
+                completion_tokens=len(self._tokens),
+                cached_tokens=self.cached_tokens,
+            ),
         )
 
 
@@ -126,6 +132,9 @@ class Front:
         self.number = number
         self.loop = loop
         self._answers: dict[int, Answer] = {}
+        self._lock = threading.Lock()  # guards the two below: the engine posts, the event loop reads
+        self._mail: list[tuple[Callable[..., None], tuple[object, ...]]] = []
+        self._called = False
 
     def open(self, answer: Answer) -> None:
         """Take in a new answer. On the front's own thread, like all but `post_*`."""
@@ -153,14 +162,29 @@ class Front:
         return self._post(self.abort, answer)
 
     def _post(self, take: Callable[..., None], *what: object) -> bool:
+        with self._lock:
+            self._mail.append((take, what))
+            if self._called:
+                return not self.loop.is_closed()
+            self._called = True
         try:
-            self.loop.call_soon_threadsafe(take, *what)
+            self.loop.call_soon_threadsafe(self._read_mail)
         except RuntimeError:
             return False
         return True
 
+    def _read_mail(self) -> None:
+        with self._lock:
+            mail, self._mail = self._mail, []
+            self._called = False
+        for take, what in mail:
+            take(*what)
+
     def _take_settled(self, settled: Settled) -> None:
         ends = {end.key: end for end in settled.ends}
+        for key, cached in settled.cached.items():
+            if (answer := self._answers.get(key)) is not None:
+                answer.cached_tokens = cached
         for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
             answer = self._answers.get(key)
             if answer is not None:
@@ -171,7 +195,9 @@ class Front:
 
     def _take_failed(self, key: int, failure: BaseException) -> None:
         answer = self._answers.pop(key, None)
-        if answer is not None:
+        if answer is not None and isinstance(failure, RequestError):
+            answer.fail(failure)
+        elif answer is not None:
             error = RequestFailed(f"Request {answer.request_id!r} failed on the device: {failure!r}")
             error.__cause__ = failure
             answer.fail(error)

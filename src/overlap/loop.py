@@ -4,7 +4,7 @@
     host only    enqueue only    asyncio, no spin               tokens out, pages fenced
 
 What is in flight is a local variable of `run`. A step that fails ends the requests that read from it, and the loop
-goes on; a failure of the loop itself ends every request, and the loop with it.
+goes on; a failure of the loop itself ends every request, and the loop with it. A step that does not land is reported.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overlap.cache.pages import Ints
-from overlap.errors import EngineDead, InternalError
+from overlap.errors import DeadlineExceeded, EngineDead, InternalError, RequestError
 from overlap.observe.timeline import NoTimeline, Timeline
 from overlap.schedule.plan import StepPlan
-from overlap.schedule.planner import Planner, Settled
+from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
+from overlap.schedule.settled import Settled
+from overlap.watchdog import Watchdog
 
 
 class Flight(Protocol):
@@ -51,15 +53,31 @@ class Outbox(Protocol):
         """Some requests got tokens, and some of them ended."""
 
     def tell_failed(self, key: int, front: int, failure: BaseException) -> None:
-        """A request ended because a step failed."""
+        """A request ended by an error: it was refused, its deadline passed (RequestError), or a step failed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class _FailedFlight:
+    """A plan that could not be launched."""
+
+    plan: StepPlan
+    failure: Exception
+
+    async def wait_landed(self) -> Ints:
+        """Raise why."""
+        raise self.failure
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopStatistics:
     """The loop's figures since it started."""
 
     steps: int
     failed_steps: int
+    late_steps: int
+    """Steps that were reported because they had not landed in time."""
+    expired: int
+    """Requests that were ended by their deadline."""
     tokens_in: int
     """Tokens run: prompt and decode."""
     tokens_out: int
@@ -77,6 +95,7 @@ class Loop:
         *,
         timeline: Timeline | None = None,
         overlap: bool = True,
+        step_limit_s: float = 60.0,
     ) -> None:
         self._planner = planner
         self._runner = runner
@@ -85,18 +104,28 @@ class Loop:
         self._overlap = overlap
         self._work = asyncio.Event()
         self._closing = False
-        self._steps = self._failed = self._tokens_in = self._tokens_out = 0
+        self._steps = self._failed = self._tokens_in = self._tokens_out = self._expired = 0
         self._idle_waiters: list[Callable[[], None]] = []
-        self.landed_at = time.monotonic()
+        self._deadlines: dict[int, asyncio.TimerHandle] = {}
+        self._watchdog = Watchdog(step_limit_s)
 
     def submit(self, request: Request) -> None:
-        """Queue a request; raises RequestError if it can never run."""
-        self._planner.submit(request)
+        """Queue a request. One that can never run, or finds the queue full, is told so through the outbox."""
+        try:
+            self._planner.submit(request)
+        except RequestError as refusal:
+            self._outbox.tell_failed(request.key, request.front, refusal)
+            return
+        if request.deadline is not None:
+            timers = asyncio.get_running_loop()
+            at = timers.time() + max(0.0, request.deadline - time.monotonic())
+            self._deadlines[request.key] = timers.call_at(at, self._expire, request)
         self._work.set()
 
     def end(self, key: int) -> bool:
         """End a request now. Nothing more of it is told; its pages come back after the fence."""
         ended = self._planner.end(key)
+        self._forget_deadline(key)
         self._work.set()
         return ended
 
@@ -119,7 +148,7 @@ class Loop:
             launched = None
             if plan is not None:
                 with self._timeline.span("launch"):
-                    launched = self._runner.launch(plan)
+                    launched = self._launch(plan, alone=flight is None)
             if flight is not None:
                 await self._settle(flight)
             elif launched is None and not self._closing:
@@ -129,28 +158,61 @@ class Loop:
                 await self._settle(flight)
                 flight = None
 
+    def _launch(self, plan: StepPlan, *, alone: bool) -> Flight:
+        if alone:
+            self._watchdog.watch(plan)
+        try:
+            return self._runner.launch(plan)
+        except InternalError:
+            raise
+        except Exception as failure:
+            return _FailedFlight(plan, failure)
+
     async def _settle(self, flight: Flight) -> None:
+        self._watchdog.watch(flight.plan)
         try:
             tokens = await flight.wait_landed()
         except Exception as failure:
             self._fail(flight.plan, failure)
             return
+        finally:
+            self._watchdog.rest()
         with self._timeline.span("settle"):
             settled = self._planner.settle(flight.plan, tokens)
             self._steps += 1
             self._tokens_in += flight.plan.num_tokens
             self._tokens_out += len(settled.keys)
-            self.landed_at = time.monotonic()
+            if self._deadlines:
+                for end in settled.ends:
+                    self._forget_deadline(end.key)
             self._outbox.tell_settled(settled)
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:
         self._failed += 1
         for key, front in self._planner.keys_in(plan):
-            self._planner.end(key)
+            self.end(key)
             self._outbox.tell_failed(key, front, failure)
         self._planner.pass_step(plan)
         if not self._runner.usable():
             raise EngineDead(f"The device does not work any more after: {failure!r}") from failure
+
+    # ── deadlines ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _expire(self, request: Request) -> None:
+        where = request.life.value
+        if self.end(request.key):
+            self._expired += 1
+            failure = DeadlineExceeded(f"The request had not ended by its deadline; it was {where}.")
+            self._outbox.tell_failed(request.key, request.front, failure)
+
+    def _forget_deadline(self, key: int) -> None:
+        timer = self._deadlines.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+
+    def late(self) -> str | None:
+        """Return what is wrong if the step that the loop waits for has taken too long, else None. From any thread."""
+        return self._watchdog.late()
 
     async def _wait_work(self) -> bool:
         """Return True once there is work, False once closed. Called only with no flight in the air."""
@@ -165,5 +227,10 @@ class Loop:
     def statistics(self) -> LoopStatistics:
         """Return the figures so far."""
         return LoopStatistics(
-            steps=self._steps, failed_steps=self._failed, tokens_in=self._tokens_in, tokens_out=self._tokens_out
+            steps=self._steps,
+            failed_steps=self._failed,
+            late_steps=self._watchdog.num_late,
+            expired=self._expired,
+            tokens_in=self._tokens_in,
+            tokens_out=self._tokens_out,
         )

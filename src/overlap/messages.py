@@ -120,6 +120,35 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How a request is served beside others. Raises RequestError for a value out of range."""
+
+    priority: int = 0
+    """Higher goes first: requests of a higher priority are admitted before all others, and take the place of running
+    ones of a lower priority, which go on later with the tokens that they would have had."""
+    deadline: float | None = None
+    """Seconds from its start within which the request has to end; then it ends with DeadlineExceeded. > 0."""
+    fairness_key: str = ""
+    """Whose request it is (a user, a tenant). Keys of one priority get equal shares of the engine, in tokens."""
+    cache_salt: str = ""
+    """Cached prefixes are shared among requests of equal salt only, so that nobody can tell from the time to the first
+    token what others have asked."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+            raise RequestError(f"priority must be an integer, not {self.priority!r}. Higher goes first.")
+        if self.deadline is not None and (
+            isinstance(self.deadline, bool)
+            or not isinstance(self.deadline, (int, float))
+            or not 0 < self.deadline < math.inf
+        ):
+            raise RequestError(f"deadline must be a number of seconds above 0, not {self.deadline!r}.")
+        for name in ("fairness_key", "cache_salt"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name} must be a string, not {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What a request has cost so far, in tokens."""
 

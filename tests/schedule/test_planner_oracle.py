@@ -248,7 +248,7 @@ class Pair:
             max_rows, num_pages, budget, chunk = draw.choice([(4, 8, 5, 5), (6, 9, 7, 3), (8, 12, 9, 9)])
             context, prompts, limits = 1024, (3, 3, 30, 80), (60,)
         planner = Planner(
-            max_rows=max_rows, num_pages=num_pages, token_budget=budget, prefill_chunk=chunk, context=context
+            max_rows=max_rows, num_pages=num_pages, token_budget=budget, prefill_chunk=chunk, context=context, prefix_cache=False
         )
         return cls(planner, Oracle(max_rows, num_pages, budget, chunk), prompts, limits, draw.random() < 0.3)
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from overlap.errors import InternalError
+
+if TYPE_CHECKING:
+    from overlap.cache.tree import Node
 
 PAGE: Final = 16
 """Tokens in a page. XQA and FlashInfer's paged prefill both take 16; a page of SmolLM2-135M in bf16 is 360 KiB."""
@@ -64,11 +67,12 @@ class PagePool:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """`slot` and `pages` may be used again once `step` has been settled."""
+    """`slot` and `pages` may be used again once `step` has been settled, and `node` of the prefix tree let go."""
 
     step: int
     slot: int
     pages: Ints
+    node: Node | None = None
 
 
 class Fences:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from overlap.cache.pages import Ints
 from overlap.schedule.life import Change, Life, after
+
+if TYPE_CHECKING:
+    from overlap.cache.tree import Node
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -28,13 +32,30 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answer."""
 
+    priority: int = 0
+    """Higher goes first, and is preempted last."""
+    fairness_key: str = ""
+    """Whose request it is: keys of one priority get equal shares."""
+    salt: str = ""
+    """Prefixes are shared among requests of equal salt only."""
+    deadline: float | None = None
+    """When it has to have ended, in `time.monotonic` seconds."""
+
     life: Life = field(default=Life.WAITING)
     slot: int = -1
     """The slot of this stay; -1 while waiting."""
     made: int = 0
     """Tokens of the answer that were settled in earlier stays."""
     chunked: int = 0
-    """How many tokens of `prompt` are planned in this stay."""
+    """How many tokens of `prompt` are planned in this stay, or came from the prefix cache."""
+    node: Node | None = None
+    """What this stay holds of the prefix tree."""
+    num_hit: int = 0
+    """How many pages of this stay came from the prefix cache."""
+    coming: tuple[str, int, bytes] | None = None
+    """The first page that this stay computes and will share, until it does. The desk's."""
+    cached: int = 0
+    """How many tokens of the user's prompt the prefix cache spared in the first stay."""
 
     def change(self, change: Change) -> None:
         """Move on in the table of lives."""

@@ -1,0 +1,73 @@
+"""Generation: one answer to iterate over, and all the ways to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Final
+
+from overlap.front import Answer
+from overlap.messages import Output
+
+
+class Generation:
+    """One answer to iterate over: an async iterator of Outputs.
+
+    The request starts with the first `__anext__` and stops, giving its pages back, at the first of: its last Output;
+    an exception out of `__anext__` (a cancelled task and `asyncio.timeout` among them); `aclose()`; leaving
+    `async with`; the loss of the last reference to it (which is what `break` in an `async for` does).
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[str, int], Awaitable[Answer]],
+        forget: Callable[[Answer], None],
+        request_id: str,
+        index: int,
+    ) -> None:
+        self.request_id: Final = request_id
+        self._begin = begin
+        self._forget = forget
+        self._index = index
+        self._answer: Answer | None = None
+        self._reading = False
+        self._done = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._done:
+            raise StopAsyncIteration
+        if self._reading:
+            raise RuntimeError(f"request {self.request_id!r} is being read by another task")
+        self._reading = True
+        try:
+            if self._answer is None:
+                self._answer = await self._begin(self.request_id, self._index)
+            return await self._answer.next_output()
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            self._reading = False
+
+    async def aclose(self) -> None:
+        """Stop the request. Idempotent."""
+        self._end()
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._done = True
+        if self._answer is not None:
+            self._forget(self._answer)

@@ -1,0 +1,124 @@
+"""The desk: who waits, and who gets a slot and pages next.
+
+A request is admitted, in the queue's order, when a slot is free and there are pages for its whole prompt, beside what
+the prefix cache has of it, and a spare one for each request that runs. Who comes first and does not fit holds back all
+behind it, so a large request is never passed by small ones for ever.
+
+A prompt whose next page is being computed for another at this moment waits for it, a step or two: many requests with
+one prefix compute it once. A request that finds no room asks for some of those with a lower priority (`pressing`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+from overlap.cache.pages import PAGE, pages_for
+from overlap.cache.store import Hit, PageStore
+from overlap.errors import QueueFull
+from overlap.schedule.life import Life
+from overlap.schedule.queue import Queue
+from overlap.schedule.request import Request
+from overlap.schedule.slots import Slots, Update
+
+
+class Desk:
+    """Admits requests to slots. Holds the queue."""
+
+    def __init__(self, slots: Slots, store: PageStore, *, max_waiting: int) -> None:
+        self.queue: Final = Queue()
+        self._slots = slots
+        self._store = store
+        self._max_waiting = max_waiting
+        self._coming: Counter[tuple[str, int, bytes]] = Counter()  # first pages of what is being computed
+        self._blocked: tuple[int, int, int] | None = None  # (key, available pages, running) of who did not fit
+        self._pressing: Request | None = None
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+
+    def submit(self, request: Request) -> None:
+        """Queue a new request; raises QueueFull if too many wait."""
+        if len(self.queue) >= self._max_waiting:
+            raise QueueFull(
+                f"{len(self.queue)} requests wait already, and max_waiting is {self._max_waiting}. "
+                "Send it again later, or open the engine with a higher max_waiting."
+            )
+        self.queue.join(request)
+
+    def pressing(self) -> Request | None:
+        """Return who comes next and found no room at the last plan, with nothing about to come free. Asked once."""
+        request, self._pressing = self._pressing, None
+        if request is None or request.life is not Life.WAITING or self._store.num_fences:
+            return None
+        return request
+
+    def admit(self, budget: int) -> Iterator[tuple[Request, Update]]:
+        """Give slots and pages to those whose turn it is, while slots, pages and a budget of prompt tokens last."""
+        while budget > 0 and (request := self.queue.first()) is not None:
+            if not self._slots.free:
+                self._pressing = request
+                return
+            state = (request.key, self._store.num_available, self._slots.num_running)
+            if self._blocked is not None and _no_better(state, self._blocked):
+                self._pressing = request
+                return
+            hit = self._store.find(request.prompt, request.salt)
+            wanted = pages_for(len(request.prompt) + 1) - len(hit.pages)
+            if wanted + self._slots.num_running > self._store.num_available:
+                self._store.release(hit.node)
+                self._blocked, self._pressing = state, request
+                return
+            if self._is_coming(request, hit):
+                self._store.release(hit.node)
+                return
+            self.queue.pop_first()
+            self.queue.charge(request.fairness_key, wanted)
+            update = self._slots.take(request, hit)
+            self._note(request, hit)
+            budget -= len(request.prompt) - request.chunked
+            yield request, update
+
+    def _note(self, request: Request, hit: Hit) -> None:
+        self.prompt_tokens += len(request.prompt)
+        self.cached_tokens += request.chunked
+        if not request.made:
+            request.cached = request.chunked
+        request.coming = _first_page(request, hit)
+        if request.coming is not None:
+            self._coming[request.coming] += 1
+
+    def _is_coming(self, request: Request, hit: Hit) -> bool:
+        """Whether the next page of this prompt is being computed for another right now."""
+        page = _first_page(request, hit) if self._coming and self._store.keeps_prefixes else None
+        return page is not None and self._coming[page] > 0
+
+    def note_shared(self, request: Request) -> None:
+        """The first page that a request computed is in the tree, or will never be."""
+        self._blocked = None  # whoever comes next may find more of its prompt now
+        if request.coming is not None:
+            self._coming[request.coming] -= 1
+            if not self._coming[request.coming]:
+                del self._coming[request.coming]
+            request.coming = None
+
+    @property
+    def expects_nothing(self) -> bool:
+        """Whether no page is on its way. For checks."""
+        return not self._coming
+
+
+def _first_page(request: Request, hit: Hit) -> tuple[str, int, bytes] | None:
+    """Name the first full page of a prompt that the cache does not have, or None if there is none to share.
+
+    The node stands for all that comes before the page. Whoever computes the page holds the node, so its id stays its.
+    """
+    start = len(hit.pages) * PAGE
+    if len(request.prompt) <= start + PAGE:
+        return None
+    return request.salt, id(hit.node), request.prompt[start : start + PAGE].tobytes()
+
+
+def _no_better(now: tuple[int, int, int], before: tuple[int, int, int]) -> bool:
+    """Whether a request (key, available pages, running) that did not fit before cannot fit now."""
+    return now[0] == before[0] and now[1] <= before[1] and now[2] >= before[2]

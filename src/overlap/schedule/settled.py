@@ -1,0 +1,72 @@
+"""What a step brought to its readers, and the planner's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from overlap.cache.pages import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A request ended by itself. `stop_id` is the token that ended it, if one did."""
+
+    key: int
+    front: int
+    reason: Literal["stop", "length"]
+    stop_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a step brought to its readers: parallel columns, one entry a token."""
+
+    keys: npt.NDArray[np.int64]
+    fronts: Ints
+    tokens: Ints
+    ends: tuple[End, ...]
+    cached: Mapping[int, int] = field(default_factory=dict)
+    """For requests whose first token this is: how many of their prompt's tokens came from the prefix cache, if any."""
+
+    def of_front(self, front: int) -> Settled:
+        """Return the entries of one front."""
+        mine = self.fronts == front
+        if mine.all():
+            return self
+        ends = tuple(end for end in self.ends if end.front == front)
+        return Settled(self.keys[mine], self.fronts[mine], self.tokens[mine], ends, self.cached)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerStatistics:
+    """The planner's figures at one moment. Counters count from the start."""
+
+    waiting: int
+    running: int
+    draining: int
+    """Slots that wait behind a fence."""
+    free_pages: int
+    fenced_pages: int
+    cached_pages: int
+    """Pages that the prefix cache keeps."""
+    evictable_pages: int
+    """Of those, the ones that no request reads now: as good as free."""
+    num_pages: int
+    planned_steps: int
+    settled_steps: int
+    preemptions: int
+    evicted_pages: int
+    prompt_tokens: int
+    """Tokens of all prompts that were admitted, each time they were."""
+    cached_tokens: int
+    """Of those, the ones that the prefix cache spared."""
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of prompt tokens that the prefix cache spared; 0.0 before the first prompt."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0

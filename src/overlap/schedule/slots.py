@@ -1,0 +1,180 @@
+"""Slots: one entry a slot in each of a few integer columns, and the pages that each slot reads and writes.
+
+What the planner knows of a request that runs is here, so that planning and settling a step are a handful of vectorised
+operations however many rows run; Python touches a row only when something changes for it.
+
+Two numbers of a slot must not be mixed up. `next` is the position that the next planned token will have: it runs one
+step ahead of the device. `made` counts the tokens that have been settled. Between them lies what is in flight. A row
+that turns out to have ended has been launched once more already; its slot is no longer `reading`, so what lands there
+is dropped, and the fence keeps slot and pages until it has landed.
+
+Settled full pages go to the prefix tree: those of a prompt as its chunks are settled, those of an answer when its
+request leaves its slot. `shared` says which entries of a slot's table the tree has; the others are the slot's own.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from overlap.cache.pages import PAGE, Fence, Ints, pages_for
+from overlap.cache.store import Hit, PageStore
+from overlap.errors import InternalError
+from overlap.schedule.life import Change, Life
+from overlap.schedule.request import Request
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+Update: TypeAlias = tuple[Ints, Ints, Ints]
+"""Page table updates as parallel columns: slots, indices, pages."""
+
+
+class Slots:
+    """Who owns which slot, and which pages its table has. The columns are the planner's to read and to advance."""
+
+    def __init__(self, max_rows: int, context: int, store: PageStore) -> None:
+        def column() -> Ints:
+            return np.zeros(max_rows, dtype=np.int32)
+
+        def flags(*shape: int) -> Bools:
+            return np.zeros(shape, dtype=np.bool_)
+
+        width = pages_for(context)
+        self.store: Final = store
+        self.owners: list[Request | None] = [None] * max_rows
+        self.free = list(range(max_rows - 1, -1, -1))
+        self.num_running = 0
+        self.next: Ints = column()
+        self.left: Ints = column()
+        """New tokens still to be planned."""
+        self.made: Ints = column()
+        """New tokens settled in this stay."""
+        self.base: Ints = column()
+        """Length of this stay's prompt."""
+        self.limit: Ints = column()
+        """New tokens in this stay at most."""
+        self.filled: Ints = column()
+        """Tokens of the prompt whose KV is settled."""
+        self.room: Ints = column()
+        """Positions that the slot's pages hold."""
+        self.table: Ints = np.zeros((max_rows, width), dtype=np.int32)
+        self.shared: Bools = flags(max_rows, width)
+        self.reading: Bools = flags(max_rows)
+        self.sampled: Bools = flags(max_rows)
+        self.truncates: Bools = flags(max_rows)
+        self.keys: npt.NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)
+        self.fronts: Ints = column()
+        self.stops: Ints = np.full((max_rows, 1), -1, dtype=np.int32)
+        """Stop ids, padded with -1; widened on demand."""
+        self._page_tokens: Ints = np.zeros(
+            (store.num_pages, PAGE), dtype=np.int32
+        )  # the host's copy of what pages hold
+
+    def take(self, request: Request, hit: Hit) -> Update:
+        """Give a request a slot, the pages of its hit, and new ones for the rest of its prompt and one token more."""
+        request.change(Change.ADMIT)
+        slot = request.slot = self.free.pop()
+        length, num_hit = len(request.prompt), len(hit.pages)
+        own = self.store.take(pages_for(length + 1) - num_hit)
+        pages = np.concatenate([hit.pages, own])
+        request.node = hit.node
+        request.num_hit, request.chunked = num_hit, num_hit * PAGE
+        self.owners[slot] = request
+        self.num_running += 1
+        self.next[slot] = self.filled[slot] = request.chunked
+        self.made[slot] = 0
+        self.base[slot] = length
+        self.left[slot] = self.limit[slot] = request.limit - request.made
+        self.room[slot] = len(pages) * PAGE
+        self.table[slot, : len(pages)] = pages
+        self.shared[slot] = False
+        self.shared[slot, :num_hit] = True
+        self.reading[slot] = True
+        self.sampled[slot] = not request.greedy
+        self.truncates[slot] = request.truncates
+        self.keys[slot] = request.key
+        self.fronts[slot] = request.front
+        self._write_stops(slot, request.stop_ids)
+        tokens = np.zeros(len(own) * PAGE, dtype=np.int32)
+        tokens[: length - request.chunked] = request.prompt[request.chunked :]
+        self._page_tokens[own] = tokens.reshape(-1, PAGE)
+        return np.full(len(pages), slot, dtype=np.int32), np.arange(len(pages), dtype=np.int32), pages
+
+    def _write_stops(self, slot: int, stop_ids: tuple[int, ...]) -> None:
+        missing = len(stop_ids) - self.stops.shape[1]
+        if missing > 0:
+            self.stops = np.pad(self.stops, ((0, 0), (0, missing)), constant_values=-1)
+        self.stops[slot] = -1
+        self.stops[slot, : len(stop_ids)] = stop_ids
+
+    def extend(self, slots: Ints) -> Update:
+        """Give each of `slots` one page more."""
+        pages, indices = self.store.take(len(slots)), self.room[slots] // PAGE
+        self.table[slots, indices] = pages
+        self.room[slots] += PAGE
+        return slots, indices, pages
+
+    def note_tokens(self, slots: Ints, tokens: Ints) -> None:
+        """Take in one settled token for each of `slots`."""
+        positions = self.base[slots] + self.made[slots]
+        self._page_tokens[self.table[slots, positions // PAGE], positions % PAGE] = tokens
+        self.made[slots] += 1
+
+    def note_chunk(self, slot: int, end: int) -> None:
+        """Take in a settled prompt chunk that ends at position `end`: its full pages can be shared from now on."""
+        self.filled[slot] = end
+        request = self.owners[slot]
+        if request is None:
+            raise InternalError(f"a chunk came for slot {slot}, which nobody owns")
+        self._keep(request, end // PAGE)
+
+    def tokens(self, slot: int) -> Ints:
+        """Return the tokens of a slot, the settled ones of its answer included."""
+        length = int(self.base[slot] + self.made[slot])
+        return self._page_tokens[self.table[slot, : pages_for(length)]].reshape(-1)[:length].copy()
+
+    def leave(self, request: Request, step: int) -> None:
+        """Take a slot from its request, and put it with its pages behind the fence of `step`.
+
+        The settled full pages stay in the prefix tree, which may give them up once the fence is open.
+        """
+        slot = request.slot
+        self.reading[slot] = False
+        self.num_running -= 1
+        made = int(self.made[slot])
+        filled = int(self.base[slot]) + made - 1 if made else int(self.filled[slot])
+        self._keep(request, filled // PAGE)
+        pages = self.table[slot, : self.room[slot] // PAGE]
+        self.store.fence(Fence(step, slot, pages[~self.shared[slot, : len(pages)]], request.node))
+        request.node = None
+
+    def _keep(self, request: Request, num_full: int) -> None:
+        slot = request.slot
+        pages = self.table[slot, :num_full]
+        if self.shared[slot, :num_full].all():
+            return
+        tokens = self._page_tokens[pages].reshape(-1)
+        request.node, kept = self.store.keep(tokens, pages.copy(), request.salt, request.node)
+        self.shared[slot, :num_full] |= kept
+
+    def open_fences(self, settled: int) -> None:
+        """Take back what waited for a step up to `settled`."""
+        for slot in self.store.pass_step(settled):
+            request = self.owners[slot]
+            if request is not None and request.life is Life.DRAINING:
+                request.change(Change.LAND)
+            self.owners[slot] = None
+            self.free.append(slot)
+
+    def check(self) -> None:
+        """Raise InternalError unless every page and every slot is accounted for exactly once. O(pages); for tests."""
+        owned = []
+        for slot in np.flatnonzero(self.reading).tolist():
+            pages = self.table[slot, : self.room[slot] // PAGE]
+            owned.append(pages[~self.shared[slot, : len(pages)]])
+        fenced = self.store.check(owned)
+        if sorted([*self.free, *fenced, *np.flatnonzero(self.reading).tolist()]) != list(range(len(self.owners))):
+            raise InternalError("a slot is lost, or owned twice")
+        if int(self.reading.sum()) != self.num_running:
+            raise InternalError("a running request has no slot, or a slot has no running request")
