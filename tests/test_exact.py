@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from overlap import AsyncEngine, SamplingParams
+from overlap import AsyncEngine, SamplingParams, Statistics
 
 PROMPTS = [
     "The capital of France is",
@@ -65,35 +65,49 @@ def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
     return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
-async def ours(model: Path, prompts: list[list[int]], *, alone: bool = False, **options: Any) -> list[list[int]]:
+async def ours(
+    model: Path, prompts: list[list[int]], *, alone: bool = False, rounds: int = 1, **options: Any
+) -> tuple[list[list[list[int]]], Statistics]:
+    """Return the answers of each round, all by one engine, and its figures."""
     params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
     options = {"device": "cpu", "dtype": "float32", "kv_cache": 16384, "max_rows": 20, **options}
-    answers: dict[int, list[int]] = {}
+    answers: list[dict[int, list[int]]] = [{} for _ in range(rounds)]
     async with AsyncEngine(model, **options) as engine:
-        if alone:
-            for index, prompt in enumerate(prompts):
-                async for output in engine.generate(prompt, params):
-                    answers[index] = output.token_ids
-        else:
-            async for output in engine.generate_batch(prompts, params):
-                answers[output.index] = output.token_ids
-    return [answers[index] for index in range(len(prompts))]
+        for answer in answers:
+            if alone:
+                for index, prompt in enumerate(prompts):
+                    async for output in engine.generate(prompt, params):
+                        answer[index] = output.token_ids
+            else:
+                async for output in engine.generate_batch(prompts, params):
+                    answer[output.index] = output.token_ids
+        figures = engine.statistics()
+    return [[answer[index] for index in range(len(prompts))] for answer in answers], figures
 
 
 @pytest.mark.slow
 async def test_smollm2_alone(smollm2_path: Path, expected: tuple[list[list[int]], list[list[int]]]) -> None:
     prompts, want = expected
     assert [len(answer) for answer in want] == [NEW] * 20
-    assert await ours(smollm2_path, prompts, alone=True) == want
+    assert (await ours(smollm2_path, prompts, alone=True))[0] == [want]
 
 
-@pytest.mark.parametrize("chunk", ["auto", 16])
+MATRIX: dict[str, dict[str, Any]] = {
+    "in one batch, cold and warm": {"rounds": 2},
+    "in chunks of 16, cold and warm": {"prefill_chunk": 16, "rounds": 2},
+    "short of pages, cold and warm": {"kv_cache": 1024, "rounds": 2},
+    "without cache and overlap": {"prefix_cache": False, "overlap": False},
+}
+
+
+@pytest.mark.parametrize("way", MATRIX)
 @pytest.mark.slow
-async def test_smollm2_in_one_batch(
-    smollm2_path: Path, expected: tuple[list[list[int]], list[list[int]]], chunk: Any
-) -> None:
+async def test_smollm2(smollm2_path: Path, expected: tuple[list[list[int]], list[list[int]]], way: str) -> None:
     prompts, want = expected
-    assert await ours(smollm2_path, prompts, prefill_chunk=chunk) == want
+    answers, figures = await ours(smollm2_path, prompts, **MATRIX[way])
+    assert answers == [want] * len(answers)
+    assert (figures.cached_tokens > 0) == ("warm" in way)
+    assert (figures.preemptions > 0) == ("short" in way)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -114,7 +128,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_small_random_llamas_alone_in_a_batch_and_in_chunks(
+async def test_small_random_llamas_in_every_way(
     tiny_llama_dir: Path, tmp_path: Path, shape: str
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -131,5 +145,14 @@ async def test_small_random_llamas_alone_in_a_batch_and_in_chunks(
     model.save_pretrained(tmp_path)
     shutil.copy(tiny_llama_dir / "tokenizer.json", tmp_path)  # a directory has one; the prompts here are token ids
     want = [greedy(model, prompt, NEW) for prompt in prompts]
-    for options in ({"alone": True}, {}, {"prefill_chunk": 16}, {"prefill_chunk": 16, "overlap": False, "max_rows": 3}):
-        assert await ours(tmp_path, prompts, **options) == want, options
+    for options in (
+        {"alone": True, "rounds": 2},
+        {"rounds": 2},
+        {"prefill_chunk": 16, "rounds": 2},
+        {"prefill_chunk": 16, "overlap": False, "max_rows": 3},
+        {"kv_cache": 256, "prefill_chunk": 24, "rounds": 2},
+        {"prefix_cache": False},
+    ):
+        answers, figures = await ours(tmp_path, prompts, **options)
+        assert answers == [want] * len(answers), options
+        assert (figures.preemptions > 0) == ("kv_cache" in options)
