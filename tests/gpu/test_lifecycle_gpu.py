@@ -14,7 +14,7 @@ import torch
 
 from overlap import AsyncEngine, RequestFailed, SamplingParams
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PARAMS = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
 
@@ -46,7 +46,8 @@ async def by_an_error_of_the_host(model: Path) -> None:
 async def by_a_failed_step(model: Path) -> None:
     async with AsyncEngine(model, device="cuda", kv_cache="1GiB") as engine:
         runner: Any = engine._core._loop._runner  # type: ignore[union-attr]
-        launch, failed = runner.launch, []
+        launch = runner.launch
+        failed: list[Any] = []
 
         def fail_once(plan: Any) -> Any:
             if plan.number == 4 and not failed:
@@ -152,7 +153,7 @@ def test_a_device_that_breaks_ends_every_waiter_with_the_cause(smollm2_path: Pat
 
 
 async def test_a_warm_prefix_cache_and_bf16(smollm2_path: Path) -> None:
-    """Cold against warm, with what differs counted: a warm prompt runs fewer rows, and a product may round otherwise."""
+    """What differs is counted: a warm prompt runs fewer rows, and a product may round otherwise."""
     params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
     prompts = [[(37 * i + 11 * j) % 4000 + 20 for j in range(180 + 13 * i)] for i in range(16)]
 
