@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from overlap.assemble import Parts, Text
     from overlap.config import EngineConfig, Resolved
     from overlap.models.config import ModelConfig
+    from overlap.observe.timeline import Timeline
     from overlap.schedule.planner import Planner
     from overlap.schedule.request import Request
     from overlap.schedule.settled import Settled
@@ -146,6 +147,10 @@ class Core:
         future: Future[None] = Future()
         self._post(self._live_loop.when_idle, lambda: future.set_result(None))
         return future
+
+    def watch(self, timeline: Timeline | None) -> Future[None]:
+        """Let the loop tell `timeline` of each verb, from its own thread; None ends that."""
+        return self.call(self._live_loop.watch, timeline)
 
     @property
     def parts(self) -> tuple[Planner, Loop]:

@@ -1,4 +1,4 @@
-"""AsyncEngine: open, generate, abort, explain, aclose."""
+"""AsyncEngine: open, generate, abort, explain, trace, aclose."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from overlap.generation import Generation
 from overlap.loop import LoopStatistics
 from overlap.messages import Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
+from overlap.observe.trace import Trace, Tracing
 from overlap.schedule.request import Request
 from overlap.schedule.settled import PlannerStatistics
 from overlap.text.answer import AnswerText
@@ -242,6 +243,22 @@ class AsyncEngine:
         if (late := self._core.late()) is not None:
             return Health(ok=False, reason=late)
         return Health(ok=True, reason="serving")
+
+    def trace(self, path: str | os.PathLike[str]) -> Tracing:
+        """Record each step of the engine for as long as a `with` or `async with` of this lasts, then write `path`.
+
+        `.json` opens in ui.perfetto.dev: plan, launch, land and settle on the host, and every step on the device with
+        the bubbles in front of it. `.svg` is a picture of a few steps from the middle. The target of the `with` is
+        the Trace, which a notebook shows as that picture. Raises ConfigError for another ending, a directory that is
+        not there, and while another trace is recorded.
+        """
+        planner, _ = self._core.parts
+
+        def queue() -> tuple[int, int]:
+            figures = planner.statistics()
+            return figures.waiting, figures.running
+
+        return Tracing(path, Trace(self.model_name, queue=queue), self._core.watch)
 
     def explain(self) -> str:
         """Return what was chosen and why, a line each."""

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overlap.cache.pages import Ints
-from overlap.errors import DeadlineExceeded, EngineDead, InternalError, RequestError
+from overlap.errors import ConfigError, DeadlineExceeded, EngineDead, InternalError, RequestError
 from overlap.observe.timeline import NoTimeline, Timeline
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
+from overlap.streams.stream import Busy
 from overlap.watchdog import Watchdog
 
 
@@ -34,6 +35,9 @@ class Flight(Protocol):
 
     async def wait_landed(self) -> Ints:
         """Return the tokens [E] once the device is done; raise what the step raised."""
+
+    def busy(self) -> Busy:
+        """Return when the device ran it. Only once it has landed, and not if it failed."""
 
 
 class Runner(Protocol):
@@ -58,13 +62,17 @@ class Outbox(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _FailedFlight:
-    """A plan that could not be launched."""
+    """A plan that could not be launched. Nothing is planned behind it: the device knows none of its changes."""
 
     plan: StepPlan
     failure: Exception
 
     async def wait_landed(self) -> Ints:
         """Raise why."""
+        raise self.failure
+
+    def busy(self) -> Busy:
+        """Raise why: it never ran."""
         raise self.failure
 
 
@@ -82,6 +90,10 @@ class LoopStatistics:
     """Tokens run: prompt and decode."""
     tokens_out: int
     """Tokens that reached a reader."""
+    busy_s: float
+    """Seconds for which the device ran steps, measured on the device. Failed steps are left out."""
+    bubble_s: float
+    """Seconds for which the device had nothing queued while work was waiting, measured on the device."""
 
 
 class Loop:
@@ -100,11 +112,13 @@ class Loop:
         self._planner = planner
         self._runner = runner
         self._outbox = outbox
-        self._timeline = timeline or NoTimeline()
+        self._timeline = self._unwatched = timeline or NoTimeline()
         self._overlap = overlap
         self._work = asyncio.Event()
         self._closing = False
         self._steps = self._failed = self._tokens_in = self._tokens_out = self._expired = 0
+        self._busy_s = self._bubble_s = 0.0
+        self._slept = True  # nothing was in flight and no work waited: what the device then waits is no bubble
         self._idle_waiters: list[Callable[[], None]] = []
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._watchdog = Watchdog(step_limit_s)
@@ -139,15 +153,21 @@ class Loop:
         self._idle_waiters.append(call)
         self._work.set()
 
+    def watch(self, timeline: Timeline | None) -> None:
+        """Tell `timeline` of each verb from now on; None ends that. Raises ConfigError if another one is told."""
+        if timeline is not None and self._timeline is not self._unwatched:
+            raise ConfigError("A trace of this engine is being recorded. End it before the next one begins.")
+        self._timeline = timeline or self._unwatched
+
     async def run(self) -> None:
         """Serve until closed and the last flight has landed."""
         flight: Flight | None = None
         while flight is not None or await self._wait_work():
             with self._timeline.span("plan"):
-                plan = None if self._closing else self._planner.plan()
+                plan = None if self._closing or isinstance(flight, _FailedFlight) else self._planner.plan()
             launched = None
             if plan is not None:
-                with self._timeline.span("launch"):
+                with self._timeline.span("launch", plan):
                     launched = self._launch(plan, alone=flight is None)
             if flight is not None:
                 await self._settle(flight)
@@ -170,14 +190,16 @@ class Loop:
 
     async def _settle(self, flight: Flight) -> None:
         self._watchdog.watch(flight.plan)
+        slept, self._slept = self._slept, False
         try:
-            tokens = await flight.wait_landed()
+            with self._timeline.span("land", flight.plan):
+                tokens = await flight.wait_landed()
         except Exception as failure:
             self._fail(flight.plan, failure)
             return
         finally:
             self._watchdog.rest()
-        with self._timeline.span("settle"):
+        with self._timeline.span("settle", flight.plan):
             settled = self._planner.settle(flight.plan, tokens)
             self._steps += 1
             self._tokens_in += flight.plan.num_tokens
@@ -186,12 +208,17 @@ class Loop:
                 for end in settled.ends:
                     self._forget_deadline(end.key)
             self._outbox.tell_settled(settled)
+        busy = flight.busy()
+        bubble = 0.0 if slept else busy.gap
+        self._busy_s += busy.end - busy.start
+        self._bubble_s += bubble
+        self._timeline.ran(flight.plan, busy, bubble)
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:
         self._failed += 1
         for key, front in self._planner.keys_in(plan):
-            self.end(key)
-            self._outbox.tell_failed(key, front, failure)
+            if self.end(key):  # telling another may have ended it
+                self._outbox.tell_failed(key, front, failure)
         self._planner.pass_step(plan)
         if not self._runner.usable():
             raise EngineDead(f"The device does not work any more after: {failure!r}") from failure
@@ -221,6 +248,7 @@ class Loop:
             waiters, self._idle_waiters = self._idle_waiters, []
             for call in waiters:
                 call()
+            self._slept = True
             await self._work.wait()
         return not self._closing
 
@@ -233,4 +261,6 @@ class Loop:
             expired=self._expired,
             tokens_in=self._tokens_in,
             tokens_out=self._tokens_out,
+            busy_s=self._busy_s,
+            bubble_s=self._bubble_s,
         )

@@ -6,9 +6,11 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
 
 from overlap.errors import InternalError
+from overlap.streams.stream import Busy
 
 if TYPE_CHECKING:
     from overlap.streams.stream import Mark
@@ -17,15 +19,17 @@ if TYPE_CHECKING:
 class _CpuMark:
     """Reached once the worker has passed it. Waiters of any event loop are woken from the worker's thread."""
 
-    __slots__ = ("_lock", "_waiters", "failure", "reached")
+    __slots__ = ("_lock", "_waiters", "busy", "failure", "reached")
 
     def __init__(self) -> None:
         self.reached = threading.Event()
+        self.busy: Busy | None = None
         self.failure: BaseException | None = None
         self._lock = threading.Lock()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
-    def reach(self, failure: BaseException | None) -> None:
+    def reach(self, busy: Busy, failure: BaseException | None) -> None:
+        self.busy = busy
         self.failure = failure
         with self._lock:
             self.reached.set()
@@ -57,7 +61,44 @@ def _wake(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-_Work = tuple[Callable[[], object] | None, _CpuMark | None]
+class _Follow:
+    """What stands in the queue where the worker has to wait for another one. Not work: it is part of the gap."""
+
+    __slots__ = ("mark",)
+
+    def __init__(self, mark: _CpuMark) -> None:
+        self.mark: Final = mark
+
+
+class _Clock:
+    """Keeps the time of what one worker runs, from mark to mark. Costs two looks at the clock for each launch."""
+
+    __slots__ = ("_end", "_marked_end", "_name", "_start")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._start: float | None = None
+        self._end = 0.0
+        self._marked_end: float | None = None
+
+    def run(self, work: Callable[[], object]) -> None:
+        if self._start is None:
+            self._start = perf_counter()
+        try:
+            work()
+        finally:
+            self._end = perf_counter()
+
+    def mark(self) -> Busy:
+        if self._start is None:
+            self._start = self._end = perf_counter()
+        gap = 0.0 if self._marked_end is None else self._start - self._marked_end
+        busy = Busy(self._name, self._start, self._end, gap)
+        self._marked_end, self._start = self._end, None
+        return busy
+
+
+_Item = Callable[[], object] | _CpuMark | _Follow
 
 
 class CpuStream:
@@ -65,28 +106,35 @@ class CpuStream:
 
     def __init__(self, name: str = "cpu") -> None:
         self.name = name
-        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"overlap-{name}", daemon=True)
         self._thread.start()
         self._closed = False
 
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:  # noqa: ARG002 - the promise's
         """Queue `run` for the worker."""
-        self._put((run, None))
+        self._put(run)
 
     def mark(self) -> Mark:
         """Return the place right behind what was launched last."""
         mark = _CpuMark()
-        self._put((None, mark))
+        self._put(mark)
         return mark
 
     def follow(self, mark: Mark) -> None:
         """Let the worker wait for a mark of another worker before it goes on."""
-        self._put((_own(mark).reached.wait, None))
+        self._put(_Follow(_own(mark)))
 
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the worker has passed `mark`; raise what the work before it raised."""
         await _own(mark).wait()
+
+    def busy(self, mark: Mark) -> Busy:
+        """Return when the worker ran what is between `mark` and the mark before it."""
+        busy = _own(mark).busy
+        if busy is None:
+            raise InternalError(f"stream {self.name!r} was asked when a mark's work ran before the mark was reached")
+        return busy
 
     def close(self) -> None:
         """Finish what is queued and end the thread."""
@@ -95,24 +143,26 @@ class CpuStream:
             self._queue.put(None)
             self._thread.join()
 
-    def _put(self, work: _Work) -> None:
+    def _put(self, item: _Item) -> None:
         if self._closed:
             raise InternalError(f"stream {self.name!r} is closed")
-        self._queue.put(work)
+        self._queue.put(item)
 
     def _work(self) -> None:
         failure: BaseException | None = None
+        clock = _Clock(self.name)
         while (item := self._queue.get()) is not None:
-            run, mark = item
-            if run is not None:
+            if isinstance(item, _CpuMark):
+                item.reach(clock.mark(), failure)
+                failure = None
+            elif isinstance(item, _Follow):
+                item.mark.reached.wait()
+            else:
                 try:
-                    run()
+                    clock.run(item)
                 except BaseException as error:
                     failure = failure or error
-            if mark is not None:
-                mark.reach(failure)
-                failure = None
-            del item, run, mark  # hold nothing of a finished step while idle
+            del item  # hold nothing of a finished step while idle
 
 
 def _own(mark: Mark) -> _CpuMark:

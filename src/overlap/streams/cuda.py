@@ -4,6 +4,11 @@ The waiter blocks in `cudaEventSynchronize` on an event made with `blocking=True
 the GIL released, and wakes the event loop when the device gets there. Not Python inside `cudaLaunchHostFunc`, which
 deadlocks the GIL against the driver (LMCache#2952, TensorRT-LLM#15855); not `torch.Event`, which ignores `blocking` on
 CUDA (vllm#47081).
+
+Time is measured on the device. Every mark's event keeps the device's time; a second event goes in front of the work
+only where the stream was empty or held back by another one's mark. Behind work that still runs, the next work begins
+where that ends: nothing was missing in between, and an event there would only delay it. Times add up in double
+precision from one event to the next, since CUDA tells them as float32 milliseconds, which from a far start are coarse.
 """
 
 from __future__ import annotations
@@ -11,23 +16,110 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from overlap.errors import InternalError
+from overlap.streams.stream import Busy
 
 if TYPE_CHECKING:
     from overlap.streams.stream import Mark
 
 
 class _CudaMark:
-    __slots__ = ("event", "failure")
+    """An event behind the work, and one in front of it where that does not begin at the mark before.
 
-    def __init__(self, event: torch.cuda.Event, failure: BaseException | None) -> None:
-        self.event = event
+    Once `busy` is known the events are the stream's again, and the mark is known to be reached.
+    """
+
+    __slots__ = ("busy", "end", "failure", "start")
+
+    def __init__(self, start: torch.cuda.Event | None, end: torch.cuda.Event, failure: BaseException | None) -> None:
+        self.start = start
+        self.end = end
         self.failure = failure
+        self.busy: Busy | None = None
+
+
+class _Clock:
+    """Keeps the device's time of one stream, from mark to mark, with events that are used again and again."""
+
+    def __init__(self, name: str, stream: torch.cuda.Stream) -> None:
+        self._name = name
+        self._stream = stream
+        self._free: list[torch.cuda.Event] = []
+        self._unread: deque[_CudaMark] = deque()  # in the stream's order
+        self._start: torch.cuda.Event | None = None
+        self._started = False  # work was launched behind the last mark
+        self._held = False  # what is launched next waits for another stream
+        self._any_marks = False
+        self._read_event, self._read_time = self._set()
+        self._last = self._read_event  # the last mark's
+
+    def _set(self) -> tuple[torch.cuda.Event, float]:
+        """Return an event and the host's time of it: the narrowest of a few looks, some µs wide. Waits."""
+        looks = []
+        for _ in range(5):
+            event = self._event()
+            before = time.perf_counter()
+            event.record(self._stream)
+            while not event.query():  # type: ignore[no-untyped-call]
+                pass
+            after = time.perf_counter()
+            looks.append((after - before, (before + after) / 2, event))
+        _, middle, event = min(looks, key=lambda look: look[0])
+        self._free += [other for _, _, other in looks if other is not event]
+        return event, middle
+
+    def hold(self) -> None:
+        self._held = True
+
+    def start(self) -> None:
+        """Work is about to be launched."""
+        if self._started:
+            return
+        self._started = True
+        if self._held or self._last.query():  # type: ignore[no-untyped-call]
+            self._start = self._event()
+            self._start.record(self._stream)
+
+    def mark(self, failure: BaseException | None) -> _CudaMark:
+        end = self._event()
+        end.record(self._stream)
+        start = self._start if self._started else end
+        mark = _CudaMark(start, end, failure)
+        self._unread.append(mark)
+        self._last, self._start, self._started, self._held = end, None, False, False
+        return mark
+
+    def busy(self, mark: _CudaMark) -> Busy:
+        while mark.busy is None:
+            if not self._unread:
+                raise InternalError(f"stream {self._name!r} was asked when another stream's work ran")
+            self._read(self._unread[0])
+            self._unread.popleft()
+        return mark.busy
+
+    def _read(self, mark: _CudaMark) -> None:
+        gap = length = 0.0
+        if mark.start is not None:
+            gap = self._read_event.elapsed_time(mark.start) / 1e3
+        if mark.start is not mark.end:
+            length = (mark.start or self._read_event).elapsed_time(mark.end) / 1e3
+            self._free += [mark.start] if mark.start is not None else []
+        start = self._read_time + gap
+        mark.busy = Busy(self._name, start, start + length, gap if self._any_marks else 0.0)
+        self._free.append(self._read_event)
+        self._read_event, self._read_time, self._any_marks = mark.end, start + length, True
+
+    def _event(self) -> torch.cuda.Event:
+        if self._free:
+            return self._free.pop()
+        return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
 
 
 _Wait = tuple[torch.cuda.Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
@@ -40,6 +132,7 @@ class CudaStream:
         self.name = name
         self.device: Final = device
         self.stream: Final = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+        self._clock = _Clock(name, self.stream)
         self._failure: BaseException | None = None
         self._waits: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait, name=f"overlap-{name}-waiter", daemon=True)
@@ -51,6 +144,7 @@ class CudaStream:
         if self._closed:
             raise InternalError(f"stream {self.name!r} is closed")
         try:
+            self._clock.start()
             with torch.cuda.stream(self.stream):
                 run()
         except Exception as failure:  # told by the next mark: the promise of every stream
@@ -58,28 +152,33 @@ class CudaStream:
 
     def mark(self) -> Mark:
         """Record an event right behind what was launched last."""
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(self.stream)
-        mark, self._failure = _CudaMark(event, self._failure), None
+        mark, self._failure = self._clock.mark(self._failure), None
         return mark
 
     def follow(self, mark: Mark) -> None:
         """Let the device hold back what is launched next until `mark`."""
-        self.stream.wait_event(_own(mark).event)
+        own = _own(mark)
+        if own.busy is None:  # else it was reached
+            self.stream.wait_event(own.end)
+            self._clock.hold()
 
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the device has passed `mark`; raise what the work before it raised."""
         own = _own(mark)
-        if own.event.query():  # type: ignore[no-untyped-call]
+        if own.busy is not None or own.end.query():  # type: ignore[no-untyped-call]
             await asyncio.sleep(0)  # arrivals and aborts get their turn at every step, however fast the device
         else:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
-            self._waits.put((own.event, loop, future))
+            self._waits.put((own.end, loop, future))
             await future
         if own.failure is not None:
             failure, own.failure = own.failure, None
             raise failure
+
+    def busy(self, mark: Mark) -> Busy:
+        """Return when the device ran what is between `mark` and the mark before it."""
+        return self._clock.busy(_own(mark))
 
     def close(self) -> None:
         """Wait for the device to finish what is queued, and end the waiter."""

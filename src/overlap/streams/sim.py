@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from overlap.errors import InternalError
+from overlap.streams.stream import Busy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from overlap.observe.timeline import Timeline
+    from overlap.schedule.plan import StepPlan
     from overlap.streams.stream import Mark
 
 Cost = Callable[[str, int], float]
@@ -35,6 +38,7 @@ class Span:
 @dataclass(slots=True)
 class _SimMark:
     time: float
+    busy: Busy
     failure: BaseException | None
 
 
@@ -92,6 +96,8 @@ class SimStream:
         self.spans: list[Span] = []
         self._device = device
         self._free_at = 0.0
+        self._marked = 0  # spans that are in front of the last mark
+        self._marked_end: float | None = None
         self._failure: BaseException | None = None
         self._closed = False
 
@@ -109,40 +115,62 @@ class SimStream:
 
     def mark(self) -> Mark:
         """Return the place right behind what was launched last."""
-        mark = _SimMark(max(self._free_at, self._device.now), self._failure)
+        time = max(self._free_at, self._device.now)
+        mark = _SimMark(time, self._span_to(time), self._failure)
         self._failure = None
         return mark
 
+    def _span_to(self, time: float) -> Busy:
+        new, self._marked = self.spans[self._marked :], len(self.spans)
+        start, end = (new[0].start, new[-1].end) if new else (time, time)
+        gap = 0.0 if self._marked_end is None else start - self._marked_end
+        self._marked_end = end
+        return Busy(self.name, start, end, gap)
+
     def follow(self, mark: Mark) -> None:
         """Start what is launched next no sooner than `mark`."""
-        if not isinstance(mark, _SimMark):
-            raise InternalError(f"a simulated stream cannot follow {mark!r}")
-        self._free_at = max(self._free_at, mark.time)
+        self._free_at = max(self._free_at, _own(mark).time)
 
     async def wait_reached(self, mark: Mark) -> None:
         """Let the host's clock go on to `mark`."""
-        if not isinstance(mark, _SimMark):
-            raise InternalError(f"a simulated stream cannot wait for {mark!r}")
+        own = _own(mark)
         await asyncio.sleep(0)  # as on a real device, other tasks run meanwhile
-        self._device.now = max(self._device.now, mark.time)
-        if mark.failure is not None:
-            failure, mark.failure = mark.failure, None
+        self._device.now = max(self._device.now, own.time)
+        if own.failure is not None:
+            failure, own.failure = own.failure, None
             raise failure
+
+    def busy(self, mark: Mark) -> Busy:
+        """Return when the work between `mark` and the mark before it runs in virtual time."""
+        return _own(mark).busy
 
     def close(self) -> None:
         """Refuse further work."""
         self._closed = True
 
 
-class SimTimeline:
-    """A timeline that lets the host spend virtual time in each verb of the loop."""
+def _own(mark: Mark) -> _SimMark:
+    if not isinstance(mark, _SimMark):
+        raise InternalError(f"a simulated stream knows no mark like {mark!r}")
+    return mark
 
-    def __init__(self, device: SimDevice, costs: Mapping[str, float]) -> None:
+
+class SimTimeline:
+    """A timeline that lets the host spend virtual time in each verb of the loop, and may tell another of it."""
+
+    def __init__(self, device: SimDevice, costs: Mapping[str, float], *, tell: Timeline | None = None) -> None:
         self._device = device
         self._costs = costs
+        self._tell = tell
 
     @contextmanager
-    def span(self, verb: str) -> Iterator[None]:
+    def span(self, verb: str, plan: StepPlan | None = None) -> Iterator[None]:
         """Spend what `verb` costs, before its effect is seen."""
-        self._device.spend(self._costs.get(verb, 0.0))
-        yield
+        with nullcontext() if self._tell is None else self._tell.span(verb, plan):
+            self._device.spend(self._costs.get(verb, 0.0))
+            yield
+
+    def ran(self, plan: StepPlan, busy: Busy, bubble: float) -> None:
+        """Tell the other timeline."""
+        if self._tell is not None:
+            self._tell.ran(plan, busy, bubble)

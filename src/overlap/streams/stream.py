@@ -7,12 +7,29 @@ Three keepers: `cuda.CudaStream`, `cpu.CpuStream` (a worker thread) and `sim.Sim
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 Mark: TypeAlias = object
 """A place in a stream's order. Opaque: only streams of the same device look inside."""
 
 T = TypeVar("T")
+
+
+class Busy(NamedTuple):
+    """When the work between a mark and the mark before it ran, in seconds on its stream's clock.
+
+    That clock is the host's (`time.perf_counter`) as it was when the stream was made; on a device that has a clock of
+    its own the two drift apart by some millionths. The simulated clock is virtual. Marks follow each other without a
+    hole: `start` is the `end` of the mark before plus `gap`.
+    """
+
+    stream: str
+    """The stream's name."""
+    start: float
+    """When the first work began. For a mark behind no new work: its `end`."""
+    end: float
+    gap: float
+    """How long the stream had nothing to run before `start`: 0 for its first mark."""
 
 
 class Stream(Protocol):
@@ -37,6 +54,9 @@ class Stream(Protocol):
 
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the device has passed `mark`; raise what the work before it raised."""
+
+    def busy(self, mark: Mark) -> Busy:
+        """Return when the work between `mark` and the mark before it ran. Only once `mark` was reached; never waits."""
 
     def close(self) -> None:
         """Finish what is queued, then give back threads and events. Idempotent; may block; not for the hot path."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 from overlap.streams.stream import Stream
@@ -45,10 +46,33 @@ async def check_stream(make: Callable[[str], Stream]) -> None:
         first.launch("well", lambda: done.append("well"))
         await first.wait_reached(first.mark())  # told once
         assert done[-1] == "well"
+        await _check_busy(first)
     finally:
         first.close()
         first.close()  # idempotent
         second.close()
+
+
+async def _check_busy(stream: Stream) -> None:
+    marks = []
+    for works in (1, 3, 0, 1):
+        for i in range(works):
+            stream.launch(f"timed {i}", lambda: None)
+        marks.append(stream.mark())
+    await stream.wait_reached(marks[-1])
+    stream.launch("late", lambda: None)  # the stream may have been idle
+    marks.append(stream.mark())
+    await stream.wait_reached(marks[-1])
+    last = stream.busy(marks[-1])
+    spans = [stream.busy(mark) for mark in marks]  # of earlier marks, after a later one
+    assert spans[-1] == last, "a mark's work ran at two different times"
+    assert all(span.stream == stream.name for span in spans), "a span names another stream"
+    assert all(span.start <= span.end for span in spans), f"work ended before it began: {spans}"
+    assert all(span.gap >= 0.0 for span in spans), f"work began before the work in front of it had ended: {spans}"
+    for before, span in itertools.pairwise(spans):
+        hole = abs(span.start - before.end - span.gap)
+        assert hole < 1e-6, f"a span does not begin where the one before ended plus the gap: {before}, {span}"
+    assert spans[2].start == spans[2].end, f"a mark behind no new work took time: {spans[2]}"
 
 
 def _fail() -> None:

@@ -7,14 +7,15 @@ should have been.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from overlap.cache.pages import PAGE, Ints
+from overlap.cache.pages import PAGE, Ints, pages_for
 from overlap.schedule.plan import StepPlan, broken_rules
-from overlap.streams.stream import Mark, Stream
+from overlap.streams.stream import Busy, Mark, Stream
 
 _PRIME = 1_000_003
 
@@ -58,11 +59,20 @@ class SimFlight:
         await self.stream.wait_reached(self.mark)
         return np.array(self.tokens, dtype=np.int32)
 
+    def busy(self) -> Busy:
+        """Return when the stream ran it."""
+        return self.stream.busy(self.mark)
+
 
 class SimRunner:
     """Runs plans with an EchoModel on any stream, over state kept as a device would keep it.
 
-    `fault(plan)` may raise, to fail a step.
+    It holds the planner to its word: a row begins where the row before it ended, writes to no page that another row of
+    the step reads, to none behind its prefix hit, and to none of `shared()`.
+
+    `fault(plan)` may raise, to fail a step before its rows run but after its admissions and page updates have been
+    applied; `row_fault(plan, row)` may raise before a row runs. As on a device, what was launched behind a failed step
+    still runs, over what the failed one left.
     """
 
     def __init__(
@@ -72,12 +82,18 @@ class SimRunner:
         *,
         num_pages: int,
         fault: Callable[[StepPlan], None] | None = None,
+        row_fault: Callable[[StepPlan, int], None] | None = None,
+        shared: Callable[[], Ints] | None = None,
     ) -> None:
+        """`shared` returns the ids of the pages that must not be written to now: those of the prefix tree."""
         self._stream = stream
         self._model = model
         self._fault = fault
+        self._row_fault = row_fault
+        self._shared = shared
         self._kv: Ints = np.full((num_pages, PAGE), -1, dtype=np.int32)
         self._table: dict[int, dict[int, int]] = {}
+        self._hit: dict[int, int] = {}
         self._length: dict[int, int] = {}
         self._last: dict[int, int] = {}
         self._seed: dict[int, int] = {}
@@ -97,28 +113,57 @@ class SimRunner:
         return True
 
     def _run(self, plan: StepPlan, out: list[int]) -> None:
-        for admission in plan.admissions:
-            self._table[admission.slot] = {}
-            self._length[admission.slot] = admission.start
-            self._seed[admission.slot] = admission.seed if admission.temperature > 0 else 0
-        for slot, index, page in zip(plan.page_slots, plan.page_indices, plan.page_ids, strict=True):
-            self._table[int(slot)][int(index)] = int(page)
+        self._apply_changes(plan)
+        starts = self._advance(plan)
+        self._check_writes(plan, starts)
         if self._fault is not None:
             self._fault(plan)
         at, emits = 0, set(plan.emits.tolist())
         for row, slot in enumerate(plan.slots.tolist()):
+            if self._row_fault is not None:
+                self._row_fault(plan, row)
             if row < plan.num_decode:
                 tokens = [self._last[slot]]
             else:
                 tokens = plan.prompt[at : at + int(plan.counts[row])].tolist()
                 at += len(tokens)
-            table, length = self._table[slot], self._length[slot]
-            assert length == plan.starts[row], f"slot {slot} is at {length}, the plan says {plan.starts[row]}"
-            for i, token in enumerate(tokens):
-                self._kv[table[(length + i) // PAGE], (length + i) % PAGE] = token
-            length = self._length[slot] = length + len(tokens)
+            table, start = self._table[slot], starts[row]
+            for i, token in enumerate(tokens, start):
+                self._kv[table[i // PAGE], i % PAGE] = token
             if row in emits:
-                pages = [table[i] for i in range(-(-length // PAGE))]
+                length = start + len(tokens)
+                pages = [table[i] for i in range(pages_for(length))]
                 seen = self._kv[pages].reshape(-1)[:length]
                 self._last[slot] = self._model.next_token(seen, seed=self._seed[slot])
                 out.append(self._last[slot])
+
+    def _apply_changes(self, plan: StepPlan) -> None:
+        for admission in plan.admissions:
+            self._table[admission.slot] = {}
+            self._hit[admission.slot] = self._length[admission.slot] = admission.start
+            self._last[admission.slot] = -1
+            self._seed[admission.slot] = admission.seed if admission.temperature > 0 else 0
+        for slot, index, page in zip(plan.page_slots, plan.page_indices, plan.page_ids, strict=True):
+            self._table[int(slot)][int(index)] = int(page)
+
+    def _advance(self, plan: StepPlan) -> list[int]:
+        """Return where each row starts, and let it end behind its tokens."""
+        starts = [self._length[slot] for slot in plan.slots.tolist()]
+        assert starts == plan.starts.tolist(), f"rows are at {starts}, the plan says {plan.starts.tolist()}"
+        self._length.update(zip(plan.slots.tolist(), (plan.starts + plan.counts).tolist(), strict=True))
+        return starts
+
+    def _check_writes(self, plan: StepPlan, starts: list[int]) -> None:
+        read: list[int] = []
+        written: list[int] = []
+        for slot, start in zip(plan.slots.tolist(), starts, strict=True):
+            assert start >= self._hit[slot], f"slot {slot} writes at {start}, and {self._hit[slot]} tokens are shared"
+            pages = [self._table[slot][index] for index in range(pages_for(self._length[slot]))]
+            read += pages
+            written += pages[start // PAGE :]
+        readers = Counter(read)
+        torn = [page for page in written if readers[page] > 1]
+        assert not torn, f"step {plan.number} writes to pages {torn}, which other rows read"
+        if self._shared is not None:
+            torn = sorted(set(written) & set(self._shared().tolist()))
+            assert not torn, f"step {plan.number} writes to pages {torn}, which are shared"

@@ -1,0 +1,39 @@
+"""`engine.trace` on a real engine: what it writes, and that nothing is kept when it is off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from overlap import AsyncEngine, ConfigError, SamplingParams
+
+PARAMS = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+
+
+async def test_a_trace_shows_every_step_on_the_host_and_on_the_device(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, device="cpu", dtype="float32", kv_cache=4096) as engine:
+        plain = [out async for out in engine.generate("The quick", PARAMS)][-1].token_ids
+        steps = engine.statistics().steps
+        async with engine.trace(tmp_path / "run.json"):
+            traced = [out async for out in engine.generate("The quick", PARAMS)][-1].token_ids
+        with engine.trace(tmp_path / "run.svg"):
+            async for _ in engine.generate("The quick", PARAMS):
+                pass
+        figures = engine.statistics()
+    assert traced == plain
+    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if event["ph"] == "X"]
+    for verb in ("plan", "launch", "land", "settle"):
+        assert sum(verb in name for name in names) >= 30, names
+    assert (tmp_path / "run.svg").read_text().startswith("<svg")
+    assert figures.steps > steps
+    assert figures.busy_s > 0
+    assert figures.bubble_s >= 0
+
+
+async def test_a_trace_of_an_unknown_kind_is_refused(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, device="cpu", dtype="float32", kv_cache=4096) as engine:
+        with pytest.raises(ConfigError, match=r"run\.gif"):
+            engine.trace("run.gif")
