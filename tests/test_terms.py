@@ -92,14 +92,14 @@ async def test_equal_prompts_at_the_same_time_are_computed_once(engine: AsyncEng
 async def test_a_higher_priority_goes_first(tiny_llama_dir: Path) -> None:
     ended: list[str] = []
 
-    async def ask(name: str, priority: int) -> None:
+    async def ask(engine: AsyncEngine, name: str, priority: int) -> None:
         await last(engine, [3, 4, 5], max_tokens=30, priority=priority)
         ended.append(name)
 
     async with AsyncEngine(tiny_llama_dir, **{**OPTIONS, "max_rows": 1}) as engine:
         running = engine.generate([1, 2], params(200))
         await anext(running)
-        tasks = [asyncio.create_task(ask(name, rank)) for name, rank in [("a", 0), ("b", 0), ("c", 1)]]
+        tasks = [asyncio.create_task(ask(engine, name, rank)) for name, rank in [("a", 0), ("b", 0), ("c", 1)]]
         alone = [out.token_ids async for out in running][-1]
         await asyncio.gather(*tasks)
         assert ended == ["c", "a", "b"]
@@ -110,15 +110,15 @@ async def test_a_higher_priority_goes_first(tiny_llama_dir: Path) -> None:
 async def test_keys_get_fair_turns(tiny_llama_dir: Path) -> None:
     ended: list[str] = []
 
-    async def ask(key: str) -> None:
+    async def ask(engine: AsyncEngine, key: str) -> None:
         await last(engine, [3, 4, 5], max_tokens=20, fairness_key=key)
         ended.append(key)
 
     async with AsyncEngine(tiny_llama_dir, **{**OPTIONS, "max_rows": 1}) as engine:
-        greedy = [asyncio.create_task(ask("greedy")) for _ in range(6)]
+        greedy = [asyncio.create_task(ask(engine, "greedy")) for _ in range(6)]
         while engine.statistics().waiting < 5:
             await asyncio.sleep(0.001)
-        await asyncio.gather(*greedy, *(asyncio.create_task(ask("modest")) for _ in range(3)))
+        await asyncio.gather(*greedy, *(asyncio.create_task(ask(engine, "modest")) for _ in range(3)))
     assert ended[:7].count("modest") == 3, ended
 
 

@@ -1,4 +1,4 @@
-"""The command line: `overlap generate`, `overlap chat` and `overlap serve`.
+"""The command line: `overlap generate`, `overlap chat`, `overlap serve` and `overlap warmup`.
 
 The model's text goes to stdout and everything else to stderr, so that a pipe gets the text alone.
 """
@@ -214,6 +214,37 @@ async def _serve_until_told(arguments: argparse.Namespace) -> None:
             await told.wait()
 
 
+# ---------------------------------------------------------------- warmup
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    from overlap import warmup
+    from overlap.config import cache_directory, package_index
+    from overlap.models import open_checkpoint
+
+    warmup.check(arguments.arch, arguments.queries)
+    wanted: list[warmup.Module] = []
+    for model in arguments.models or [DEFAULT_MODEL]:
+        checkpoint = open_checkpoint(
+            model,
+            load_format="dummy",  # the shape is all that is read
+            cache_dir=cache_directory(arguments.cache_dir),
+            index_url=package_index(),
+        )
+        checkpoint.close()
+        found = warmup.modules_of(
+            checkpoint.config,
+            dtype=arguments.dtype,
+            architecture=arguments.arch,
+            queries=arguments.queries,
+            fa3=arguments.fa3,
+        )
+        if not found:
+            _note(f"{model}: FlashInfer has no kernels for its heads; torch's attention would run.")
+        wanted += found
+    return 1 if warmup.build(wanted, arguments.arch, _note) else 0
+
+
 # ---------------------------------------------------------------- arguments
 
 
@@ -245,6 +276,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key")
     _add_engine(serve)
     serve.set_defaults(run=_serve)
+
+    warm = commands.add_parser("warmup", help="build GPU kernels ahead of time, no GPU needed", allow_abbrev=False)
+    warm.add_argument("models", metavar="MODEL", nargs="*", help=f"as in generate (default: {DEFAULT_MODEL})")
+    warm.add_argument("--arch", default="9.0a", help="compute capability to build for (default: %(default)s, Hopper)")
+    warm.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="(default: %(default)s)")
+    warm.add_argument("--queries", type=int, default=1, metavar="N", help="tokens of a row in a step: 1 + drafted ones")
+    warm.add_argument("--fa3", action=argparse.BooleanOptionalAction, default=True, help="(default: build it, 10 min)")
+    warm.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
+    warm.set_defaults(run=_warmup)
     return parser
 
 

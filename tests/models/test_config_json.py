@@ -90,9 +90,20 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
     assert read_config(write(tmp_path, given)).architecture == "MistralForCausalLM"
 
 
+def test_a_qwen3_norms_its_heads_and_has_the_head_size_that_it_says(tmp_path: Path) -> None:
+    given = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "sliding_window": 4096}
+    config = read_config(write(tmp_path, {**given, "head_dim": 64, "rope_theta": 1e6}))
+    assert config.head_norm
+    assert config.head_dim == 64
+    assert config.rope_theta == 1e6
+    assert read_config(write(tmp_path, given)).head_dim == 128  # as in transformers.Qwen3Config
+    assert not read_config(write(tmp_path, {})).head_norm
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64}, "sliding_window is 64"),
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel'. overlap knows: LlamaForCausalLM"),
         ({"model_type": "gpt2"}, "architecture 'gpt2'"),
         ({"model_type": None}, "architecture None"),

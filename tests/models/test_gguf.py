@@ -68,7 +68,7 @@ def write_gguf(
     writer.add_chat_template("{{ messages }}")
     edit(writer)
     for name, values in weights.items():
-        if ".q_proj." in name or ".k_proj." in name:
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             values = as_converted(values, HEADS if ".q_proj." in name else KV_HEADS)
         if values.ndim > 1 and kind is not Q.F32:
             writer.add_tensor(gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
@@ -80,7 +80,7 @@ def write_gguf(
     writer.close()
 
 
-def shapes(*, tied: bool = True, biased: bool = False) -> dict[str, tuple[int, ...]]:
+def shapes(*, tied: bool = True, biased: bool = False, head_norm: bool = False) -> dict[str, tuple[int, ...]]:
     from overlap.models.config import ModelConfig
 
     return tensor_shapes(
@@ -88,6 +88,7 @@ def shapes(*, tied: bool = True, biased: bool = False) -> dict[str, tuple[int, .
             architecture="", vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=LAYERS, num_heads=HEADS,
             num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, intermediate_size=INNER, rms_norm_eps=1e-5, rope_theta=20000.0,
             rope_scaling=None, context=128, tied_embeddings=tied, attention_bias=biased, mlp_bias=biased,
+            head_norm=head_norm,
             eos_token_ids=(), bos_token_id=None, dtype="float32",
         )
     )  # fmt: skip
@@ -126,6 +127,20 @@ def test_each_tensor_is_what_was_quantized_in_the_order_of_hugging_face(
         wanted = torch.from_numpy(np.ascontiguousarray(expected)).to(torch.bfloat16)
         assert torch.equal(read(checkpoint, name, torch.bfloat16), wanted)
     checkpoint.close()
+
+
+def test_a_qwen3_has_head_norms_and_its_rows_in_their_own_order(tmp_path: Path) -> None:
+    weights = random_weights(shapes(head_norm=True))
+    write_gguf(tmp_path / "a.gguf", weights, architecture="qwen3")
+    checkpoint = GgufCheckpoint(tmp_path / "a.gguf")
+    assert checkpoint.config.architecture == "Qwen3ForCausalLM"
+    assert checkpoint.config.head_norm
+    assert gguf_name("model.layers.1.self_attn.q_norm.weight") == "blk.1.attn_q_norm.weight"
+    for name, values in weights.items():
+        assert torch.equal(read(checkpoint, name), torch.from_numpy(values)), name
+    program = build(checkpoint, device="cpu", dtype=torch.float32)
+    checkpoint.close()
+    assert program.config.head_norm
 
 
 def test_a_tensor_of_many_blocks_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +278,7 @@ def add_linear_scaling(writer: gguf.GGUFWriter) -> None:
     ("given", "says"),
     [
         ({"edit": add_zero_heads}, r"'llama\.attention\.head_count_kv' is 0"),
-        ({"architecture": "mamba"}, "architecture 'mamba'. overlap knows: 'llama'"),
+        ({"architecture": "mamba"}, "architecture 'mamba'. overlap knows: 'llama', 'qwen3'"),
         ({"edit": add_experts}, "mixture of 8 experts"),
         ({"edit": add_linear_scaling}, "rope scaling 'linear'. overlap knows"),
         ({"dimensions": 8}, "rotates 8 of 16 dimensions"),

@@ -32,21 +32,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "heads of 24": {"head_dim": 24, "hidden_size": 72},
     "heads of 80": {"head_dim": 80, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 96},
     "one layer, odd sizes": {"num_hidden_layers": 1, "vocab_size": 331, "intermediate_size": 33, "hidden_size": 40},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen3, untied and biased": {
+        "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False, "attention_bias": True,
+    },
 }  # fmt: skip
 
 
 def save_llama(path: Path, shape: dict[str, Any], *, shard: str = "50GB") -> Any:
-    """Save a random Llama as `transformers` does, and return it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Save a random Llama (or what `model_type` says) as `transformers` does, and return it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     given: dict[str, Any] = {
-        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
         "tie_word_embeddings": True, "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = LlamaForCausalLM(LlamaConfig(**{**given, **shape})).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**given, **shape}), dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
@@ -165,6 +169,39 @@ def test_weight_bytes_counts_what_was_loaded(tiny_llama_dir: Path) -> None:
     layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 160 + 2 * 64
     embeddings = 2 if program.kinds() == ("onednn packed",) else 1  # packed once more for the head
     assert program.weight_bytes() == 4 * (embeddings * 512 * 64 + 3 * layer + 64 + 512 * 16)
+
+
+def test_qwen3_answers_greedily_as_in_transformers(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    reference = save_llama(tmp_path, SHAPES["qwen3"])
+    shutil.copy(tiny_llama_dir / "tokenizer.json", tmp_path)
+    checkpoint = open_checkpoint(tmp_path, cache_dir=tmp_path)
+    assert checkpoint.config.head_norm
+    program = build(checkpoint, device="cpu", dtype=torch.float32)
+    checkpoint.close()
+    prompt, new = [5, 9, 200, 17], 40
+    reference.generation_config.eos_token_id = None
+    expected = reference.generate(
+        torch.tensor([prompt]), max_new_tokens=new, do_sample=False, attention_mask=torch.ones(1, len(prompt)).long()
+    )
+    kv, answer = empty_kv(program, 3), list(prompt)
+    with torch.inference_mode():
+        logits = run(program, kv, torch.tensor(prompt), 0, torch.arange(3))
+        for _ in range(new):
+            answer.append(int(logits[-1].argmax()))
+            logits = run(program, kv, torch.tensor(answer[-1:]), len(answer) - 1, torch.arange(3))
+    assert answer == expected[0].tolist()
+
+
+def test_the_greedy_head_takes_the_likeliest_token_and_the_lowest_of_equals(tiny_llama_dir: Path) -> None:
+    checkpoint = open_checkpoint(tiny_llama_dir, cache_dir=tiny_llama_dir)
+    program = build(checkpoint, device="cpu", dtype=torch.float32)
+    checkpoint.close()
+    hidden = torch.cat((torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64)))
+    with torch.inference_mode():
+        tokens = program.greedy(hidden)
+        assert tokens.dtype == torch.int32
+        assert torch.equal(tokens.long(), program.logits(hidden).argmax(-1))
+    assert tokens[-1] == 0
 
 
 def test_smollm2_continues_as_it_should(smollm2_path: Path) -> None:

@@ -14,12 +14,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from overlap.ops import activation_triton, norm_triton, rope_triton
+from overlap.ops import (
+    activation_triton,
+    embedding_triton,
+    launch_triton,
+    linear_triton,
+    norm_triton,
+    qkv_triton,
+    rope_triton,
+)
+from overlap.ops.linear_choice import Op, bucket, guess
 from overlap.sample import philox_triton
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
-from overlap.state import inputs_triton
+from overlap.state import inputs_triton, replay_triton
 from overlap.state.inputs import empty_inputs
+from overlap.state.mail import Mail
 from overlap.state.packing import pack
 from overlap.state.rows import SlotRows
 
@@ -50,8 +60,51 @@ def compile_only() -> None:
     JITFunction.run = run
 
 
+def linears(outputs: int, inputs: int, rows: int) -> None:
+    """Compile what `guess` would take for a matrix."""
+    weight, x = torch.empty(2 * outputs, inputs, dtype=torch.bfloat16), torch.empty(rows, inputs, dtype=torch.bfloat16)
+    ops: tuple[Op, ...] = ("plain", "add", "norm", "gated", "norm_gated")
+    for op in ops:
+        tiles = guess(op, outputs, inputs, bucket(rows))
+        if tiles is not None:
+            linear_triton.linear(
+                x.float() if "norm" in op else x,
+                weight if "gated" in op else weight[:outputs],
+                None,
+                tiles,
+                norm=(torch.empty(inputs), 1e-5) if "norm" in op else None,
+                residual_TO=torch.empty(rows, outputs) if op == "add" else None,
+                gated="gated" in op,
+            )
+    tiles = guess("plain", outputs, inputs, bucket(rows))
+    assert tiles is not None
+    linear_triton.greedy(x, weight[:outputs], torch.empty(outputs, dtype=torch.bfloat16), tiles)
+
+
+def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden: int) -> None:
+    lines = (num_heads + 2 * num_kv_heads) * head_dim
+    weight, index = torch.empty(lines, hidden, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int32)
+    tiles = guess("norm_rope", lines, hidden, bucket(rows))
+    assert tiles is not None
+    kv = torch.empty(2, 3, 2, 16, num_kv_heads, head_dim, dtype=torch.bfloat16)
+    rotation = (index, torch.empty(9, head_dim), kv, 1, index, num_heads, num_kv_heads)
+    qkv_triton.norm_qkv(torch.empty(rows, hidden), torch.empty(hidden), 1e-5, weight, None, tiles, *rotation)
+
+
 def main() -> None:
     compile_only()
+    compile_all()
+    launch_triton.early = lambda device: {"PDL": True, "launch_pdl": True}
+    compile_all()
+    for rows in (1, 3, 16):
+        linears(576, 1536, rows)
+
+
+def compile_all() -> None:
+    linears(64, 128, 1)
+    rotated(1, 9, 3, 64, 576)
+    rotated(2, 32, 8, 128, 4096)
+    embedding_triton.embed(torch.zeros(4, dtype=torch.int32), torch.empty(9, 64, dtype=torch.bfloat16))
     for dtype in (torch.bfloat16, torch.float32):
         residual = torch.randn(4, 64)
         norm_triton.rms_norm(residual, residual[0], 1e-5, dtype)
@@ -59,7 +112,9 @@ def main() -> None:
         activation_triton.silu_mul(torch.randn(4, 128).to(dtype))
         kv = torch.zeros(4, 2, 2, 16, 3, 64).to(dtype)
         index = torch.arange(4, dtype=torch.int32)
-        rope_triton.rope_and_write(torch.randn(4, 15 * 64).to(dtype), index, torch.randn(100, 64), kv, 1, index, 9, 3)
+        qkv, table = torch.randn(4, 15 * 64).to(dtype), torch.randn(100, 64)
+        for head_norm in (None, torch.randn(12, 64)):
+            rope_triton.rope_and_write(qkv, index, table, kv, 1, index, 9, 3, head_norm, 1e-5)
     philox_triton.gumbel(index, index, index, 1000, None)
     philox_triton.gumbel(index, index, index, 1000, torch.zeros(4, 1000))
     planner = Planner(max_rows=4, num_pages=10, token_budget=64, prefill_chunk=64, context=100)
@@ -68,7 +123,13 @@ def main() -> None:
     assert plan is not None
     words = np.zeros(1000, dtype=np.int32)
     layout = pack(plan, words)
-    inputs_triton.build_inputs(torch.from_numpy(words), layout, SlotRows(4, 8, "cpu"), empty_inputs(64, 4, 8, "cpu"))
+    rows, inputs = SlotRows(4, 8, "cpu"), empty_inputs(64, 4, 8, "cpu")
+    inputs_triton.build_inputs(torch.from_numpy(words), layout, rows, inputs)
+    mail = Mail(1000, 4, "cpu")
+    replay_triton.take_plan(mail, rows)
+    replay_triton.build_decode_inputs(mail.packed, rows, inputs)
+    for dtype in (torch.int64, torch.int32):
+        replay_triton.settle_decode(mail, rows, torch.zeros(4, dtype=dtype))
 
 
 if __name__ == "__main__":

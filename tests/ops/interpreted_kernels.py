@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import random
 import sys
+from typing import Literal
 
 import numpy as np
 import torch
 
-from overlap.ops import activation, activation_triton, norm, norm_triton, rope, rope_triton
+from overlap.ops import (
+    activation,
+    activation_triton,
+    embedding,
+    embedding_triton,
+    fused,
+    linear_triton,
+    norm,
+    norm_triton,
+    qkv_triton,
+    rope,
+    rope_triton,
+)
+from overlap.ops.linear import Linear
+from overlap.ops.linear_choice import Op, Tiles
 from overlap.sample import philox, philox_triton
 from overlap.schedule.plan import Admission, StepPlan
 from overlap.state import inputs_triton
@@ -58,9 +73,134 @@ def check_rope(chance: random.Random) -> None:
         layer = chance.randrange(layers)
         got_kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
         expected_kv = got_kv.clone()
-        got = rope_triton.rope_and_write(qkv, positions, table, got_kv, layer, kv_index, num_heads, num_kv_heads)
-        close(got, rope.rope_and_write(qkv, positions, table, expected_kv, layer, kv_index, num_heads, num_kv_heads))
+        head_norm = torch.randn(num_heads + num_kv_heads, head_dim) if chance.random() < 0.5 else None
+        rest = (layer, kv_index, num_heads, num_kv_heads, head_norm, 1e-5)
+        got = rope_triton.rope_and_write(qkv, positions, table, got_kv, *rest)
+        close(got, rope.rope_and_write(qkv, positions, table, expected_kv, *rest))
         close(got_kv, expected_kv)
+
+
+def check_embedding(chance: random.Random) -> None:
+    for dtype in DTYPES:
+        table = torch.randn(50, chance.choice([8, 576, 1030])).to(dtype)
+        token_ids = torch.randint(0, 50, (chance.randint(1, 9),), dtype=torch.int32)
+        assert torch.equal(embedding_triton.embed(token_ids, table), embedding.embed(token_ids, table))
+
+
+def random_tiles(chance: random.Random, kernel: Literal["gemv", "dot"]) -> Tiles:
+    if kernel == "dot":
+        return Tiles("dot", chance.choice([16, 32]), chance.choice([16, 32, 64]), 4, 3)
+    return Tiles("gemv", chance.choice([2, 4, 8]), chance.choice([16, 64, 256]), 4)
+
+
+def check_linear(chance: random.Random) -> None:
+    """Plain, biased, added, normed, gated, and their mixtures, in both kernels, against float64."""
+    kernels: tuple[Literal["gemv", "dot"], ...] = ("gemv", "gemv", "dot")
+    for kernel in kernels:
+        # The interpreter multiplies the bits of bfloat16 as whole numbers in `tl.dot` (Triton 3.6).
+        dtype = chance.choice([torch.float32, torch.bfloat16 if kernel == "gemv" else torch.float16])
+        rows, outputs, inputs = chance.randint(1, 16), chance.choice([1, 30, 64, 100]), 8 * chance.randint(1, 20)
+        gated, normed = chance.random() < 0.5, kernel == "gemv" and chance.random() < 0.5
+        added = not gated and chance.random() < 0.5
+        x = torch.randn(rows, inputs + 8)[:, :inputs].to(torch.float32 if normed else dtype)
+        weight = torch.randn(2 * outputs if gated else outputs, inputs).to(dtype)
+        bias = torch.randn(len(weight)).to(dtype) if chance.random() < 0.5 else None
+        residual, factor = torch.randn(rows, outputs), torch.randn(inputs)
+        expected = norm.rms_norm(x, factor, 1e-5, torch.float32) if normed else x
+        expected = expected.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+        if gated:
+            expected = torch.nn.functional.silu(expected[:, :outputs]) * expected[:, outputs:]
+        if added:
+            expected = expected + residual
+        got = linear_triton.linear(
+            x,
+            weight,
+            bias,
+            random_tiles(chance, kernel),
+            norm=(factor, 1e-5) if normed else None,
+            residual_TO=residual if added else None,
+            gated=gated,
+        )
+        assert got.dtype is (torch.float32 if added else dtype)
+        tolerance = 1e-4 if got.dtype is torch.float32 else 2**-6
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * inputs**0.5)
+
+
+def check_qkv(chance: random.Random) -> None:
+    """Norm, product, rotation and write in one kernel against one after the other."""
+    for dtype in DTYPES:
+        num_kv_heads = chance.choice([1, 2, 3])
+        num_heads, head_dim, hidden = num_kv_heads * chance.choice([1, 3]), chance.choice([4, 16, 48]), 40
+        tokens, layers, pages = chance.randint(1, 9), 3, 5
+        residual, factor = torch.randn(tokens, hidden), torch.randn(hidden)
+        weight = torch.randn((num_heads + 2 * num_kv_heads) * head_dim, hidden).to(dtype)
+        bias = torch.randn(len(weight)).to(dtype) if chance.random() < 0.5 else None
+        table = rope.rope_table(head_dim, 100, 1e4, None, "cpu")
+        positions = torch.randint(0, 100, (tokens,), dtype=torch.int32)
+        kv_index = torch.randperm(pages * 16)[:tokens].int()
+        kv_index[chance.randrange(tokens)] = -1
+        layer = chance.randrange(layers)
+        got_kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
+        expected_kv = got_kv.float()
+        tiles = Tiles("gemv", chance.choice([2, 4, 8]), chance.choice([16, 64]), 4)
+        rest = (layer, kv_index, num_heads, num_kv_heads)
+        got = qkv_triton.norm_qkv(residual, factor, 1e-5, weight, bias, tiles, positions, table, got_kv, *rest)
+        qkv = norm.rms_norm(residual, factor, 1e-5, torch.float32) @ weight.float().T
+        qkv = qkv if bias is None else qkv + bias.float()
+        expected = rope.rope_and_write(qkv, positions, table, expected_kv, *rest)
+        tolerance = 1e-4 if dtype is torch.float32 else 2**-6
+        torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got_kv.float(), expected_kv, rtol=tolerance, atol=tolerance)
+
+
+class Skinny(Linear):
+    """A Linear that takes kernels of ours at any number of rows, on any device."""
+
+    unfused = ""
+
+    def tiles(self, op: Op, rows: int) -> Tiles | None:
+        return None if op == self.unfused else Tiles("gemv", 4, 64, 4)
+
+
+def check_fused(chance: random.Random) -> None:
+    """A layer by fused kernels against the same by separate torch ops."""
+    hidden, inner, num_heads, num_kv_heads, head_dim, tokens = 40, 24, 4, 2, 8, chance.randint(1, 5)
+    sizes = ((num_heads + 2 * num_kv_heads) * head_dim, hidden), (2 * inner, hidden), (hidden, inner), (99, hidden)
+    weights = [torch.randn(size) * 0.2 for size in sizes]
+    residual, factor = torch.randn(tokens, hidden), torch.randn(hidden)
+    head_norm = torch.randn(num_heads + num_kv_heads, head_dim) if chance.random() < 0.5 else None
+    table, index = rope.rope_table(head_dim, 50, 1e4, None, "cpu"), torch.randperm(32)[:tokens].int()
+    found = []
+    for kind in (Linear, Skinny):
+        qkv, gate_up, down, head = (kind(weight, None) for weight in weights)
+        if isinstance(qkv, Skinny) and isinstance(gate_up, Skinny) and isinstance(down, Skinny):
+            qkv.unfused = chance.choice(["", "norm_rope", "norm"])
+            gate_up.unfused = chance.choice(["", "norm_gated"])
+            down.unfused = chance.choice(["", "add"])
+        kv = torch.zeros(2, 1, 2, 16, num_kv_heads, head_dim)
+        rotation = (index, table, kv, 0, index, num_heads, num_kv_heads, head_norm)
+        q, total = fused.norm_qkv(qkv, (None, residual), factor, 1e-5, *rotation)
+        gated, total = fused.norm_gated(gate_up, (None, total), factor, 1e-5)
+        stream = fused.linear_add(down, gated, total)
+        again, total = fused.norm_gated(gate_up, stream, factor, 1e-5)
+        normed = fused.norm(stream, factor, 1e-5, torch.float32)
+        found.append((q, kv, gated, again, total, normed, fused.greedy_head(normed, head), head.wide(normed)))
+    for expected, got in zip(*found, strict=True):
+        close(got, expected)
+
+
+def check_greedy(chance: random.Random) -> None:
+    kernels: tuple[Literal["gemv", "dot"], ...] = ("gemv", "dot")
+    for kernel in kernels:
+        rows, size, inputs = chance.randint(1, 16), chance.choice([1, 7, 100, 331]), 8 * chance.randint(1, 9)
+        # Small whole numbers: sums are exact, and many are equal.
+        x, weight = (torch.randint(-2, 3, (count, inputs)).half() for count in (rows, size))
+        weight[chance.randrange(size) :] = weight[0]
+        tiles = random_tiles(chance, kernel)
+        got = linear_triton.greedy(x, weight, None, tiles)
+        assert torch.equal(got, (x.double() @ weight.double().T).argmax(-1).int())
+        logits = linear_triton.linear(x, weight, None, tiles, dtype=torch.float32)
+        assert torch.equal(logits.double(), x.double() @ weight.double().T)
 
 
 def check_philox(chance: random.Random) -> None:
@@ -122,7 +262,7 @@ def check_inputs(chance: random.Random) -> None:
     packed = torch.from_numpy(words)
     one, other = SlotRows(slots, width, "cpu"), SlotRows(slots, width, "cpu")
     for rows in (one, other):
-        rows.last_token.copy_(torch.arange(slots))
+        rows.last_token.copy_(torch.arange(len(rows.last_token)))
     expected = build_inputs(packed, layout, one)
     got = empty_inputs(layout.num_tokens, layout.num_rows, width, "cpu")
     inputs_triton.build_inputs(packed, layout, other, got)
@@ -137,6 +277,11 @@ CHECKS = {
     "norm": check_norm,
     "activation": check_activation,
     "rope": check_rope,
+    "embedding": check_embedding,
+    "linear": check_linear,
+    "qkv": check_qkv,
+    "fused": check_fused,
+    "greedy": check_greedy,
     "philox": check_philox,
     "inputs": check_inputs,
 }

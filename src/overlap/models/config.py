@@ -35,6 +35,8 @@ class ModelConfig:
     tied_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    head_norm: bool = False
+    """Whether each head of q and k has an RMS norm before the rotation (Qwen3)."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str

@@ -1,7 +1,8 @@
 """Reading a ModelConfig from the config.json of a Hugging Face directory. Imports no torch.
 
 Both ways of writing it are read: `rope_parameters` and `dtype` (transformers 5), and `rope_theta`, `rope_scaling` and
-`torch_dtype` (before). What a config.json leaves out has the default that `transformers.LlamaConfig` gives it.
+`torch_dtype` (before). What a config.json leaves out has the default that `transformers.LlamaConfig` gives it, or, of a
+Qwen3, `Qwen3Config`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any, Final
 from overlap.errors import ModelError
 from overlap.models.config import ModelConfig, RopeScaling
 
-KNOWN_ARCHITECTURES: Final = ("LlamaForCausalLM", "MistralForCausalLM")
-_OF_TYPE: Final = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+KNOWN_ARCHITECTURES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
+_OF_TYPE: Final = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DTYPES: Final = ("bfloat16", "float16", "float32")
 
 
@@ -53,7 +54,8 @@ class _Reader:
         architecture = self._architecture()
         self._refuse_unknown()
         hidden, heads = self._count("hidden_size"), self._count("num_attention_heads")
-        head_dim = self._count("head_dim", hidden // heads)
+        qwen3 = architecture == "Qwen3ForCausalLM"
+        head_dim = self._count("head_dim", 128 if qwen3 else hidden // heads)
         kv_heads = self._count("num_key_value_heads", heads)
         if heads % kv_heads or head_dim % 2:
             raise self._wrong("num_key_value_heads", kv_heads, f"a divisor of the {heads} query heads, with even heads")
@@ -75,10 +77,11 @@ class _Reader:
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
-            context=self._count("max_position_embeddings", 2048),
+            context=self._count("max_position_embeddings", 32768 if qwen3 else 2048),
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)) and not qwen3,
+            head_norm=qwen3,
             eos_token_ids=self._ids("eos_token_id", eos),
             bos_token_id=next(iter(self._ids("bos_token_id", bos)), None),
             dtype=dtype if dtype in _DTYPES else "float32",
@@ -105,8 +108,13 @@ class _Reader:
             raise self._wrong(
                 "quantization_config", method, "absent: overlap reads 16- and 32-bit safetensors, or a GGUF"
             )
-        # A Mistral that says nothing has transformers' default, a window of 4096; a Llama never has one.
-        window = raw.get("sliding_window", 4096) if self._architecture() == "MistralForCausalLM" else None
+        # A Mistral that says nothing has transformers' default, a window of 4096; a Llama never has one, and a Qwen3
+        # only if it says so.
+        architecture = self._architecture()
+        windowed = architecture == "MistralForCausalLM" or (
+            architecture == "Qwen3ForCausalLM" and raw.get("use_sliding_window", False)
+        )
+        window = raw.get("sliding_window", 4096) if windowed else None
         if window is not None:
             raise self._wrong("sliding_window", window, "null: attention in a window is not known yet")
         if raw.get("partial_rotary_factor", 1.0) != 1.0:

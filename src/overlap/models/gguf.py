@@ -32,19 +32,23 @@ _INNER: Final = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_ARCHITECTURES: Final = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_PAIRED: Final = (".self_attn.q_proj.", ".self_attn.k_proj.")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 class GgufCheckpoint:
-    """A GGUF file of a Llama. The file stays mapped until `close`.
+    """A GGUF file of a Llama or a Qwen3. The file stays mapped until `close`.
 
-    llama.cpp's converter stores the rows of q and k so that the two numbers of a rotation are neighbours
-    (`LlamaModel.permute` in convert_hf_to_gguf.py); they are put back into halves here.
+    llama.cpp's converter stores the rows of a Llama's q and k so that the two numbers of a rotation are neighbours
+    (`LlamaModel.permute` in convert_hf_to_gguf.py); they are put back into halves here. Qwen3's stay as they are.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +88,8 @@ class GgufCheckpoint:
         """Dequantize a tensor into `out`, in blocks of rows."""
         tensor = self._find(name)
         check_shape(self._path, name, tensor.shape, tuple(out.shape))
-        head = self.config.head_dim if ".self_attn.q_proj." in name or ".self_attn.k_proj." in name else 1
+        paired = self.config.architecture == "LlamaForCausalLM" and any(part in name for part in _PAIRED)
+        head = self.config.head_dim if paired else 1
         for start, stop in row_blocks(out.shape[0], math.prod(out.shape[1:]), multiple=head):
             rows = self._rows(tensor, start, stop)
             if head > 1:
@@ -149,31 +154,30 @@ def _config(path: Path, header: GgufHeader, factors: npt.NDArray[np.float32] | N
     """Read the shape of the model from the header's keys."""
     keys, tensors = header.keys, header.tensors
     architecture = keys.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in _ARCHITECTURES:
         raise ModelError(
-            f"{str(path)!r} holds a model of the architecture {architecture!r}. overlap knows: 'llama'. Use a model of "
-            "the Llama family."
+            f"{str(path)!r} holds a model of the architecture {architecture!r}. overlap knows: "
+            f"{', '.join(map(repr, _ARCHITECTURES))}. Use a model of the Llama family."
         )
 
     def number(name: str, default: float | None = None) -> float:
-        value = keys.get(f"llama.{name}", default)
+        value = keys.get(f"{architecture}.{name}", default)
         if value is None:
-            raise ModelError(f"The GGUF file {str(path)!r} has no key 'llama.{name}'. Convert it again.")
+            raise ModelError(f"The GGUF file {str(path)!r} has no key '{architecture}.{name}'. Convert it again.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ModelError(f"In {str(path)!r}, 'llama.{name}' is {value!r}; it must be above 0. Fetch it again.")
+            raise ModelError(
+                f"In {str(path)!r}, '{architecture}.{name}' is {value!r}; it must be above 0. Fetch it again."
+            )
         return value
 
-    if keys.get("llama.expert_count"):
-        raise ModelError(
-            f"{str(path)!r} is a mixture of {keys['llama.expert_count']} experts, which overlap does not know yet."
-        )
+    if experts := keys.get(f"{architecture}.expert_count"):
+        raise ModelError(f"{str(path)!r} is a mixture of {experts} experts, which overlap does not know yet.")
     hidden, heads = int(number("embedding_length")), int(number("attention.head_count"))
     head_dim = int(number("attention.key_length", hidden // heads))
     theta = float(number("rope.freq_base", 10000.0))
-    if keys.get("llama.rope.dimension_count", head_dim) != head_dim:
+    if (rotated := keys.get(f"{architecture}.rope.dimension_count", head_dim)) != head_dim:
         raise ModelError(
-            f"{str(path)!r} rotates {keys['llama.rope.dimension_count']} of {head_dim} dimensions of a head, which "
-            "overlap does not know yet."
+            f"{str(path)!r} rotates {rotated} of {head_dim} dimensions of a head, which overlap does not know yet."
         )
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -181,7 +185,7 @@ def _config(path: Path, header: GgufHeader, factors: npt.NDArray[np.float32] | N
     ends = [keys.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
     bos = keys.get("tokenizer.ggml.bos_token_id")
     return ModelConfig(
-        architecture="LlamaForCausalLM",
+        architecture=_ARCHITECTURES[architecture],
         vocab_size=embedding.shape[0],
         hidden_size=hidden,
         num_layers=int(number("block_count")),
@@ -196,6 +200,7 @@ def _config(path: Path, header: GgufHeader, factors: npt.NDArray[np.float32] | N
         tied_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        head_norm=architecture == "qwen3",
         eos_token_ids=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
         bos_token_id=None if bos is None else int(bos),
         dtype={gguf.GGMLQuantizationType.F32: "float32", gguf.GGMLQuantizationType.F16: "float16"}.get(
@@ -213,7 +218,7 @@ def _scaling(
     factors 1 and 4 and an original context of 8192, and the largest factor is the scaling's own; the guess is taken
     only if it gives every factor back.
     """
-    kind = keys.get("llama.rope.scaling.type", "none")
+    kind = keys.get(f"{keys['general.architecture']}.rope.scaling.type", "none")
     if kind != "none":
         raise ModelError(f"{str(path)!r} has the rope scaling {kind!r}. overlap knows: none and 'llama3'.")
     if factors is None:

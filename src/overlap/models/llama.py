@@ -1,4 +1,4 @@
-"""Llama as a program of pieces and joints.
+"""Llama, and its near kin Mistral and Qwen3, as a program of pieces and joints.
 
 Legend: T tokens, E emitting rows, H query heads, K key/value heads, D head size, C hidden size, I intermediate size,
 V vocabulary, X = (H + 2K) * D.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from overlap.models.config import ModelConfig
 from overlap.models.program import Attend, Batch, Forward
-from overlap.ops.activation import silu_mul
+from overlap.ops import fused
+from overlap.ops.embedding import embed
 from overlap.ops.linear import Linear
-from overlap.ops.norm import add_rms_norm, rms_norm
-from overlap.ops.rope import rope_and_write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +24,8 @@ class Layer:
     attention_norm_C: Tensor
     qkv: Linear
     """[X, C]: q, k and v side by side."""
+    head_norm_ND: Tensor | None
+    """Qwen3's norms of each head of q and k, one row a head (N = H + K), float32."""
     o: Linear
     """[C, H * D]"""
     mlp_norm_C: Tensor
@@ -43,7 +43,8 @@ class Layer:
 class Llama:
     """A loaded Llama. Made by `overlap.models.load.build`; keeps the Program protocol.
 
-    The caller runs it under `torch.inference_mode`. Architecture and arithmetic: transformers' `LlamaForCausalLM`.
+    The caller runs it under `torch.inference_mode`. Architecture and arithmetic: transformers' `LlamaForCausalLM`
+    and `Qwen3ForCausalLM`.
     """
 
     def __init__(
@@ -73,15 +74,13 @@ class Llama:
     def forward(self, batch: Batch) -> Forward:
         """Yield one `Attend` a layer, be sent [T, H * D], and return the hidden states after the final norm, [T, C]."""
         eps = self.config.rms_norm_eps
-        x_TC = F.embedding(batch.token_ids, self._embedding_VC)
-        residual_TC = x_TC.float()
+        stream: fused.Stream = (None, embed(batch.token_ids, self._embedding_VC))
         for index, layer in enumerate(self._layers):
-            if index == 0:
-                normed_TC = rms_norm(residual_TC, layer.attention_norm_C, eps, self.dtype)
-            else:
-                normed_TC, residual_TC = add_rms_norm(x_TC, residual_TC, layer.attention_norm_C, eps)
-            q_THD = rope_and_write(
-                layer.qkv(normed_TC),
+            q_THD, residual_TC = fused.norm_qkv(
+                layer.qkv,
+                stream,
+                layer.attention_norm_C,
+                eps,
                 batch.positions,
                 self._rope_table,
                 batch.kv,
@@ -89,22 +88,29 @@ class Llama:
                 batch.kv_index,
                 self.num_heads,
                 self.num_kv_heads,
+                layer.head_norm_ND,
             )
             attended_TX = yield Attend(index, q_THD)
-            normed_TC, residual_TC = add_rms_norm(layer.o(attended_TX), residual_TC, layer.mlp_norm_C, eps)
-            x_TC = layer.down(silu_mul(layer.gate_up(normed_TC)))
-        return add_rms_norm(x_TC, residual_TC, self._norm_C, eps)[0]
+            stream = fused.linear_add(layer.o, attended_TX, residual_TC)
+            gated_TI, residual_TC = fused.norm_gated(layer.gate_up, stream, layer.mlp_norm_C, eps)
+            stream = fused.linear_add(layer.down, gated_TI, residual_TC)
+        return fused.norm(stream, self._norm_C, eps, self.dtype)
 
     def logits(self, hidden_EC: Tensor) -> Tensor:
         """Return float32 [E, V]."""
-        return self._head(hidden_EC).float()
+        return self._head.wide(hidden_EC)
+
+    def greedy(self, hidden_EC: Tensor) -> Tensor:
+        """Return the likeliest tokens, int32 [E]: `logits(hidden).argmax(-1)`, the lowest of equals."""
+        return fused.greedy_head(hidden_EC, self._head)
 
     def weight_bytes(self) -> int:
         """Bytes that the parameters take on the device, the rope table included."""
         tensors = [self._embedding_VC, self._norm_C, self._rope_table]
         linears = [self._head]
         for layer in self._layers:
-            tensors += (layer.attention_norm_C, layer.mlp_norm_C)
+            norms = (layer.attention_norm_C, layer.mlp_norm_C, layer.head_norm_ND)
+            tensors += [norm for norm in norms if norm is not None]
             linears += layer.linears
         return sum(tensor.nbytes for tensor in tensors) + sum(linear.num_bytes for linear in linears)
 

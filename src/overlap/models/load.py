@@ -77,6 +77,7 @@ class _Loading:
             down=self._linear(f"{prefix}.mlp.down_proj", bias=mlp),
             qkv=self._linear(*(f"{prefix}.self_attn.{part}_proj" for part in "qkv"), bias=attention),
             o=self._linear(f"{prefix}.self_attn.o_proj", bias=attention),
+            head_norm_ND=self._head_norm(prefix) if self._config.head_norm else None,
             attention_norm_C=self._norm(f"{prefix}.input_layernorm.weight"),
             mlp_norm_C=self._norm(f"{prefix}.post_attention_layernorm.weight"),
         )
@@ -103,6 +104,12 @@ class _Loading:
         tensor = torch.empty(self._shapes[name], device=self._device)  # float32, as the residual stream it scales
         self._read(name, tensor)
         return tensor
+
+    def _head_norm(self, prefix: str) -> Tensor:
+        """Return q's norm once for each of its heads, then k's."""
+        norms = (self._norm(f"{prefix}.self_attn.{part}_norm.weight") for part in "qk")
+        heads = (self._config.num_heads, self._config.num_kv_heads)
+        return torch.cat([norm.expand(count, -1) for norm, count in zip(norms, heads, strict=True)])
 
     def _read(self, name: str, out: Tensor) -> None:
         self._checkpoint.read_into(name, out)

@@ -62,5 +62,8 @@ class Program(Protocol):
     def logits(self, hidden_EC: Tensor) -> Tensor:
         """Return the logits of some hidden states, float32 [E, V]."""
 
+    def greedy(self, hidden_EC: Tensor) -> Tensor:
+        """Return the likeliest tokens, int32 [E]: `logits(hidden).argmax(-1)`, the lowest of equals."""
+
     def weight_bytes(self) -> int:
         """Bytes of device memory that the parameters take."""

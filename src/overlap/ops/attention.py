@@ -40,12 +40,17 @@ class Attention(Protocol):
     """Attention of one lane: bound to the KV memory, planned once a step, asked once a layer."""
 
     name: str
+    captures_decode: bool
+    """Whether decode rows read lengths and pages from the device alone, so that a graph of them can be replayed."""
 
     def plan(self, rows: AttentionRows) -> None:
         """Prepare for the rows of the next step. Enqueues only, never waits for the device."""
 
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
-        """Return softmax(q k / sqrt(D)) v of the planned rows, [T, H * D]; this step's k and v are in KV already."""
+    def attend(self, layer: int, q_THD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return softmax(q k / sqrt(D)) v of the planned rows, [T, H * D]; this step's k and v are in KV already.
+
+        With `out`, contiguous and of that shape, the result is written there.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class TorchAttention:
     """
 
     name = "torch"
+    captures_decode = False  # the host's bounds say how many pages are gathered
 
     def __init__(self, kv: Tensor, num_heads: int) -> None:
         """`kv` is [pages, layers, 2, PAGE, K, D], contiguous; `num_heads` is a multiple of K."""
@@ -143,8 +149,12 @@ class TorchAttention:
         """Return int64 [L, 2, pages]: the rows of `_blocks` that hold these pages' keys and values in each layer."""
         return pages.long()[None, None, :] * (2 * self._num_layers) + self._layers_L1 + self._sides_12
 
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THD: Tensor, out: Tensor | None = None) -> Tensor:
         """Return [T, H * D]."""
+        result = self._attend(layer, q_THD)
+        return result if out is None else out.copy_(result)
+
+    def _attend(self, layer: int, q_THD: Tensor) -> Tensor:
         decode = self._decode
         if decode is None:
             parts = []

@@ -29,6 +29,8 @@ _WRAPPERS: Final = 2
 class FlashInferAttention:
     """Attention of one lane on CUDA. Its workspaces must not be shared with a lane that may run at the same time."""
 
+    captures_decode = True
+
     def __init__(
         self,
         kv: Tensor,
@@ -93,11 +95,12 @@ class FlashInferAttention:
             non_blocking=True,
         )
 
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THD: Tensor, out: Tensor | None = None) -> Tensor:
         """Return [T, H * D]."""
         tokens, num_decode = q_THD.shape[0], self._num_decode
         keys, values = self._keys[layer], self._values[layer]
-        out_THD = torch.empty((tokens, self._num_heads, self._head_dim), dtype=self._dtype, device=self._device)
+        shape = (tokens, self._num_heads, self._head_dim)
+        out_THD = torch.empty(shape, dtype=self._dtype, device=self._device) if out is None else out.view(shape)
         if num_decode:
             xqa(
                 q_THD[:num_decode, None],

@@ -5,13 +5,18 @@ Legend: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from overlap.ops.linear_choice import MAX_ROWS, Op, Tiles, choose
+
 _PACKABLE: Final = (torch.float32, torch.bfloat16)
+_SKINNY: Final = (torch.bfloat16, torch.float16)
 _WHOLE_SUM: Final = 1024
 """In float32, longer rows are packed in parts of at most so many inputs. Past it, oneDNN cuts the sum in another way
 for one row than for several (measured: torch 2.13, AVX-512), so that a row's bits would depend on the batch. Parts cost
@@ -88,20 +93,69 @@ class Linear:
                 y_TO = torch.ops.mkldnn._linear_pointwise.binary(part_TI, y_TO, packed, None, "add")
             return y_TO
         assert self._plain_OI is not None  # one of the two is always there
+        tiles = self.tiles("plain", x_TI.shape[0])
+        if tiles is not None and x_TI.stride(1) == 1:
+            from overlap.ops import linear_triton
+
+            return linear_triton.linear(x_TI, self._plain_OI, self._bias_O, tiles)
         return F.linear(x_TI, self._plain_OI, self._bias_O)
+
+    def wide(self, x_TI: Tensor) -> Tensor:
+        """Return the same in float32, [T, O]: rounded to the weight's dtype on the way only where a library does it."""
+        tiles = self.tiles("plain", x_TI.shape[0])
+        if tiles is not None and x_TI.stride(1) == 1:
+            from overlap.ops import linear_triton
+
+            return linear_triton.linear(x_TI, self.weight, self._bias_O, tiles, dtype=torch.float32)
+        return self(x_TI).float()
+
+    def tiles(self, op: Op, rows: int) -> Tiles | None:
+        """Return how a kernel of ours does `op` around this product at so many rows, or None if none of ours should.
+
+        Never one on the CPU, in float32, for more than 16 rows, or where Triton is missing.
+        """
+        if rows > MAX_ROWS or self._device.type != "cuda" or self._dtype not in _SKINNY or not _has_triton():
+            return None
+        outputs = self.out_features // 2 if "gated" in op else self.out_features
+        return choose(op, outputs, self.in_features, rows)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [O, I] as it was written; RuntimeError if it was packed."""
+        if self._plain_OI is None:
+            raise RuntimeError("the weight of this Linear was packed; its plain form is gone")
+        return self._plain_OI
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [O], if there is one."""
+        return self._bias_O
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight, and of what is multiplied by it."""
+        return self._dtype
 
     @property
     def kind(self) -> str:
-        """What runs it: "onednn packed", "cublas", or "plain" (`F.linear` on the CPU)."""
+        """What runs it: "onednn packed", "triton to 16 rows, then cublas", "cublas", or "plain" (`F.linear`)."""
         if self._packed:
             return "onednn packed"
-        return "cublas" if self._device.type == "cuda" else "plain"
+        if self._device.type != "cuda":
+            return "plain"
+        skinny = any(self.tiles("plain", rows) is not None for rows in (1, 2, 4, 8, 16))
+        return f"triton to {MAX_ROWS} rows, then cublas" if skinny else "cublas"
 
     @property
     def num_bytes(self) -> int:
         """Bytes that this Linear keeps: nothing for a weight that is only shared."""
         elements = 0 if self._shared and not self._packed else self.out_features * self.in_features
         return (elements + (0 if self._bias_O is None else self.out_features)) * self._dtype.itemsize
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from overlap.ops import launch_triton
 
 
 @triton.jit
@@ -21,16 +25,22 @@ def _rms_norm_kernel(
     eps,
     HAS_X: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < channels
+    factor = tl.load(weight + channel, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     value = tl.load(residual + row * residual_stride + channel, mask=inside, other=0.0)
     if HAS_X:
         value += tl.load(x + row * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row * channels + channel, value, mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / channels + eps)
-    scaled = value * scale * tl.load(weight + channel, mask=inside, other=0.0)
+    scaled = value * scale * factor
     tl.store(normed + row * channels + channel, scaled.to(normed.dtype.element_ty), mask=inside)
 
 
@@ -52,6 +62,7 @@ def _launch(
     total_TC = residual_TC if x_TC is None else torch.empty_like(residual_TC, memory_format=torch.contiguous_format)
     x = residual_TC if x_TC is None else x_TC
     block = triton.next_power_of_2(channels)
+    options: dict[str, Any] = launch_triton.early(residual_TC.device)
     _rms_norm_kernel[(tokens,)](
         x,
         residual_TC,
@@ -65,5 +76,6 @@ def _launch(
         HAS_X=x_TC is not None,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
+        **options,
     )
     return normed_TC, total_TC

@@ -1,6 +1,6 @@
 """Rotary position embedding, and the write of new keys and values into their pages, in one op.
 
-Legend: T tokens, H query heads, K key/value heads, D head size, X = (H + 2 * K) * D.
+Legend: T tokens, H query heads, K key/value heads, N = H + K, D head size, X = (H + 2 * K) * D.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def rope_and_write(
     kv_index_T: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    head_norm_ND: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Rotate q and k by their positions, write k and v into their pages, and return the rotated q, [T, H, D].
 
@@ -68,15 +70,24 @@ def rope_and_write(
     page * PAGE + offset, or -1 for padding, which is written nowhere. `table` comes from `rope_table` and is as long
     as any position. `kv` is [pages, layers, 2, PAGE, K, D], contiguous, of qkv's dtype, and is changed. The rotation
     (halves, not pairs) is computed in float32.
+
+    `head_norm_ND` is float32, a row for each of q's and then k's heads: the weight of an RMS norm of each head before
+    its rotation, with `eps` added to the mean square (as in transformers' `Qwen3Attention`). None for no norm.
     """
     if qkv_TX.is_cuda:
         from overlap.ops import rope_triton
 
-        return rope_triton.rope_and_write(qkv_TX, positions_T, table, kv, layer, kv_index_T, num_heads, num_kv_heads)
+        return rope_triton.rope_and_write(
+            qkv_TX, positions_T, table, kv, layer, kv_index_T, num_heads, num_kv_heads, head_norm_ND, eps
+        )
     tokens, half, num_rotated = qkv_TX.shape[0], table.shape[1] // 2, num_heads + num_kv_heads
     # The few dispatches below are what this costs at one row: mixed dtypes would double the price of each.
     heads_TN2D = qkv_TX.float().view(tokens, -1, 2, half)
-    straight, across = heads_TN2D.narrow(1, 0, num_rotated).unbind(2)
+    rotating_TN2D = heads_TN2D.narrow(1, 0, num_rotated)
+    if head_norm_ND is not None:
+        flat_TND = rotating_TN2D.reshape(tokens, num_rotated, 2 * half)
+        rotating_TN2D = (torch.rms_norm(flat_TND, (2 * half,), None, eps) * head_norm_ND).view_as(rotating_TN2D)
+    straight, across = rotating_TN2D.unbind(2)
     cos, sin = table.index_select(0, positions_T).view(tokens, 1, 2, half).unbind(2)
     rotated = torch.empty((tokens, num_rotated, 2, half))
     first, second = rotated.unbind(2)

@@ -1,0 +1,73 @@
+"""Which kernel multiplies a few rows by a matrix: a table of what was measured, and a guess for all other shapes.
+
+`python bench/kernels.py` measures and prints lines for `MEASURED`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final, Literal, TypeAlias
+
+MAX_ROWS: Final = 16
+"""With more rows than this the library's matrix product is taken."""
+Op: TypeAlias = Literal["plain", "add", "norm", "norm_rope", "gated", "norm_gated"]
+"""What is done around the product: nothing; the residual added to it; the RMS norm before it; norm, and rotation and
+write of keys and values after it; SiLU and product of its two halves; norm and SiLU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel cuts a matrix."""
+
+    kernel: Literal["gemv", "dot"]
+    """"gemv" multiplies in float32 registers, "dot" on the tensor cores (and knows no norm)."""
+    block_o: int
+    """Rows of the weight that a program owns."""
+    block_i: int
+    """Inputs that it takes at a time."""
+    warps: int
+    stages: int = 1
+    """Tiles in flight (dot only; gemv keeps one ahead, in registers)."""
+
+
+def bucket(rows: int) -> int:
+    """Return the rows that a kernel is compiled for: 1, 2, 4, 8 or 16."""
+    return 1 << (rows - 1).bit_length()
+
+
+def choose(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
+    """Return the kernel for [rows, inputs] times a weight of `outputs` results, or None for the library's.
+
+    `outputs` counts what comes out: a gated matrix has twice as many rows. None for a norm means: the norm apart, and
+    then whatever is best without it.
+    """
+    if not 1 <= rows <= MAX_ROWS or inputs % 8:
+        return None
+    key = (op, outputs, inputs, bucket(rows))
+    return MEASURED[key] if key in MEASURED else guess(*key)
+
+
+@cache
+def guess(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
+    """Return what should be good: every SM busy, whole rows of small matrices in flight before the wait."""
+    weight_rows = 2 * outputs if "gated" in op else outputs
+    # Past two rows, x costs a program as much to read as its part of a large weight: the tensor cores share it more.
+    if rows > (2 if weight_rows * inputs > _LARGE else 4):
+        if "norm" in op:
+            return None
+        block_o = next((block for block in (64, 32) if weight_rows // block >= _PROGRAMS), 16)
+        return Tiles("dot", block_o, 128 if block_o > 16 or inputs < 1024 else 256, 4 if block_o > 16 else 2, 4)
+    block_o = next((block for block in (8, 4) if block * rows <= 16 and weight_rows // block >= _PROGRAMS), 2)
+    block_i = 1024 if inputs <= 1024 or inputs > 2048 else 2048
+    return Tiles("gemv", block_o, block_i, block_i // 256)
+
+
+_PROGRAMS: Final = 132
+"""At least so many programs: the SMs of an H100 and an H200."""
+
+_LARGE: Final = 1 << 23
+"""Numbers in a weight from which on reading it takes longer than starting to."""
+
+MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {}
+"""(op, outputs, inputs, bucket of rows) -> the fastest found, None for the library. Lines from bench/kernels.py."""

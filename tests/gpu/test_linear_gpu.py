@@ -1,0 +1,165 @@
+"""Products of few rows, and what stands around them, on the device. Run with `python -m pytest tests/gpu`."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from overlap.ops import fused
+from overlap.ops.linear import Linear
+from overlap.ops.linear_choice import Op, Tiles
+from overlap.ops.norm import rms_norm
+from overlap.ops.rope import rope_and_write, rope_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUTS = (
+    (None, torch.bfloat16),
+    (None, torch.float16),
+    (Tiles("gemv", 4, 1024, 4), torch.bfloat16),
+    (Tiles("dot", 16, 128, 4, 4), torch.bfloat16),
+    (Tiles("dot", 64, 64, 4, 4), torch.bfloat16),
+)
+"""None is whatever is chosen by itself."""
+
+
+def linear_of(weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
+    linear = Linear(weight_OI.cuda(), None if bias_O is None else bias_O.cuda())
+    return linear.finish()
+
+
+def near(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (got.double().cpu() - expected).norm() / expected.norm()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("cut", "dtype"), CUTS, ids=str)
+def test_each_way_of_multiplying_few_rows_agrees_with_float64(
+    cut: Tiles | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cut is not None:
+
+        def same(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
+            unfit = "norm" in op if cut.kernel == "dot" else rows > 8
+            return None if unfit else cut
+
+        monkeypatch.setattr("overlap.ops.linear_choice.guess", same)
+        monkeypatch.setattr("overlap.ops.linear_choice.MEASURED", {})
+    chance = random.Random(0)
+    for rows in (1, 3, 7, 16):
+        torch.manual_seed(rows)
+        outputs, inputs = chance.choice([(960, 576), (576, 1536), (1001, 1024), (4096, 4096), (30, 8)])
+        weight, bias = torch.randn(2 * outputs, inputs).mul(0.05).to(dtype), torch.randn(2 * outputs).to(dtype)
+        x, residual = torch.randn(rows, inputs).to(dtype), torch.randn(rows, inputs)
+        added, factor = torch.randn(rows, outputs), torch.rand(inputs) + 0.5
+        normed = rms_norm(residual, factor, 1e-5, torch.float32).double()
+        plain, gated = linear_of(weight[:outputs], bias[:outputs]), linear_of(weight)
+        wide, wide_bias = weight.double(), bias.double()
+
+        near(plain(x.cuda()), x.double() @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
+        near(plain.wide(x.cuda()), x.double() @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
+        left, total = fused.linear_add(plain, x.cuda(), added.cuda())
+        total = total if left is None else total + left
+        near(total, added + x.double() @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
+        y, _ = fused.norm_linear(plain, (None, residual.cuda()), factor.cuda(), 1e-5)
+        near(y, normed @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
+        y, _ = fused.norm_gated(gated, (None, residual.cuda()), factor.cuda(), 1e-5)
+        gate, up = (normed @ wide.T).chunk(2, dim=1)
+        near(y, torch.nn.functional.silu(gate) * up, 2e-2)
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 64, 576), (32, 8, 128, 4096)], ids=str)
+def test_norm_product_rotation_and_write_in_one_kernel_agree_with_float32(shape: tuple[int, int, int, int]) -> None:
+    num_heads, num_kv_heads, head_dim, hidden = shape
+    for rows in (1, 3, 5):
+        torch.manual_seed(rows)
+        weight = torch.randn((num_heads + 2 * num_kv_heads) * head_dim, hidden).mul(0.05).bfloat16()
+        residual, factor = torch.randn(rows, hidden), torch.rand(hidden) + 0.5
+        table = rope_table(head_dim, 999, 1e4, None, "cpu")
+        positions, index = torch.randint(0, 999, (rows,)).int(), torch.randperm(64)[:rows].int()
+        index[-1] = -1 if rows > 1 else index[-1]
+        kv = torch.randn(4, 2, 2, 16, num_kv_heads, head_dim)
+        device_kv = kv.bfloat16().cuda()
+        rotation = (positions.cuda(), table.cuda(), device_kv, 1, index.cuda(), num_heads, num_kv_heads, None)
+        stream = (None, residual.cuda())
+        got, _ = fused.norm_qkv(linear_of(weight), stream, factor.cuda(), 1e-5, *rotation)
+        qkv = rms_norm(residual, factor, 1e-5, torch.float32) @ weight.float().T
+        want = rope_and_write(qkv, positions, table, kv, 1, index, num_heads, num_kv_heads)
+        near(got, want.double(), 1e-2)
+        near(device_kv, kv.double(), 1e-2)
+
+
+def test_the_greedy_head_takes_what_the_logits_say_at_any_number_of_rows() -> None:
+    torch.manual_seed(0)
+    for size, inputs in ((49152, 576), (1001, 1024)):
+        head = linear_of(torch.randn(size, inputs).bfloat16())
+        head.weight[size // 2 :] = head.weight[: size - size // 2]  # every token has its equal
+        for rows in (1, 5, 16, 17):
+            hidden = torch.randn(rows, inputs).bfloat16().cuda()
+            tokens = fused.greedy_head(hidden, head)
+            assert torch.equal(tokens.long(), head.wide(hidden).argmax(-1))
+            assert tokens.max() < -(-size // 2)
+
+
+def test_kernels_that_start_early_never_read_too_early() -> None:
+    """A chain of small dependent kernels, in one graph, gives the same bits each of many times on changing inputs."""
+    torch.manual_seed(0)
+    hidden, inner, rows = 576, 1536, 1
+    o, gate_up, down = (
+        linear_of(torch.randn(lines, inputs).mul(0.03).bfloat16())
+        for lines, inputs in ((hidden, hidden), (2 * inner, hidden), (hidden, inner))
+    )
+    factor = torch.ones(hidden, device="cuda")
+
+    def chain(residual: Tensor, *, slowly: bool) -> Tensor:
+        stream: fused.Stream = (None, residual)
+        for _ in range(10):
+            x, residual = fused.norm_linear(o, stream, factor, 1e-5)
+            if slowly:
+                torch.cuda.synchronize()
+            stream = fused.linear_add(o, x, residual)
+            if slowly:
+                torch.cuda.synchronize()
+            x, residual = fused.norm_gated(gate_up, stream, factor, 1e-5)
+            if slowly:
+                torch.cuda.synchronize()
+            stream = fused.linear_add(down, x, residual)
+            if slowly:
+                torch.cuda.synchronize()
+        return fused.norm(stream, factor, 1e-5, torch.float32)
+
+    given = torch.randn(rows, hidden, device="cuda")
+    expected = chain(given, slowly=True).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(given, slowly=False)
+    inputs = [torch.randn(rows, hidden, device="cuda") for _ in range(20)]
+    answers = [chain(one, slowly=True).clone() for one in inputs]
+    for _ in range(20):
+        for one, answer in zip(inputs, answers, strict=True):
+            given.copy_(one)
+            graph.replay()
+            assert torch.equal(out, answer)
+    assert torch.equal(chain(inputs[0].clone(), slowly=True), answers[0])
+    assert expected.shape == out.shape
+
+
+def test_rope_with_head_norms_agrees_with_the_reference() -> None:
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
+        torch.manual_seed(seed)
+        num_heads, num_kv_heads, head_dim, tokens = 16, 8, 128, 37
+        qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+        table, norm = rope_table(head_dim, 999, 1e6, None, "cpu"), torch.rand(num_heads + num_kv_heads, head_dim)
+        positions, index = torch.randint(0, 999, (tokens,)).int(), torch.randperm(64)[:tokens].int()
+        kv = torch.zeros(4, 2, 2, 16, num_kv_heads, head_dim)
+        device_kv = kv.to(dtype).cuda()
+        columns = (qkv.cuda(), positions.cuda(), table.cuda())
+        got = rope_and_write(*columns, device_kv, 1, index.cuda(), num_heads, num_kv_heads, norm.cuda(), 1e-6)
+        want = rope_and_write(qkv.float(), positions, table, kv, 1, index, num_heads, num_kv_heads, norm, 1e-6)
+        near(got, want.double(), 1e-5 if dtype is torch.float32 else 1e-2)
+        near(device_kv, kv.double(), 1e-5 if dtype is torch.float32 else 1e-2)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from overlap.ops import linear_choice
+from overlap.ops.linear_choice import MAX_ROWS, MEASURED, Op, Tiles, bucket, choose, guess
+
+SHAPES = [(576, 576), (960, 576), (1536, 576), (49152, 576), (4096, 14336), (14336, 4096), (1, 8), (1024, 2048)]
+
+
+def test_rows_are_rounded_up_to_a_power_of_two() -> None:
+    assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 16)] == [1, 2, 4, 4, 8, 8, 16, 16]
+
+
+@pytest.mark.parametrize("op", get_args(Op))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_guess_is_a_cut_that_the_kernels_can_take(op: Op, shape: tuple[int, int]) -> None:
+    for rows in (1, 2, 4, 8, 16):
+        tiles = guess(op, *shape, rows)
+        if tiles is None:
+            assert "norm" in op  # the norm apart, and then one of ours
+            assert rows > 2
+            continue
+        for size in (tiles.block_o, tiles.block_i, tiles.warps):
+            assert size & (size - 1) == 0
+        assert not (tiles.kernel == "dot" and "norm" in op)
+        if tiles.kernel == "gemv":  # a thread has 8 inputs side by side, and no two warps share a row's piece
+            assert tiles.block_i == 256 * tiles.warps
+            assert tiles.block_o >= 2  # a gate and its up
+        else:
+            assert min(tiles.block_o, tiles.block_i) >= 16
+
+
+def test_what_is_too_wide_or_not_aligned_goes_to_the_library() -> None:
+    assert choose("plain", 960, 576, MAX_ROWS) is not None
+    assert choose("plain", 960, 576, MAX_ROWS + 1) is None
+    assert choose("plain", 960, 576, 0) is None
+    assert choose("plain", 960, 577, 1) is None
+
+
+def test_what_was_measured_goes_before_what_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Tiles("dot", 16, 64, 2, 3)
+    table: dict[tuple[Op, int, int, int], Tiles | None] = {("plain", 7, 8, 4): found, ("add", 7, 8, 4): None}
+    monkeypatch.setattr(linear_choice, "MEASURED", table)
+    assert choose("plain", 7, 8, 3) == found
+    assert choose("add", 7, 8, 4) is None
+    assert choose("plain", 7, 8, 2) == guess("plain", 7, 8, 2)
+
+
+def test_the_table_names_only_what_can_be_asked() -> None:
+    for (op, outputs, inputs, rows), tiles in MEASURED.items():
+        assert op in get_args(Op)
+        assert outputs > 0
+        assert inputs % 8 == 0
+        assert rows == bucket(rows) <= MAX_ROWS
+        assert tiles is None or not (tiles.kernel == "dot" and "norm" in op)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from overlap import warmup
+from overlap.cli import main
+from overlap.errors import ConfigError
+from overlap.models.config import ModelConfig
+from overlap.warmup import Module, modules_of
+
+MODEL = ModelConfig(
+    architecture="Qwen3ForCausalLM", vocab_size=99, hidden_size=64, num_layers=1, num_heads=16, num_kv_heads=8,
+    head_dim=128, intermediate_size=64, rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, context=64,
+    tied_embeddings=True, attention_bias=False, mlp_bias=False, eos_token_ids=(), bos_token_id=None, dtype="bfloat16",
+)  # fmt: skip
+
+# A package that looks like FlashInfer to the builder, and writes down what it was asked for.
+FLASHINFER = """
+import os, sys
+
+
+class Spec:
+    def __init__(self, *asked):
+        self.asked, self.is_compiled = asked, asked[0] == "fa2"
+
+    def build(self, verbose):
+        print("asked", os.environ["FLASHINFER_CUDA_ARCH_LIST"], *map(str, self.asked), file=sys.stderr)
+        if self.asked[0] == "fa3":
+            raise RuntimeError("no\\nnvcc")
+
+
+def gen_batch_prefill_module(backend, *rest):
+    return Spec(backend, *rest)
+
+
+def gen_xqa_module(*rest):
+    return Spec("xqa", *rest)
+"""
+
+
+def test_a_model_wants_decode_of_its_group_and_prefill_of_its_head_size() -> None:
+    assert modules_of(MODEL) == (
+        Module("xqa", "bfloat16", 128, 2, 1), Module("fa2", "bfloat16", 128), Module("fa3", "bfloat16", 128),
+    )  # fmt: skip
+    assert modules_of(MODEL, fa3=False, queries=3, dtype="float16") == (
+        Module("xqa", "float16", 128, 2, 1), Module("xqa", "float16", 128, 2, 2), Module("xqa", "float16", 128, 2, 3),
+        Module("fa2", "float16", 128),
+    )  # fmt: skip
+    assert "fa3" not in {module.kind for module in modules_of(MODEL, architecture="10.0a")}
+    assert [module.kind for module in modules_of(replace(MODEL, head_dim=64))] == ["xqa", "fa2"]
+
+
+def test_a_model_that_flashinfer_cannot_run_wants_nothing() -> None:
+    assert modules_of(replace(MODEL, head_dim=80)) == ()
+    assert modules_of(replace(MODEL, num_kv_heads=1)) == ()
+    assert modules_of(MODEL, dtype="float32") == ()
+
+
+@pytest.mark.parametrize(("architecture", "queries", "says"), [("hopper", 1, "'hopper'"), ("9.0a", 9, "queries is 9")])
+def test_what_cannot_be_built_is_refused(architecture: str, queries: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        warmup.check(architecture, queries)
+
+
+def test_without_flashinfer_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warmup, "find_spec", lambda name: None)
+    assert main(["warmup"]) == 2
+    assert "Install overlap[cuda]" in capsys.readouterr().err
+
+
+def test_each_module_is_built_once_for_the_architecture_and_failures_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jit = tmp_path / "flashinfer" / "jit"
+    jit.mkdir(parents=True)
+    (tmp_path / "flashinfer" / "__init__.py").touch()
+    (jit / "__init__.py").write_text(FLASHINFER)
+    (jit / "xqa.py").write_text("from flashinfer.jit import gen_xqa_module\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 99,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "overlap", "warmup", "--arch", "9.0a", str(tmp_path), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1, run.stderr
+    said = run.stderr.splitlines()
+    assert len(said) == 5, run.stderr
+    bfloat16 = "torch.bfloat16"
+    assert f"asked 9.0a xqa {bfloat16} {bfloat16} 16 128 2 False {bfloat16} 1" in said
+    assert f"asked 9.0a fa3 {bfloat16} {bfloat16} {bfloat16} torch.int32 128 128 0 False False False" in said
+    assert any(
+        line.startswith("xqa of bfloat16 heads of 128, 2 query heads for a key head, 1 a row: bu") for line in said
+    )
+    assert "fa2 of bfloat16 heads of 128: is there already" in said
+    assert "fa3 of bfloat16 heads of 128: failed (RuntimeError: no nvcc)" in said
