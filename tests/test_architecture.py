@@ -15,7 +15,7 @@ DECIDERS = sorted([*(ROOT / "schedule").glob("*.py"), *(ROOT / "cache").glob("*.
 PUBLIC_EDGE = [ROOT / "errors.py", ROOT / "messages.py", ROOT / "front.py", ROOT / "engine.py", ROOT / "loop.py"]
 HOT_PATH = [
     ROOT / "runner.py",
-    ROOT / "graphs" / "eager.py",
+    *(ROOT / "graphs" / f"{name}.py" for name in ("eager", "lane", "pieces", "driver", "capture")),
     *(ROOT / "schedule").glob("*.py"),
     *(ROOT / "state").glob("*.py"),
     *(ROOT / "sample").glob("*.py"),

@@ -118,7 +118,7 @@ def test_on_a_plain_cpu_everything_auto_is_chosen_and_said_why() -> None:
     chosen = resolved()
     assert chosen == Resolved(
         model="m", device="cpu", dtype="float32", kv_budget=KvBudget(), max_rows=32, token_budget=512,
-        prefill_chunk=512, context=1000, overlap=True, prefix_cache=True, max_waiting=16384,
+        prefill_chunk=512, context=1000, graphs=True, overlap=True, prefix_cache=True, max_waiting=16384,
         step_limit=60.0, progress=None, reasons=chosen.reasons,
     )  # fmt: skip
     assert chosen.reasons == (
@@ -137,8 +137,8 @@ def test_on_a_gpu_the_defaults_are_larger_and_the_device_is_named() -> None:
 
 def test_what_is_asked_for_is_taken_as_it_is_and_needs_no_reason() -> None:
     chosen = resolved(
-        HOPPER, device="cpu", dtype="float16", max_rows=3, token_budget=40, prefill_chunk=7, context=99, overlap=False,
-        prefix_cache=False, max_waiting=9, step_limit=1.5, progress=True,
+        HOPPER, device="cpu", dtype="float16", max_rows=3, token_budget=40, prefill_chunk=7, context=99,
+        graphs=False, overlap=False, prefix_cache=False, max_waiting=9, step_limit=1.5, progress=True,
     )  # fmt: skip
     assert chosen == Resolved(
         model="m", device="cpu", dtype="float16", kv_budget=KvBudget(), max_rows=3, token_budget=40, prefill_chunk=7,

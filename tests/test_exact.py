@@ -128,9 +128,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_small_random_llamas_in_every_way(
-    tiny_llama_dir: Path, tmp_path: Path, shape: str
-) -> None:
+async def test_small_random_llamas_in_every_way(tiny_llama_dir: Path, tmp_path: Path, shape: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {

@@ -46,7 +46,7 @@ async def last(engine: AsyncEngine, prompt: Any, max_tokens: int = 4, **terms: A
 async def test_usage_says_how_much_of_a_prompt_was_cached(engine: AsyncEngine) -> None:
     cold = await last(engine, PREFIX)
     warm = await last(engine, PREFIX)
-    longer = await last(engine, PREFIX + [5, 6, 7])
+    longer = await last(engine, [*PREFIX, 5, 6, 7])
     assert [out.usage.cached_tokens for out in (cold, warm, longer)] == [0, 96, 96]
     assert warm.token_ids == cold.token_ids
     figures = engine.statistics()
@@ -85,7 +85,7 @@ async def test_the_cache_can_be_cleared_and_turned_off(engine: AsyncEngine, tiny
 
 
 async def test_equal_prompts_at_the_same_time_are_computed_once(engine: AsyncEngine) -> None:
-    outputs = await asyncio.gather(*(last(engine, PREFIX + [i]) for i in range(8)))
+    outputs = await asyncio.gather(*(last(engine, [*PREFIX, i]) for i in range(8)))
     assert sorted(out.usage.cached_tokens for out in outputs) == [0] + 7 * [96]
 
 

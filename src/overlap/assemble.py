@@ -118,6 +118,7 @@ def _parts(
         max_rows=resolved.max_rows,
         token_budget=resolved.token_budget,
         context=context,
+        graphs=resolved.graphs,
     )
     planner = Planner(
         max_rows=resolved.max_rows,
@@ -136,7 +137,6 @@ def _parts(
         f"context: {context} tokens a request at most",
         f"attention: {attention.name}: {why}",
         "linear: " + ", ".join(program.kinds()),
-        "driver: eager",
     )
     return Parts(resolved=resolved, model=model, text=text, planner=planner, runner=runner, notes=notes)
 

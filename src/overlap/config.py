@@ -75,6 +75,9 @@ class EngineConfig:
     """Where fetched models are kept. None: `$OVERLAP_CACHE`, else `~/.cache/overlap`."""
     progress: bool | None = None
     """Progress bars on stderr while fetching and loading. None: when stderr is a terminal."""
+    graphs: bool | Literal["auto"] = "auto"
+    """Capture steps as CUDA graphs and replay them. "auto": on CUDA. `engine.explain()` says which, and why not others.
+    False launches every kernel by itself: for measuring what graphs bring."""
     overlap: bool = True
     """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
 
@@ -105,6 +108,8 @@ class EngineConfig:
         for name in ("prefix_cache", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise refuse(name, "True or False")
+        if self.graphs != "auto" and not isinstance(self.graphs, bool):
+            raise refuse("graphs", 'True, False or "auto"')
         parse_kv_cache(self.kv_cache)
 
     @classmethod
@@ -179,6 +184,7 @@ class Resolved:
     token_budget: int
     prefill_chunk: int
     context: int
+    graphs: bool
     overlap: bool
     prefix_cache: bool
     max_waiting: int
@@ -213,6 +219,7 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         token_budget=token_budget,
         prefill_chunk=chunk,
         context=context,
+        graphs=bool(asked.graphs),
         overlap=asked.overlap,
         prefix_cache=asked.prefix_cache,
         max_waiting=asked.max_waiting,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from overlap.config import EngineConfig, Resolved
     from overlap.models.config import ModelConfig
     from overlap.observe.timeline import Timeline
+    from overlap.runner import Runner
     from overlap.schedule.planner import Planner
     from overlap.schedule.request import Request
     from overlap.schedule.settled import Settled
@@ -62,6 +63,7 @@ class Core:
         self._events: asyncio.AbstractEventLoop | None = None
         self._loop: Loop | None = None
         self._planner: Planner | None = None
+        self._runner: Runner | None = None
         self._fronts: dict[int, Front] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards the two below: who comes late must hear what those before heard
@@ -152,6 +154,11 @@ class Core:
         """Let the loop tell `timeline` of each verb, from its own thread; None ends that."""
         return self.call(self._live_loop.watch, timeline)
 
+    def explain_graphs(self) -> tuple[str, ...]:
+        """Return what runs as which graph at this moment; nothing once the engine has ended."""
+        runner = self._runner
+        return () if runner is None else runner.explain()
+
     @property
     def parts(self) -> tuple[Planner, Loop]:
         """What has figures to show. Reading them from another thread may mix two moments."""
@@ -205,7 +212,7 @@ class Core:
         try:
             self._serve()
         finally:
-            self._loop = self._planner = None
+            self._loop = self._planner = self._runner = None
             gc.collect()  # a failed step's traceback may hold tensors in a cycle
             _give_back_cached_memory()
             self._stopped.set_result(None)
@@ -236,7 +243,15 @@ class Core:
     async def _serve_parts(self, parts: Parts, events: asyncio.AbstractEventLoop) -> None:
         self._planner = parts.planner
         resolved = parts.resolved
-        self._loop = Loop(parts.planner, parts.runner, self, overlap=resolved.overlap, step_limit_s=resolved.step_limit)
+        self._loop = Loop(
+            parts.planner,
+            parts.runner,
+            self,
+            overlap=resolved.overlap,
+            idle_work=parts.runner.warm_up_one,
+            step_limit_s=resolved.step_limit,
+        )
+        self._runner = parts.runner
         with self._lock:
             self._events = events
             if self._close_asked:

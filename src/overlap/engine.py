@@ -263,7 +263,9 @@ class AsyncEngine:
     def explain(self) -> str:
         """Return what was chosen and why, a line each."""
         live = self._live
-        return "\n".join([f"model = {self.model_name}", *live.resolved.reasons, *live.notes])
+        return "\n".join(
+            [f"model = {self.model_name}", *live.resolved.reasons, *live.notes, *self._core.explain_graphs()]
+        )
 
     async def clear_cache(self) -> int:
         """Forget every cached prefix that no request reads now; return how many pages came free."""

@@ -107,6 +107,7 @@ class Loop:
         *,
         timeline: Timeline | None = None,
         overlap: bool = True,
+        idle_work: Callable[[], bool] | None = None,
         step_limit_s: float = 60.0,
     ) -> None:
         self._planner = planner
@@ -114,6 +115,7 @@ class Loop:
         self._outbox = outbox
         self._timeline = self._unwatched = timeline or NoTimeline()
         self._overlap = overlap
+        self._idle_work = idle_work
         self._work = asyncio.Event()
         self._closing = False
         self._steps = self._failed = self._tokens_in = self._tokens_out = self._expired = 0
@@ -216,12 +218,12 @@ class Loop:
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:
         self._failed += 1
+        if not self._runner.usable():
+            raise EngineDead(f"The device does not work any more after: {failure!r}") from failure
         for key, front in self._planner.keys_in(plan):
             if self.end(key):  # telling another may have ended it
                 self._outbox.tell_failed(key, front, failure)
         self._planner.pass_step(plan)
-        if not self._runner.usable():
-            raise EngineDead(f"The device does not work any more after: {failure!r}") from failure
 
     # ── deadlines ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -248,6 +250,9 @@ class Loop:
             waiters, self._idle_waiters = self._idle_waiters, []
             for call in waiters:
                 call()
+            if self._idle_work is not None and self._idle_work():
+                await asyncio.sleep(0)  # what has come meanwhile goes first
+                continue
             self._slept = True
             await self._work.wait()
         return not self._closing

@@ -204,7 +204,7 @@ def test_inputs_and_rows_are_those_of_the_cpu_bit_for_bit() -> None:
         packed = torch.from_numpy(words)
         host, device = SlotRows(slots, width, "cpu"), SlotRows(slots, width, "cuda")
         for rows in (host, device):
-            rows.last_token.copy_(torch.arange(slots))
+            rows.last_token.copy_(torch.arange(len(rows.last_token)))
         sent = packed.cuda()
         tokens = torch.arange(layout.num_emits, dtype=torch.int32, device="cuda")
         with no_sync():

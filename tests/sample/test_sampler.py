@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from overlap.sample.philox import gumbel
-from overlap.sample.sampler import sample, scale, truncate
+from overlap.sample.sampler import sample, sample_all, scale, truncate
 from overlap.state.rows import SlotRows
 
 
@@ -143,3 +143,26 @@ def test_logits_that_are_not_finite_harm_their_row_only() -> None:
         tokens = draw(broken, kinds * 2)
         assert tokens[3:] == clean[3:]
         assert all(0 <= token < 700 for token in tokens)
+
+
+def test_sampling_all_rows_in_one_way_gives_the_tokens_of_sampling_only_those_that_need_it() -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(12, 999) * 2
+    logits[0, [5, 700]] = 50  # equals, in a greedy row
+    state = SlotRows(12, 1, "cpu")
+    slots, positions = torch.arange(12, dtype=torch.int32), torch.arange(12, dtype=torch.int32) * 3
+    nothing = torch.zeros(0, dtype=torch.int32)
+    greedy = sample(logits, state, slots, positions, nothing, False)
+    assert greedy[0] == 5
+    assert torch.equal(sample_all(logits, state, slots, positions, "greedy").int(), greedy)
+    sampled = torch.tensor([1, 2, 3, 7, 8, 11], dtype=torch.int32)
+    state.temperature[sampled] = torch.tensor([0.5, 1.0, 1.5, 1e-30, 2.0, 1.0])
+    state.top_p.fill_(1.0)
+    state.seed_lo.copy_(torch.arange(13))
+    for truncated in (False, True):
+        state.top_k[sampled[::2]] = 4 * truncated
+        state.top_p[sampled[::3]] = 0.6 if truncated else 1.0
+        expected = sample(logits, state, slots, positions, sampled, truncated)
+        got = sample_all(logits, state, slots, positions, "truncated" if truncated else "sampled")
+        assert torch.equal(got.int(), expected)
+    assert torch.equal(sample_all(logits, state, slots, positions, "truncated").int(), expected)

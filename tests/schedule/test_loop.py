@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
-from overlap.errors import EngineDead, InternalError, RequestError
+from overlap.errors import DeadlineExceeded, EngineDead, InternalError, QueueFull, RequestError
 from overlap.loop import Loop
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
-from overlap.schedule.settled import Settled
 from overlap.schedule.request import Request
+from overlap.schedule.settled import Settled
+from overlap.streams.stream import Mark
 from overlap.testing import EchoModel, SimDevice, SimRunner, SimTimeline
+from overlap.testing.echo import SimFlight
 
 MODEL = EchoModel()
 
@@ -57,6 +61,8 @@ class Rig:
     costs: dict[str, float] = field(default_factory=dict)
     overlap: bool = True
     fault: Callable[[StepPlan], None] | None = None
+    max_waiting: int = 2**31
+    step_limit_s: float = 60.0
 
     def __post_init__(self) -> None:
         self.device = SimDevice(self.cost)
@@ -66,11 +72,19 @@ class Rig:
             token_budget=self.token_budget,
             prefill_chunk=self.prefill_chunk,
             context=1024,
+            max_waiting=self.max_waiting,
         )
         self.runner = SimRunner(self.device.stream("compute"), MODEL, num_pages=self.num_pages, fault=self.fault)
         self.readers = Readers()
         timeline = SimTimeline(self.device, self.costs)
-        self.loop = Loop(self.planner, self.runner, self.readers, timeline=timeline, overlap=self.overlap)
+        self.loop = Loop(
+            self.planner,
+            self.runner,
+            self.readers,
+            timeline=timeline,
+            overlap=self.overlap,
+            step_limit_s=self.step_limit_s,
+        )
 
     async def serve(self, *requests: Request) -> None:
         for request in requests:
@@ -198,6 +212,8 @@ async def test_arrivals_aborts_and_failed_steps_at_any_moment_lose_nothing(seed:
             assert got == alone
         else:
             assert got == alone[: len(got)]
+        if key in rig.readers.failures:
+            assert isinstance(rig.readers.failures[key], MemoryError)
         if key in aborted:
             assert len(got) == aborted[key], "a token came after the abort"
 
@@ -263,3 +279,232 @@ async def test_a_steady_step_plans_the_same_row_columns_again() -> None:
     steady = [plan for plan in rig.runner.plans if plan.num_decode == 3]
     assert len({id(plan.slots) for plan in steady}) == 1
     assert sum(len(plan.page_ids) for plan in steady) <= 3 * 3
+
+
+# ── steps that cannot be launched ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_nothing_is_planned_behind_a_step_that_could_not_be_launched(overlap: bool) -> None:
+    rig = Rig(max_rows=4, overlap=overlap, prefill_chunk=8)
+    launch = rig.runner.launch
+
+    def launch_most(plan: StepPlan) -> SimFlight:
+        if plan.number == 4:
+            for key in (2, 3):  # they come while the step is in the air, or would be
+                rig.loop.submit(request(key, [key] * 20, 10))
+            raise MemoryError("no room for the plan")
+        return launch(plan)
+
+    rig.runner.launch = launch_most  # type: ignore[method-assign]
+    await rig.serve(request(0, [7] * 3, 10), request(1, [8] * 30, 5))
+    assert set(rig.readers.failures) == {0, 1}, "both were in that step"
+    assert rig.readers.answers[2] == MODEL.answer([2] * 20, 10)
+    assert rig.readers.answers[3] == MODEL.answer([3] * 20, 10)
+    assert rig.loop.statistics().failed_steps == 1
+    assert rig.planner.statistics().planned_steps == rig.loop.statistics().steps + 1
+
+
+async def test_a_request_that_is_ended_while_another_is_told_of_a_failure_is_told_nothing() -> None:
+    def fault(plan: StepPlan) -> None:
+        raise MemoryError(f"step {plan.number}")
+
+    rig = Rig(fault=fault, overlap=False)
+    told: list[int] = []
+
+    def tell_failed(key: int, front: int, failure: BaseException) -> None:
+        told.append(key)
+        rig.loop.end(1 - key)
+
+    rig.readers.tell_failed = tell_failed  # type: ignore[method-assign]
+    await rig.serve(request(0, [1], 5), request(1, [2], 5))
+    assert told == [0]
+
+
+# ── deadlines ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def events_at(now: list[float]) -> None:
+    """Let timers go by `now`."""
+    asyncio.get_running_loop().time = lambda: now[0]  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("phase", "life"),
+    [("before admission", "waiting"), ("prefilling", "running"), ("decoding", "running"), ("preempted", "waiting")],
+)
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_a_deadline_ends_a_request_in_each_phase(phase: str, life: str, overlap: bool) -> None:
+    rig, now = Rig(max_rows=1, prefill_chunk=8, overlap=overlap), [0.0]
+    events_at(now)
+    readers = rig.readers
+    hurried = request(0, [5] * 80, 100, deadline=time.monotonic() + 50)
+    other = request(1, [6] * 20, 20, priority=1)
+
+    def pass_deadline() -> None:
+        if phase == "preempted" and len(readers.answers.get(0, [])) == 3 and not hurried.made:
+            rig.loop.submit(other)
+        reached = {
+            "before admission": 1 in readers.answers,
+            "prefilling": hurried.chunked >= 24,
+            "decoding": len(readers.answers.get(0, [])) == 7,
+            "preempted": 1 in readers.answers,
+        }
+        if reached[phase]:
+            now[0] = 100.0
+
+    readers.on_settled = pass_deadline
+    await rig.serve(*{"before admission": [hurried, other], "preempted": [hurried]}.get(phase, [hurried]))
+    failure = readers.failures.pop(0)
+    assert isinstance(failure, DeadlineExceeded)
+    assert str(failure) == f"The request had not ended by its deadline; it was {life}."
+    assert readers.failures == {}
+    got = readers.answers.get(0, [])
+    assert got == MODEL.answer([5] * 80, 100)[: len(got)]
+    assert (len(got) > 0) == (phase in ("decoding", "preempted"))
+    if phase in ("before admission", "preempted"):
+        assert readers.answers[1] == MODEL.answer([6] * 20, 20)
+    assert rig.loop.statistics().expired == 1
+
+
+async def test_a_deadline_that_had_passed_before_the_request_came_ends_it() -> None:
+    rig = Rig()
+    await rig.serve(request(0, [5], 100, deadline=time.monotonic() - 1), request(1, [6], 10))
+    assert isinstance(rig.readers.failures[0], DeadlineExceeded)
+    assert rig.readers.answers[1] == MODEL.answer([6], 10)
+
+
+async def test_a_request_that_ends_before_its_deadline_leaves_no_timer() -> None:
+    rig = Rig()
+    requests = [request(key, [key], 5, deadline=time.monotonic() + 1000) for key in range(3)]
+
+    def end_one() -> None:
+        rig.loop.end(1)
+
+    rig.readers.on_settled = end_one
+    await rig.serve(*requests)
+    assert set(rig.readers.ends) == {0, 2}
+    assert not rig.readers.failures
+    assert not rig.loop._deadlines
+
+
+# ── the queue's bound, and drain ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_who_finds_the_queue_full_is_told_the_numbers_and_may_come_again() -> None:
+    rig = Rig(max_rows=1, max_waiting=2)
+    again: list[int] = []
+
+    def come_again() -> None:
+        if not again:
+            again.append(3)
+            rig.loop.submit(request(4, [4], 5))  # one of the two was admitted
+
+    rig.readers.on_settled = come_again
+    await rig.serve(*(request(key, [key], 5) for key in range(4)))
+    assert set(rig.readers.ends) == {0, 1, 4}
+    for key in (2, 3):
+        assert isinstance(rig.readers.failures[key], QueueFull)
+        assert "2 requests wait already, and max_waiting is 2" in str(rig.readers.failures[key])
+
+
+async def test_a_preempted_request_finds_its_place_in_a_full_queue() -> None:
+    rig = Rig(max_rows=1, max_waiting=1)
+
+    def press() -> None:
+        if len(rig.readers.answers.get(0, [])) == 3 and rig.planner.request(1) is None:
+            rig.loop.submit(request(1, [1], 5, priority=1))
+
+    rig.readers.on_settled = press
+    await rig.serve(request(0, [9] * 10, 10))
+    assert rig.planner.statistics().preemptions == 1
+    assert rig.readers.answers == {0: MODEL.answer([9] * 10, 10), 1: MODEL.answer([1], 5)}
+
+
+async def test_idle_is_told_once_nobody_runs_and_nothing_is_in_the_air() -> None:
+    rig = Rig()
+    stop = MODEL.answer([3], 9)[4]
+    told: list[tuple[int, int, int]] = []
+
+    def look() -> None:
+        figures = rig.planner.statistics()
+        told.append((figures.running, figures.draining, figures.planned_steps - figures.settled_steps))
+        rig.loop.close()
+
+    rig.loop.submit(request(0, [3], 50, stop_ids=(stop,)))  # its last step is in the air when it ends
+    rig.loop.when_idle(look)
+    await rig.loop.run()
+    assert told == [(0, 0, 0)]
+    assert 0 in rig.readers.ends
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_a_loop_that_is_closed_with_a_step_in_the_air_lets_it_land(overlap: bool) -> None:
+    rig = Rig(overlap=overlap)
+
+    def close() -> None:
+        if len(rig.readers.answers[0]) == 5:
+            for key in (0, 1):
+                rig.loop.end(key)
+            rig.loop.close()
+
+    rig.readers.on_settled = close
+    for key in (0, 1):
+        rig.loop.submit(request(key, [key], 50))
+    await rig.loop.run()
+    rig.planner.check_idle()
+    figures = rig.planner.statistics()
+    assert figures.planned_steps == figures.settled_steps
+    assert len(rig.readers.answers[0]) == 5
+
+
+# ── the watchdog ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_step_that_does_not_land_is_reported_once_and_all_is_well_when_it_has(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rig, gate = Rig(step_limit_s=0.001), asyncio.Event()
+    stream = rig.device.streams["compute"]
+    wait_reached = stream.wait_reached
+
+    async def wait_for_the_gate(mark: Mark) -> None:
+        await gate.wait()
+        await wait_reached(mark)
+
+    stream.wait_reached = wait_for_the_gate  # type: ignore[method-assign]
+    assert rig.loop.late() is None
+    with caplog.at_level(logging.WARNING, "overlap"):
+        serving = asyncio.create_task(rig.serve(request(0, [1, 2, 3], 5), request(1, [4], 5)))
+        while not caplog.messages:
+            await asyncio.sleep(0.001)
+        late = rig.loop.late()
+        assert late is not None
+        assert late.startswith("Step 1 (2 rows, 4 tokens) has not landed for ")
+        assert late.endswith(" and step_limit is 0.001 s. The device may hang.")
+        await asyncio.sleep(0.02)  # the watchdog looks again, many times
+        assert rig.loop.statistics().late_steps == 1
+        gate.set()
+        await serving
+    assert rig.loop.late() is None
+    assert sum(message.startswith("Step 1 ") for message in caplog.messages) == 1
+    assert rig.readers.answers == {0: MODEL.answer([1, 2, 3], 5), 1: MODEL.answer([4], 5)}
+
+
+async def test_deadlines_go_on_while_a_step_does_not_land() -> None:
+    rig, gate = Rig(step_limit_s=0.001), asyncio.Event()
+    stream = rig.device.streams["compute"]
+    wait_reached = stream.wait_reached
+
+    async def wait_for_the_gate(mark: Mark) -> None:
+        await gate.wait()
+        await wait_reached(mark)
+
+    stream.wait_reached = wait_for_the_gate  # type: ignore[method-assign]
+    serving = asyncio.create_task(rig.serve(request(0, [1], 5, deadline=time.monotonic() + 0.001)))
+    while 0 not in rig.readers.failures:
+        await asyncio.sleep(0.001)
+    gate.set()
+    await serving
+    assert isinstance(rig.readers.failures[0], DeadlineExceeded)
+    assert rig.readers.answers == {}

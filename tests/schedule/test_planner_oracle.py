@@ -4,11 +4,16 @@ The oracle keeps no counters that could run out of step: which pages and slots a
 follow from the list of requests and of fences each time they are asked for. Its rules are the planner's, in words:
 
 - Rows that decode come first, in the order in which their prompts were through. Each takes one token of the budget.
-- A row needs room for this token and for the one that it emits. A row that finds no page stalls; when no page waits
-  behind a fence either, the youngest request that runs is preempted first.
-- Requests are admitted from the head of the queue (the preempted before the new) while a slot is free, the step has
-  budget left, and there are pages for the prompt, one token more, and one page for each request that runs.
-- Prompt chunks share the rest of the budget in order of arrival.
+- A row needs room for this token and for the one that it emits. A row that finds no page stalls; when nothing waits
+  behind a fence either, the youngest request of the lowest priority that runs is preempted first.
+- Requests are admitted while a slot is free, the step has budget left, and there are pages for the prompt, one token
+  more, and one page for each request that runs: of the highest priority those whose fairness key has had least, of
+  those the oldest.
+- Whoever is next and found no slot or no pages at the last plan has the youngest of the lowest priority preempted, if
+  that is lower than its own and nothing waits behind a fence.
+- A key has had the pages that its requests took when they were admitted, and while there are several keys those that
+  they grew by. One that was away starts no lower than the key served last stood.
+- Prompt chunks share the rest of the budget in order of admission.
 """
 
 from __future__ import annotations
@@ -38,6 +43,8 @@ class Stay:
     chunked: int = 0
     planned: int = 0
     """New tokens that were planned in this stay."""
+    number: int = 0
+    """Which admission this was."""
     turn: int = 0
     """Which prompt to be through this one was, counted over all stays."""
 
@@ -60,6 +67,8 @@ class Answer:
     stop_ids: tuple[int, ...]
     temperature: float
     top_k: int
+    priority: int
+    fairness_key: str
     tokens: list[int] = field(default_factory=list)
     """What was settled."""
     before: int = 0
@@ -100,6 +109,11 @@ class Oracle:
     planned: int = 0
     settled: int = 0
     turns: int = 0
+    admitted: int = 0
+    had: Counter[str] = field(default_factory=Counter)
+    served_last: int = 0
+    pressing: Answer | None = None
+    """Who found no room at the last plan."""
     seen: Counter[str] = field(default_factory=Counter)
 
     def running(self) -> list[tuple[Answer, Stay]]:
@@ -114,6 +128,12 @@ class Oracle:
     def free_slots(self) -> int:
         return self.max_rows - len(self.running()) - len(self.fenced())
 
+    def join(self, answer: Answer) -> None:
+        key = answer.fairness_key
+        if key not in {other.fairness_key for other in self.answers}:
+            self.had[key] = max(self.had[key], self.served_last)
+        self.answers.append(answer)
+
     def leave(self, answer: Answer) -> None:
         if answer.stay is not None:
             self.fences.append((self.planned, answer.stay.pages))
@@ -125,7 +145,27 @@ class Oracle:
             self.seen["ended while draining is due" if answer.stay and self.flights else "ended"] += 1
             self.leave(answer)
             self.answers.remove(answer)
+        if not self.answers:
+            self.had.clear()
+            self.served_last = 0
         return bool(ending)
+
+    def last_in_rank(self) -> Answer:
+        return min((answer for answer, _ in self.running()), key=lambda answer: (answer.priority, -answer.key))
+
+    def preempt(self, answer: Answer) -> None:
+        answer.before = len(answer.tokens)
+        self.leave(answer)
+        self.seen["preempted"] += 1
+
+    def preempt_for_pressing(self) -> None:
+        pressing, self.pressing = self.pressing, None
+        waits = pressing in self.answers and pressing is not None and pressing.stay is None
+        if pressing is not None and waits and self.running() and not self.fenced():
+            last = self.last_in_rank()
+            if last.priority < pressing.priority:
+                self.seen["pressed"] += 1
+                self.preempt(last)
 
     def decoding(self) -> list[tuple[Answer, Stay]]:
         through = [(answer, stay) for answer, stay in self.running() if not stay.prefilling]
@@ -138,12 +178,13 @@ class Oracle:
             if answer.stay is not stay or stay.pages * PAGE >= stay.next + 2:
                 continue
             if not self.free_pages() and not self.fenced():
-                youngest = max((a for a, _ in self.running()), key=lambda a: a.key)
-                youngest.before = len(youngest.tokens)
-                self.leave(youngest)
-                self.seen["preempted"] += 1
+                last = self.last_in_rank()
+                self.seen["preempted, not the youngest"] += last.key < max(other.key for other, _ in self.running())
+                self.preempt(last)
             if answer.stay is stay and self.free_pages():
                 stay.pages += 1
+                if len({other.fairness_key for other in self.answers}) > 1:
+                    self.had[answer.fairness_key] += 1
             else:
                 stalled.append(answer)
         self.seen["stalled"] += len(stalled)
@@ -151,24 +192,37 @@ class Oracle:
 
     def admit(self) -> list[Answer]:
         admitted = []
-        for answer in [answer for answer in self.answers if answer.stay is None]:
-            prompt = answer.prompt + answer.tokens
-            pages = -(-(len(prompt) + 1) // PAGE)
+        while waiting := [answer for answer in self.answers if answer.stay is None]:
             waiting_prompts = sum(len(stay.prompt) - stay.chunked for _, stay in self.running())
-            budget = self.token_budget - len(self.decoding()) - waiting_prompts
-            if not self.free_slots() or budget <= 0 or pages + len(self.running()) > self.free_pages():
+            if self.token_budget - len(self.decoding()) - waiting_prompts <= 0:
                 break
-            answer.stay = Stay(prompt, pages)
-            admitted.append(answer)
+            first = min(waiting, key=lambda answer: (-answer.priority, self.had[answer.fairness_key], answer.key))
+            prompt = first.prompt + first.tokens
+            pages = -(-(len(prompt) + 1) // PAGE)
+            if not self.free_slots() or pages + len(self.running()) > self.free_pages():
+                self.pressing = first
+                break
+            self.seen["passed an older one"] += first.key > min(answer.key for answer in waiting)
+            self.served_last = max(self.served_last, self.had[first.fairness_key])
+            self.had[first.fairness_key] += pages
+            self.admitted += 1
+            first.stay = Stay(prompt, pages, number=self.admitted)
+            admitted.append(first)
         return admitted
 
+    def prefilling(self) -> list[tuple[Answer, Stay]]:
+        return sorted(
+            [(answer, stay) for answer, stay in self.running() if stay.prefilling], key=lambda pair: pair[1].number
+        )
+
     def plan(self) -> Step | None:
+        self.preempt_for_pressing()
         decode = self.grow()
         admitted = self.admit()
         budget = self.token_budget - len(decode)
         rows = [(answer.key, stay.next, 1) for answer, stay in decode]
         emitting, emits, prompt = list(decode), list(range(len(decode))), []
-        for answer, stay in [(answer, stay) for answer, stay in self.running() if stay.prefilling]:
+        for answer, stay in self.prefilling():
             count = min(budget, self.prefill_chunk, len(stay.prompt) - stay.chunked)
             if count <= 0:
                 break
@@ -231,6 +285,8 @@ class Pair:
     """The highest limits to draw."""
     alike: bool
     """Whether all are as long as can be drawn, so that many need a page at the same step."""
+    priorities: tuple[int, ...]
+    fairness_keys: tuple[str, ...]
     requests: list[Request] = field(default_factory=list)
     flights: deque[tuple[StepPlan, list[int]]] = field(default_factory=deque)
     """Each plan in the air, and the keys in it."""
@@ -248,9 +304,22 @@ class Pair:
             max_rows, num_pages, budget, chunk = draw.choice([(4, 8, 5, 5), (6, 9, 7, 3), (8, 12, 9, 9)])
             context, prompts, limits = 1024, (3, 3, 30, 80), (60,)
         planner = Planner(
-            max_rows=max_rows, num_pages=num_pages, token_budget=budget, prefill_chunk=chunk, context=context, prefix_cache=False
+            max_rows=max_rows,
+            num_pages=num_pages,
+            token_budget=budget,
+            prefill_chunk=chunk,
+            context=context,
+            prefix_cache=False,
         )
-        return cls(planner, Oracle(max_rows, num_pages, budget, chunk), prompts, limits, draw.random() < 0.3)
+        return cls(
+            planner,
+            Oracle(max_rows, num_pages, budget, chunk),
+            prompts,
+            limits,
+            alike=draw.random() < 0.3,
+            priorities=draw.choice([(0,), (0, 1), (-1, 0, 0, 5)]),
+            fairness_keys=draw.choice([("",), ("a", "b"), ("a", "a", "a", "b", "c")]),
+        )
 
     def submit(self, draw: random.Random) -> None:
         key, room = len(self.requests), self.planner.context
@@ -261,6 +330,7 @@ class Pair:
         prompt = [draw.randrange(VOCABULARY) for _ in range(length)]
         stop_ids = tuple(draw.sample(range(VOCABULARY), draw.choice([0, 0, 1, 3])))
         temperature, top_k = draw.choice([0.0, 0.7]), draw.choice([0, 5])
+        priority, fairness_key = draw.choice(self.priorities), draw.choice(self.fairness_keys)
         request = Request(
             key=key,
             front=key % 3,
@@ -269,10 +339,12 @@ class Pair:
             stop_ids=stop_ids,
             temperature=temperature,
             top_k=top_k,
+            priority=priority,
+            fairness_key=fairness_key,
         )
         self.requests.append(request)
         self.planner.submit(request)
-        self.oracle.answers.append(Answer(key, prompt, limit, stop_ids, temperature, top_k))
+        self.oracle.join(Answer(key, prompt, limit, stop_ids, temperature, top_k, priority, fairness_key))
 
     def end(self, key: int) -> None:
         assert self.planner.end(key) == self.oracle.end(key)
@@ -382,5 +454,6 @@ def test_the_planner_plans_and_settles_as_the_oracle_does(seed: int) -> None:
 
 def test_the_walks_meet_every_case_that_is_hard() -> None:
     met = sum((walk(seed) for seed in range(1000, 1060)), Counter[str]())
-    for case in ("preempted", "stalled", "dropped", "stop", "length", "ended while draining is due", "ended"):
-        assert met[case] > 10, f"{case}: {met[case]}"
+    cases = ("preempted", "pressed", "preempted, not the youngest", "passed an older one", "stalled", "dropped")
+    for case in (*cases, "stop", "length", "ended while draining is due", "ended"):
+        assert met[case] > 5, f"{case}: {met[case]}"

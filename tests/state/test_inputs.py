@@ -100,4 +100,5 @@ def test_an_admission_writes_its_sampling_parameters_to_its_slot() -> None:
         assert rows.top_k[slot] == slot
         assert rows.min_p[slot] == 0.25
         assert rows.seed_lo[slot] == slot
-    assert rows.statistics().nbytes == 4 * 3 * (8 + 8)
+    assert rows.statistics().num_slots == rows.scratch == 3
+    assert rows.statistics().nbytes == 4 * (3 + 1) * (8 + 8)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,3 +51,10 @@ def test_a_packed_plan_says_in_its_header_where_its_sections_are() -> None:
 def test_a_buffer_that_is_too_small_is_refused_with_both_sizes() -> None:
     with pytest.raises(InternalError, match="Step 7 needs 48 packed words, but the buffer has 47"):
         pack(PLAN, np.zeros(47, dtype=np.int32))
+
+
+@pytest.mark.parametrize(("asked", "packed"), [(0.0, 0.0), (1e-60, 1e-30), (0.5, 0.5), (1e300, 1e30)])
+def test_a_temperature_that_float32_cannot_hold_stays_a_temperature(asked: float, packed: float) -> None:
+    out = np.zeros(capacity(4, 8, 4), dtype=np.int32)
+    layout = pack(replace(PLAN, admissions=(replace(PLAN.admissions[0], temperature=asked),)), out)
+    assert out[layout.admissions : layout.page_updates].view(np.float32)[2] == np.float32(packed)

@@ -10,7 +10,7 @@ Legend: E emitting rows, S sampled (not greedy) rows of them, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from overlap.sample.philox import gumbel
 from overlap.state.rows import SlotRows
 
+SampleKind: TypeAlias = Literal["greedy", "sampled", "truncated"]
+"""What the rows of a step ask for at most: nothing, a temperature, or a filter (top-k, top-p, min-p)."""
 COLDEST: Final = 1e-20
 """Temperatures under this act as this: the most likely token wins either way, and nothing divides by 0."""
 _WEIGHT_ONE: Final = 2.0**40
@@ -44,7 +46,7 @@ def sample(
     if num_sampled == 0:
         return logits_EV.argmax(dim=-1).int()
     if num_sampled == num_rows:
-        return _draw(logits_EV, rows, emit_slots, emit_positions, truncated)
+        return _draw(logits_EV, rows, emit_slots, emit_positions, truncated).int()
     tokens = logits_EV.argmax(dim=-1).int()
     drawn = _draw(
         logits_EV.index_select(0, sampled),
@@ -52,8 +54,24 @@ def sample(
         emit_slots.index_select(0, sampled),
         emit_positions.index_select(0, sampled),
         truncated,
-    )
+    ).int()
     return tokens.index_copy_(0, sampled.long(), drawn)
+
+
+def sample_all(
+    logits_EV: Tensor, rows: SlotRows, emit_slots: Tensor, emit_positions: Tensor, kind: SampleKind
+) -> Tensor:
+    """Return the token of each emitting row, int64 [E], with nothing decided by the host: what a graph captures.
+
+    The same tokens as `sample`, which looks only at the rows that need it. Here every row takes the path of `kind`, and
+    a greedy row (its slot's temperature is 0) its most likely token at the end. `kind` must allow for what the rows
+    ask: "greedy" for greedy rows only, "sampled" also for temperatures, "truncated" for anything.
+    """
+    most_likely = logits_EV.argmax(dim=-1)
+    if kind == "greedy":
+        return most_likely
+    drawn = _draw(logits_EV, rows, emit_slots, emit_positions, kind == "truncated")
+    return torch.where(rows.temperature.index_select(0, emit_slots) > 0, drawn, most_likely)
 
 
 def _draw(logits_SV: Tensor, rows: SlotRows, slots: Tensor, positions: Tensor, truncated: bool) -> Tensor:
@@ -66,7 +84,7 @@ def _draw(logits_SV: Tensor, rows: SlotRows, slots: Tensor, positions: Tensor, t
             rows.min_p.index_select(0, slots),
         )
     seed_lo, seed_hi = rows.seed_lo.index_select(0, slots), rows.seed_hi.index_select(0, slots)
-    return gumbel(seed_lo, seed_hi, positions, scaled_SV.shape[1], scaled_SV).argmax(dim=-1).int()
+    return gumbel(seed_lo, seed_hi, positions, scaled_SV.shape[1], scaled_SV).argmax(dim=-1)
 
 
 def scale(logits_SV: Tensor, temperature_S: Tensor) -> Tensor:
@@ -94,7 +112,7 @@ def truncate(scaled_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tenso
 def _count_kept(ranked_SV: Tensor, top_k_S1: Tensor, top_p_S1: Tensor) -> Tensor:
     """Return how many of the ranked tokens top-k and then top-p keep, int64 [S, 1], at least 1."""
     vocabulary = ranked_SV.shape[1]
-    k_S1 = torch.where(top_k_S1 > 0, top_k_S1, vocabulary).clamp(max=vocabulary)
+    k_S1 = top_k_S1.masked_fill(top_k_S1 <= 0, vocabulary).clamp(max=vocabulary)
     in_top_k_SV = ranked_SV >= ranked_SV.gather(1, k_S1 - 1)
     # Integer weights: float sums depend on their order, which differs with the batch (on CUDA: with its shape).
     weight_SV = (ranked_SV.exp() * _WEIGHT_ONE).long() * in_top_k_SV

@@ -4,15 +4,16 @@ A request is admitted, in the queue's order, when a slot is free and there are p
 the prefix cache has of it, and a spare one for each request that runs. Who comes first and does not fit holds back all
 behind it, so a large request is never passed by small ones for ever.
 
-A prompt whose next page is being computed for another at this moment waits for it, a step or two: many requests with
-one prefix compute it once. A request that finds no room asks for some of those with a lower priority (`pressing`).
+A prompt whose next page is being computed for another at this moment waits for it, and so for all that the two share:
+many requests with one prefix compute it once, however many chunks it takes. A request that finds no room asks for some
+of those with a lower priority (`pressing`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from overlap.cache.pages import PAGE, pages_for
 from overlap.cache.store import Hit, PageStore
@@ -21,6 +22,9 @@ from overlap.schedule.life import Life
 from overlap.schedule.queue import Queue
 from overlap.schedule.request import Request
 from overlap.schedule.slots import Slots, Update
+
+if TYPE_CHECKING:
+    from overlap.cache.tree import Node
 
 
 class Desk:
@@ -31,7 +35,7 @@ class Desk:
         self._slots = slots
         self._store = store
         self._max_waiting = max_waiting
-        self._coming: Counter[tuple[str, int, bytes]] = Counter()  # first pages of what is being computed
+        self._coming: Counter[tuple[str, int, bytes]] = Counter()  # the next page of each prompt being computed
         self._blocked: tuple[int, int, int] | None = None  # (key, available pages, running) of who did not fit
         self._pressing: Request | None = None
         self.prompt_tokens = 0
@@ -82,19 +86,22 @@ class Desk:
     def _note(self, request: Request, hit: Hit) -> None:
         self.prompt_tokens += len(request.prompt)
         self.cached_tokens += request.chunked
-        if not request.made:
+        if request.cached is None:  # later stays may hit what the request computed itself
             request.cached = request.chunked
-        request.coming = _first_page(request, hit)
-        if request.coming is not None:
-            self._coming[request.coming] += 1
+        self._expect(request, hit.node, len(hit.pages))
 
     def _is_coming(self, request: Request, hit: Hit) -> bool:
         """Whether the next page of this prompt is being computed for another right now."""
-        page = _first_page(request, hit) if self._coming and self._store.keeps_prefixes else None
+        page = _next_page(request, hit.node, len(hit.pages)) if self._coming else None
         return page is not None and self._coming[page] > 0
 
-    def note_shared(self, request: Request) -> None:
-        """The first page that a request computed is in the tree, or will never be."""
+    def note_shared(self, request: Request, num_full: int) -> None:
+        """The first `num_full` pages of a running request's prompt are in the tree: the next one is being computed."""
+        self.note_left(request)
+        self._expect(request, request.node, num_full)
+
+    def note_left(self, request: Request) -> None:
+        """Nothing more will come of a request's prompt."""
         self._blocked = None  # whoever comes next may find more of its prompt now
         if request.coming is not None:
             self._coming[request.coming] -= 1
@@ -102,21 +109,26 @@ class Desk:
                 del self._coming[request.coming]
             request.coming = None
 
+    def _expect(self, request: Request, node: Node | None, num_full: int) -> None:
+        request.coming = _next_page(request, node, num_full) if self._store.keeps_prefixes else None
+        if request.coming is not None:
+            self._coming[request.coming] += 1
+
     @property
     def expects_nothing(self) -> bool:
         """Whether no page is on its way. For checks."""
         return not self._coming
 
 
-def _first_page(request: Request, hit: Hit) -> tuple[str, int, bytes] | None:
-    """Name the first full page of a prompt that the cache does not have, or None if there is none to share.
+def _next_page(request: Request, node: Node | None, num_full: int) -> tuple[str, int, bytes] | None:
+    """Name the full page of a prompt behind its first `num_full`, which end at `node`; None if there is none to share.
 
     The node stands for all that comes before the page. Whoever computes the page holds the node, so its id stays its.
     """
-    start = len(hit.pages) * PAGE
+    start = num_full * PAGE
     if len(request.prompt) <= start + PAGE:
         return None
-    return request.salt, id(hit.node), request.prompt[start : start + PAGE].tobytes()
+    return request.salt, id(node), request.prompt[start : start + PAGE].tobytes()
 
 
 def _no_better(now: tuple[int, int, int], before: tuple[int, int, int]) -> bool:

@@ -350,8 +350,7 @@ class Planner:
                 continue
             end = int(plan.starts[row] + plan.counts[row])
             at.note_chunk(slot, end)
-            if end >= PAGE * (1 + request.num_hit) or end == len(request.prompt):
-                self._desk.note_shared(request)
+            self._desk.note_shared(request, end // PAGE)
             if end == len(request.prompt) and request.cached and not request.made:
                 cached[request.key] = request.cached
         return cached
@@ -384,7 +383,7 @@ class Planner:
         """Take a running request's slot and pages from it; they are free once the last planned step is settled."""
         if request.chunked < len(request.prompt):
             self._prefilling.remove(request)
-        self._desk.note_shared(request)
+        self._desk.note_left(request)
         self._slots.leave(request, self._planned)
         self._leaving = True
         self._slots.open_fences(self._settled)

@@ -21,7 +21,7 @@ from overlap.schedule.life import Life
 from overlap.schedule.request import Request
 
 _MANY = 1024
-"""Keys that are remembered for what they owe alone, before those that owe nothing are forgotten."""
+"""Keys that are remembered for what they owe alone, before those that owe the least are forgotten."""
 
 
 @dataclass(slots=True)
@@ -131,12 +131,35 @@ class Queue:
         if not self._members:
             self._had.clear()
             self._served_last = 0
-        elif self._had[key] <= self._served_last or len(self._had) > len(self._members) + _MANY:
+            self._sweep()
+        elif self._had[key] <= self._served_last:
             del self._had[key]
+        elif len(self._had) > len(self._members) + _MANY:
+            self._forgive()
+
+    def _forgive(self) -> None:
+        """Forget who has no request and owes nothing by now, and of those who do, all but the half that owes most."""
+        away = sorted((key for key in self._had if key not in self._members), key=self._had.__getitem__)
+        owing = sum(self._had[key] > self._served_last for key in away)
+        for key in away[: len(away) - min(owing, _MANY // 2)]:
+            del self._had[key]
+        self._sweep()
 
     def _sweep(self) -> None:
-        for of_priority in self._classes.values():
-            for heap in of_priority.requests.values():
-                heap[:] = [entry for entry in heap if entry[1].life is Life.WAITING]
-                heapq.heapify(heap)
+        """Drop all that has ended, with the turns of keys that wait no more: those say what a key once had."""
+        for priority, of_priority in list(self._classes.items()):
+            waiting = {key: _waiting(heap) for key, heap in of_priority.requests.items()}
+            of_priority.requests = {key: heap for key, heap in waiting.items() if heap}
+            of_priority.turns = [(self._had[key], heap[0][0], key) for key, heap in of_priority.requests.items()]
+            heapq.heapify(of_priority.turns)
+            if not of_priority.requests:
+                del self._classes[priority]
+        self._priorities = sorted(self._classes)
         self._num_ended = 0
+
+
+def _waiting(heap: list[tuple[int, Request]]) -> list[tuple[int, Request]]:
+    """Return a heap of those in `heap` that still wait."""
+    waiting = [entry for entry in heap if entry[1].life is Life.WAITING]
+    heapq.heapify(waiting)
+    return waiting

@@ -53,9 +53,9 @@ class Request:
     num_hit: int = 0
     """How many pages of this stay came from the prefix cache."""
     coming: tuple[str, int, bytes] | None = None
-    """The first page that this stay computes and will share, until it does. The desk's."""
-    cached: int = 0
-    """How many tokens of the user's prompt the prefix cache spared in the first stay."""
+    """The next page that this stay computes and will share, while there is one. The desk's."""
+    cached: int | None = None
+    """How many tokens of the user's prompt the prefix cache spared in the first stay; None before that."""
 
     def change(self, change: Change) -> None:
         """Move on in the table of lives."""

@@ -1,7 +1,7 @@
 """A plan as one int32 buffer: what crosses to the device, in one copy, once a step. Imports no torch.
 
-The buffer opens with a header of HEADER words: R, D, T, E, S, A, N, then the offset of each section in the order of
-SECTIONS. The sections lie one after the other; floats travel as their bit patterns.
+The buffer opens with a header of HEADER words: R, D, T, E, S, A, N, the offset of each section in the order of
+SECTIONS, and the number of words in use. The sections lie one after the other; floats travel as their bit patterns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ HEADER: Final = 16
 """Words before the first section."""
 ADMISSION_WORDS: Final = 8
 """slot, start, temperature bits, top_k, top_p bits, min_p bits, seed low, seed high."""
+NUM_ROWS: Final = 0
+NUM_UPDATES: Final = 6
+PAGE_UPDATES: Final = 13
+USED: Final = 15
+"""Where the header has R, N, the offset of the page updates, and the words in use: a graph reads them there."""
 SECTIONS: Final = (
     "slots", "row_tokens", "counts", "row_emits", "sampled", "admissions", "page_updates", "prompt",
 )  # fmt: skip
@@ -107,7 +112,8 @@ def _admission_words(admissions: tuple[Admission, ...]) -> Ints:
     words[:, 1] = [a.start for a in admissions]
     words[:, 3] = [a.top_k for a in admissions]
     floats = words.view(np.float32)
-    floats[:, 2] = [min(a.temperature, 1e30) for a in admissions]  # a float32 must hold it
+    # a float32 must hold it, and must not make 0 of it, which means greedy
+    floats[:, 2] = [min(max(a.temperature, 1e-30), 1e30) if a.temperature > 0 else 0.0 for a in admissions]
     floats[:, 4] = [a.top_p for a in admissions]
     floats[:, 5] = [a.min_p for a in admissions]
     seeds = np.array([a.seed & (2**64 - 1) for a in admissions], dtype=np.uint64)

@@ -1,7 +1,7 @@
 """SlotRows: what the device keeps of each running request, in rows indexed by slot.
 
-Written by `state.inputs` (admissions, page updates, lengths, last tokens) and by nobody else. Kept apart from a
-step's inputs, which are made anew from it for every step.
+Written by `state.inputs` and `state.replay` (admissions, page updates, lengths, last tokens) and by nobody else. Kept
+apart from a step's inputs, which are made anew from it for every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ class SlotRowsStatistics:
 
 
 class SlotRows:
-    """Persistent device state of S slots; one allocation for each column, made once, zero at first."""
+    """Persistent device state of S slots; one allocation for each column, made once, zero at first.
+
+    Behind the last slot is a row more, the scratch slot: what the padding of a graph reads. It stays zero.
+    """
 
     __slots__ = (
         "last_token",
@@ -38,7 +41,7 @@ class SlotRows:
 
     def __init__(self, num_slots: int, max_pages_per_row: int, device: torch.device | str) -> None:
         def column(dtype: torch.dtype, *width: int) -> Tensor:
-            return torch.zeros((num_slots, *width), dtype=dtype, device=device)
+            return torch.zeros((num_slots + 1, *width), dtype=dtype, device=device)
 
         self.last_token = column(torch.int32)
         """int32 [S]: the token chosen last, which is the input of the slot's next decode row."""
@@ -56,11 +59,16 @@ class SlotRows:
         """int32 [S]: the bit pattern of the seed's upper half."""
 
     @property
+    def scratch(self) -> int:
+        """The scratch slot: S, one past the last slot of a request."""
+        return self.seq_len.shape[0] - 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return sum(int(getattr(self, name).nbytes) for name in self.__slots__)
 
     def statistics(self) -> SlotRowsStatistics:
         """Return the sizes."""
-        num_slots, width = self.page_table.shape
-        return SlotRowsStatistics(num_slots=num_slots, max_pages_per_row=width, nbytes=self.nbytes)
+        width = self.page_table.shape[1]
+        return SlotRowsStatistics(num_slots=self.scratch, max_pages_per_row=width, nbytes=self.nbytes)

@@ -125,13 +125,24 @@ class _Clock:
 _Wait = tuple[torch.cuda.Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
+_IDLE_STREAMS: Final[dict[tuple[torch.device, int], deque[torch.cuda.Stream]]] = {}
+"""Streams that a closed engine leaves to the next one, by device and priority. torch keeps a workspace of cuBLAS (32 MiB
+on Hopper) for each stream it has ever multiplied on, for as long as the process lives, and gives no way to free one:
+with a new stream for each engine, 20 engines left 640 MiB behind."""
+
+
+def _new_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+
+
 class CudaStream:
     """A CUDA stream of its own on `device`. `priority` is CUDA's: lower numbers go first, 0 is the default."""
 
     def __init__(self, device: torch.device, name: str = "cuda", *, priority: int = 0) -> None:
         self.name = name
         self.device: Final = device
-        self.stream: Final = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+        self._idle = _IDLE_STREAMS.setdefault((device, priority), deque())
+        self.stream: Final = self._idle.pop() if self._idle else _new_stream(device, priority)
         self._clock = _Clock(name, self.stream)
         self._failure: BaseException | None = None
         self._waits: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
@@ -187,6 +198,7 @@ class CudaStream:
         self._closed = True
         try:
             self.stream.synchronize()
+            self._idle.append(self.stream)
         finally:
             self._waits.put(None)
             self._thread.join()

@@ -1,0 +1,186 @@
+"""The graph driver of one lane: captures what the policy names, and runs steps with what is captured.
+
+Its graphs run on one stream, in the stream's order with eager steps. What a graph writes (static inputs, the pool's
+intermediates, the answers of joints) is read by nothing that is enqueued behind the next graph, so step N+1 may be
+launched while step N runs, by the same graph too. What the host writes and reads lies in the mail, which rotates.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overlap.errors import InternalError
+from overlap.graphs.capture import CaptureError, Graph, Recorder
+from overlap.graphs.lane import Lane, decode_step, part
+from overlap.graphs.pieces import Pieces, answer_buffers, record, rehearse
+from overlap.graphs.policy import Decision, Policy, Shape
+from overlap.schedule.plan import StepPlan
+from overlap.state.inputs import StepInputs
+from overlap.state.mail import DEPTH, EMPTY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphStatistics:
+    """What graphs did since the engine started."""
+
+    full_replays: int = 0
+    """Decode steps that were one launch."""
+    piecewise_replays: int = 0
+    eager_steps: int = 0
+    captures: int = 0
+    capture_failures: int = 0
+    padded_rows: int = 0
+    """Rows of padding in all decode steps that were replayed."""
+    padded_tokens: int = 0
+    """Tokens of padding in all forwards that were replayed in pieces."""
+    capture_seconds: float = 0.0
+    pool_bytes: int = 0
+    """Device memory of the graphs' pool."""
+
+
+class GraphDriver:
+    """Use it on one thread, inside the lane's stream. Nothing here waits for the device."""
+
+    def __init__(self, lane: Lane, policy: Policy, *, max_tokens: int, max_rows: int) -> None:
+        """`max_tokens` and `max_rows` are the largest buckets of the policy, or larger."""
+        self.policy = policy
+        self._lane = lane
+        self._inputs = lane.static_inputs(max(max_tokens, max_rows), max_rows)
+        self._max_tokens = max_tokens
+        self._answers: tuple[Tensor, Tensor] | None = None
+        self._recorder: Recorder | None = None
+        self._full: dict[Shape, Graph] = {}
+        self._pieces: dict[Shape, Pieces] = {}
+        self._turn: int | None = None  # what the device's `turn` is once all that is queued has run; None: unknown
+        self._replays = self._piecewise = self._eager = self._captures = self._failures = 0
+        self._padded_rows = self._padded_tokens = 0
+        self._seconds = 0.0
+
+    def prepare(self, plan: StepPlan) -> Shape | None:
+        """Return the graph that is to run a plan, captured now if it is time; None for an eager step."""
+        decision = self.policy.decide(plan)
+        if decision.capture is not None and not self.capture(decision.capture):
+            decision = Decision(None, None)
+        if decision.run is None:
+            self._eager += 1
+        return decision.run
+
+    @torch.inference_mode()
+    def replay_decode(self, shape: Shape, place: int, num_rows: int) -> bool:
+        """Enqueue a whole decode step, whose plan lies at `place` of the mail; False if it could not be, nor was."""
+        graph = self._full[shape]
+        if self._turn != place:
+            self._lane.mail.turn.fill_(place)
+        self._turn = None
+        try:
+            graph.launch()
+        except CaptureError as failure:
+            self._lose(shape, failure)
+            self._eager += 1
+            return False
+        self._turn = (place + 1) % DEPTH
+        self._replays += 1
+        self._padded_rows += shape.size - num_rows
+        return True
+
+    def inputs(self, shape: Shape, num_rows: int, num_emits: int) -> StepInputs:
+        """Return where the inputs of a step in pieces are to be built."""
+        return part(self._inputs, shape.size, num_rows, num_emits)
+
+    def run_pieces(self, shape: Shape, num_tokens: int) -> Tensor:
+        """Enqueue a forward in pieces; return the hidden states [num_tokens, C], to be used before the next step."""
+        self._piecewise += 1
+        self._padded_tokens += shape.size - num_tokens
+        return self._pieces[shape].run(self._lane.attention, num_tokens)
+
+    @torch.inference_mode()
+    def capture(self, shape: Shape) -> bool:
+        """Run a shape once with padding only, then capture it; False, with the reason kept, if that fails."""
+        if shape in self._full or shape in self._pieces:
+            return True
+        start = time.perf_counter()
+        try:
+            if self._recorder is None:
+                self._recorder = Recorder(self._lane.kv.device)
+            if shape.kind == "pieces":
+                self._capture_pieces(shape, self._recorder)
+            else:
+                self._capture_full(shape, self._recorder)
+        except InternalError:
+            raise
+        except Exception as failure:  # whatever torch, Triton or CUDA raise: the engine runs without this graph
+            self._lose(shape, failure)
+            return False
+        finally:
+            self._turn = None  # a run with padding has moved it
+            self._seconds += time.perf_counter() - start
+        self.policy.captured(shape)
+        self._captures += 1
+        return True
+
+    def _capture_full(self, shape: Shape, recorder: Recorder) -> None:
+        if shape.kind == "pieces":
+            raise InternalError("pieces are no decode step")
+        inputs = part(self._inputs, shape.size, shape.size, shape.size)
+        self._lane.mail.turn.fill_(EMPTY)
+        decode_step(self._lane, inputs, shape.kind)
+        with recorder.recording():
+            recorder.begin()
+            decode_step(self._lane, inputs, shape.kind)
+            self._full[shape] = recorder.end()
+
+    def _capture_pieces(self, shape: Shape, recorder: Recorder) -> None:
+        program = self._lane.program
+        if self._answers is None:
+            self._answers = answer_buffers(program, self._max_tokens, self._lane.kv)
+        inputs = part(self._inputs, shape.size, 0, 0)
+        inputs.kv_index.fill_(-1)
+        batch = self._lane.batch(inputs)
+        rehearse(program, batch, self._answers)
+        self._pieces[shape] = record(program, batch, self._answers, recorder)
+
+    def _lose(self, shape: Shape, failure: Exception) -> None:
+        self._failures += 1
+        first = str(failure).strip().splitlines()
+        self.policy.lost(shape, f"{type(failure).__name__}: {first[0] if first else 'no message'}")
+        self._full.pop(shape, None)
+        self._pieces.pop(shape, None)
+
+    def statistics(self) -> GraphStatistics:
+        """Return the figures so far."""
+        return GraphStatistics(
+            full_replays=self._replays,
+            piecewise_replays=self._piecewise,
+            eager_steps=self._eager,
+            captures=self._captures,
+            capture_failures=self._failures,
+            padded_rows=self._padded_rows,
+            padded_tokens=self._padded_tokens,
+            capture_seconds=self._seconds,
+            pool_bytes=self._recorder.pool_bytes if self._recorder is not None else 0,
+        )
+
+    def explain(self) -> tuple[str, ...]:
+        """Return what runs as which graph, and what they took."""
+        return (
+            *self.policy.explain(),
+            f"graphs: {self._captures} captured in {self._seconds:.2f} s, "
+            f"{self.statistics().pool_bytes / 2**20:.0f} MiB of memory",
+        )
+
+    def close(self) -> None:
+        """Free graphs and pool. The stream must have finished."""
+        for graph in self._full.values():
+            graph.close()
+        for pieces in self._pieces.values():
+            pieces.close()
+        self._full.clear()
+        self._pieces.clear()
+        self._answers = None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None

@@ -1,0 +1,83 @@
+"""A lane: what one concurrent batch needs for itself, and a whole decode step on it with no word from the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from overlap.graphs.eager import drive
+from overlap.models.program import Batch, Program
+from overlap.ops.attention import Attention, AttentionRows
+from overlap.sample.sampler import SampleKind, sample_all
+from overlap.state.inputs import StepInputs, empty_inputs
+from overlap.state.mail import Mail
+from overlap.state.replay import build_decode_inputs, settle_decode, take_plan
+from overlap.state.rows import SlotRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """The owners of a lane's device memory."""
+
+    program: Program
+    attention: Attention
+    kv: Tensor
+    rows: SlotRows
+    mail: Mail
+
+    def batch(self, inputs: StepInputs) -> Batch:
+        """Return a step's inputs as the model takes them."""
+        return Batch(token_ids=inputs.token_ids, positions=inputs.positions, kv_index=inputs.kv_index, kv=self.kv)
+
+    def static_inputs(self, num_tokens: int, num_rows: int) -> StepInputs:
+        """Return inputs that graphs read: zeros, so that padding always holds valid tokens, positions and pages."""
+        inputs = empty_inputs(num_tokens, num_rows, self.rows.page_table.shape[1], self.kv.device)
+        for name in StepInputs.__slots__:
+            getattr(inputs, name).zero_()
+        return inputs
+
+
+def part(inputs: StepInputs, num_tokens: int, num_rows: int, num_emits: int) -> StepInputs:
+    """Return the first so many entries of each column, as views."""
+    return StepInputs(
+        token_ids=inputs.token_ids[:num_tokens],
+        positions=inputs.positions[:num_tokens],
+        kv_index=inputs.kv_index[:num_tokens],
+        seq_lens=inputs.seq_lens[:num_rows],
+        page_table=inputs.page_table[:num_rows],
+        emit_tokens=inputs.emit_tokens[:num_emits],
+        emit_slots=inputs.emit_slots[:num_emits],
+        emit_positions=inputs.emit_positions[:num_emits],
+    )
+
+
+@torch.inference_mode()
+def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
+    """Enqueue one whole step of B decode rows, from the mail and back to it; `inputs` are B rows of static ones.
+
+    Which plan it is, and how many of the rows are real, stands in the mail. So the same calls, recorded once, are every
+    decode step of up to B rows.
+    """
+    take_plan(lane.mail, lane.rows)
+    build_decode_inputs(lane.mail.packed, lane.rows, inputs)
+    num_rows = len(inputs.seq_lens)
+    lane.attention.plan(
+        AttentionRows(
+            num_decode=num_rows,
+            seq_lens=inputs.seq_lens,
+            page_table=inputs.page_table,
+            starts=np.zeros(num_rows, dtype=np.int32),
+            counts=np.ones(num_rows, dtype=np.int32),
+            chunk_pages=np.empty(0, dtype=np.int32),
+        )
+    )
+    hidden_TC = drive(lane.program.forward(lane.batch(inputs)), lane.attention)
+    if kind == "greedy":
+        tokens = lane.program.greedy(hidden_TC)
+    else:
+        logits_EV = lane.program.logits(hidden_TC)
+        tokens = sample_all(logits_EV, lane.rows, inputs.emit_slots, inputs.emit_positions, kind)
+    settle_decode(lane.mail, lane.rows, tokens)

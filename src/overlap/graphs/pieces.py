@@ -1,0 +1,106 @@
+"""Pieces: a forward as one graph between each two joints, with the joints answered in between.
+
+Attention is planned on the host for every step, so it can not be part of a graph; all the rest is. While a forward is
+recorded nothing runs, so the joints need no answer that is right: the model is sent the buffer in which the answer
+will be. Two such buffers take turns, for attention may start to write while the piece before it still ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overlap.graphs.capture import Graph, Place, Recorder
+from overlap.models.program import Batch, Program
+from overlap.ops.attention import Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A recorded forward of so many tokens."""
+
+    graphs: tuple[Graph, ...]
+    """One more than joints."""
+    joints: tuple[tuple[int, Tensor, Tensor], ...]
+    """(layer, queries [T, H, D], answer [T, H * D]) of each joint; the queries are the pool's."""
+    hidden_TC: Tensor
+    """Where the hidden states come out; the pool's too, so theirs only until the next graph runs."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The bucket."""
+        return self.hidden_TC.shape[0]
+
+    def run(self, attention: Attention, num_tokens: int) -> Tensor:
+        """Enqueue a forward whose first `num_tokens` tokens are real; return their hidden states."""
+        last = len(self.joints)
+        for graph, (layer, q_THD, answer_TX) in zip(self.graphs[:last], self.joints, strict=True):
+            graph.launch()
+            attention.attend(layer, q_THD[:num_tokens], answer_TX[:num_tokens])
+        self.graphs[last].launch()
+        return self.hidden_TC[:num_tokens]
+
+    def close(self) -> None:
+        """Free the graphs."""
+        for graph in self.graphs:
+            graph.close()
+
+
+def answer_buffers(program: Program, num_tokens: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two buffers for answers, [num_tokens, H * D] each: zeros, so that padding is finite."""
+    width = program.num_heads * program.head_dim
+    buffers = torch.zeros((2, num_tokens, width), dtype=kv.dtype, device=kv.device)
+    return buffers[0], buffers[1]
+
+
+@torch.inference_mode()
+def rehearse(program: Program, batch: Batch, answers: tuple[Tensor, Tensor]) -> None:
+    """Run the pieces once with whatever the answers hold, so that every kernel is compiled and loaded.
+
+    Writes no KV if the batch's kv_index is -1 throughout.
+    """
+    forward = program.forward(batch)
+    number = 0
+    try:
+        next(forward)
+        while True:
+            forward.send(answers[number % 2][: len(batch.token_ids)])
+            number += 1
+    except StopIteration:
+        return
+
+
+@torch.inference_mode()
+def record(program: Program, batch: Batch, answers: tuple[Tensor, Tensor], recorder: Recorder) -> Pieces:
+    """Record a forward over `batch`, whose tensors must stay; nothing runs. Raises what capture raises."""
+    graphs: list[Graph] = []
+    joints: list[tuple[int, Place, Tensor]] = []
+    forward = program.forward(batch)
+    try:
+        with recorder.recording():
+            recorder.begin()
+            try:
+                joint = next(forward)
+                while True:
+                    graphs.append(recorder.end())
+                    answer_TX = answers[len(joints) % 2][: len(batch.token_ids)]
+                    joints.append((joint.layer, Place(joint.q_THD), answer_TX))
+                    del joint  # the queries' memory is to serve the next layers
+                    recorder.begin()
+                    joint = forward.send(answer_TX)
+            except StopIteration as end:
+                graphs.append(recorder.end())
+                hidden = Place(end.value)
+    except BaseException:
+        for graph in graphs:
+            graph.close()
+        raise
+    finally:
+        forward.close()
+    return Pieces(
+        graphs=tuple(graphs),
+        joints=tuple((layer, place.tensor(), answer_TX) for layer, place, answer_TX in joints),
+        hidden_TC=hidden.tensor(),
+    )

@@ -1,0 +1,160 @@
+"""Which graph a step takes, and which one is captured next. Imports no torch.
+
+The engine answers before anything is captured. A size that is needed runs without a graph of its own the first time,
+and is captured the second time: so that what is needed once costs nothing. While a larger graph serves it within twice
+its size, its own waits longer. In idle gaps everything else is captured, what was missed most and then the largest
+first (a pool that holds the largest holds all).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from overlap.graphs.buckets import bucket_for
+from overlap.schedule.plan import StepPlan
+
+Kind: TypeAlias = Literal["greedy", "sampled", "truncated", "pieces"]
+"""A whole decode step, by what its rows ask of the sampler (see `sample_all`), or a forward in pieces."""
+SECOND_USE: Final = 2
+PATIENCE: Final = 16
+"""Uses of a size before it gets its own graph although a larger one serves it."""
+GIVE_UP: Final = 3
+"""Failed captures of a kind after which no more of it are tried."""
+_FIRST_USE: Final = "first use of its size"
+_NO_GRAPHS: Final = "no graphs of this kind here"
+_SERVES: Final[dict[Kind, tuple[Kind, ...]]] = {
+    "greedy": ("greedy", "sampled"),
+    "sampled": ("sampled",),
+    "truncated": ("truncated",),
+    "pieces": ("pieces",),
+}
+"""Whose graphs may run a step, the best first; by rows that are greedy a graph that samples gives the same tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One graph: its kind, and how many rows (of pieces: tokens) it runs."""
+
+    kind: Kind
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.size} tokens in pieces" if self.kind == "pieces" else f"{self.size} {self.kind} rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do for a step: capture this first, then run that; None for nothing, and for eager."""
+
+    capture: Shape | None
+    run: Shape | None
+
+
+def decode_kind(plan: StepPlan) -> Kind | None:
+    """Return the kind of decode graph that runs a plan; None for a plan with prompt chunks or admissions."""
+    if plan.num_decode != plan.num_rows or plan.admissions:
+        return None
+    if not len(plan.sampled):
+        return "greedy"
+    return "truncated" if plan.truncated else "sampled"
+
+
+class Policy:
+    """Keeps what is captured, what was missed, and what failed. One a lane."""
+
+    def __init__(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """`rows` and `tokens` are the buckets of whole decode steps and of pieces; empty for none of the kind."""
+        self._buckets: dict[Kind, Sequence[int]] = {
+            "sampled": rows,
+            "greedy": rows,
+            "pieces": tokens,
+            "truncated": rows,
+        }
+        self._captured: dict[Kind, list[int]] = {kind: [] for kind in self._buckets}
+        self._missed: Counter[Shape] = Counter()
+        self._failed: dict[Shape, str] = {}
+        self._reasons: Counter[str] = Counter()
+
+    def decide(self, plan: StepPlan) -> Decision:
+        """Return what to capture for a plan, if now is the time, and what to run it with."""
+        kind = decode_kind(plan)
+        reason = _NO_GRAPHS
+        if kind is not None and self._buckets[kind]:
+            decision, reason = self._decide(kind, plan.num_rows)
+            if decision is None and reason == _FIRST_USE:  # its own comes soon: pieces only if they are there
+                ready = self._ready("pieces", plan.num_tokens)
+                decision = None if ready is None else Decision(None, ready)
+            if decision is not None:
+                return decision
+        if self._buckets["pieces"] and reason != _FIRST_USE:
+            decision, reason = self._decide("pieces", plan.num_tokens)
+            if decision is not None:
+                return decision
+        self._reasons[reason] += 1
+        return Decision(None, None)
+
+    def _decide(self, kind: Kind, count: int) -> tuple[Decision | None, str]:
+        size = bucket_for(count, self._buckets[kind])
+        if size is None:
+            largest = self._buckets[kind][-1]
+            return None, "larger than any graph" if count > largest else "padding would be more than twice the size"
+        wanted = Shape(kind, size)
+        ready = self._ready(kind, count)
+        if ready == wanted:
+            return Decision(None, ready), ""
+        self._missed[wanted] += 1
+        patience = SECOND_USE if ready is None else PATIENCE
+        if self._missed[wanted] >= patience and self._may_capture(wanted):
+            return Decision(wanted, wanted), ""
+        if ready is not None:
+            return Decision(None, ready), ""
+        return None, _FIRST_USE if self._may_capture(wanted) else "its capture failed"
+
+    def _ready(self, kind: Kind, count: int) -> Shape | None:
+        sizes = [(bucket_for(count, self._captured[own]), own) for own in _SERVES[kind]]
+        fitting = [Shape(own, size) for size, own in sizes if size is not None]
+        return min(fitting, key=lambda shape: shape.size, default=None)
+
+    def _may_capture(self, shape: Shape) -> bool:
+        return shape not in self._failed and sum(failed.kind == shape.kind for failed in self._failed) < GIVE_UP
+
+    def next_idle(self) -> Shape | None:
+        """Return what to capture in an idle moment, or None if all that is of use is there."""
+        missed = [shape for shape, _ in self._missed.most_common() if shape.size not in self._captured[shape.kind]]
+        wanted = next((shape for shape in missed if self._may_capture(shape)), None)
+        if wanted is not None:
+            return wanted
+        filtered = any(shape.kind == "truncated" for shape in self._missed)
+        for kind, sizes in self._buckets.items():
+            if kind == "truncated" and not filtered:
+                continue  # sorting is dear to capture, and few ask for it
+            for size in reversed(sizes):
+                if size not in self._captured[kind] and self._may_capture(Shape(kind, size)):
+                    return Shape(kind, size)
+        return None
+
+    def captured(self, shape: Shape) -> None:
+        """Take in that a graph is there now."""
+        insort(self._captured[shape.kind], shape.size)
+
+    def lost(self, shape: Shape, reason: str) -> None:
+        """Take in that a graph could not be captured, or could not be launched and is gone."""
+        self._failed[shape] = reason
+        if shape.size in self._captured[shape.kind]:
+            self._captured[shape.kind].remove(shape.size)
+
+    def explain(self) -> tuple[str, ...]:
+        """Return what there is, what failed and why, and how often a step had no graph and why."""
+        lines = []
+        for kind, sizes in self._captured.items():
+            if self._buckets[kind]:
+                what = "pieces between joints, by tokens" if kind == "pieces" else f"whole {kind} decode steps, by rows"
+                listed = ", ".join(map(str, sizes)) or "none yet"
+                lines.append(f"graphs of {what}: {len(sizes)} of {len(self._buckets[kind])} captured: {listed}")
+        lines += [f"no graph of {shape}: {reason}" for shape, reason in list(self._failed.items())]
+        lines += [f"steps without a graph: {count}: {reason}" for reason, count in self._reasons.most_common()]
+        return tuple(lines)

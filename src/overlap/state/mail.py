@@ -1,0 +1,49 @@
+"""Mail: how a step's plan reaches the device, and how its tokens come back.
+
+On CUDA both ends are pinned memory, which the device reads and writes by itself. Each has DEPTH places that take turns:
+two flights in the air, and one being packed. A place is written again only when the flight that used it has landed, so
+neither side ever meets the other's next step.
+
+An eager step is told its place by the host. A step that is one graph can be told nothing, so the device keeps its own
+`turn`, the place of the next such step, and the graph itself moves it on.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from overlap.cache.pages import Ints
+from overlap.state.packing import HEADER
+
+DEPTH: Final = 3
+"""Places in rotation."""
+EMPTY: Final = DEPTH
+"""One place more, whose plan has no rows: for a run that must change nothing."""
+
+
+class Mail:
+    """The places of one lane, and the device's side of them."""
+
+    __slots__ = ("landed_words", "landings", "packed", "plan_words", "plans", "turn")
+
+    def __init__(self, words: int, max_rows: int, device: torch.device | str) -> None:
+        """`words` is the `capacity` of a packed plan; `max_rows` tokens come back at most."""
+        pinned = torch.device(device).type == "cuda"
+        self.plans = torch.zeros((DEPTH + 1, words), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH + 1, words] on the host: packed plans."""
+        self.plan_words: list[Ints] = list(self.plans.numpy())
+        self.plan_words[EMPTY][HEADER - 1] = HEADER  # the words in use: no section has any
+        self.landings = torch.zeros((DEPTH + 1, max_rows), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH + 1, max_rows] on the host: the tokens of each flight."""
+        self.landed_words: list[Ints] = list(self.landings.numpy())
+        self.packed = torch.zeros(words, dtype=torch.int32, device=device)
+        """int32 [words] on the device: the plan of the step that runs."""
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)
+        """int32 [1] on the device: the place of the next step that is a graph."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self.packed.nbytes + self.turn.nbytes

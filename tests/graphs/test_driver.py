@@ -1,0 +1,201 @@
+"""Policy, driver and runner together on the CPU, where a "graph" makes the calls again that it was captured from."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from overlap.assemble import Parts, assemble
+from overlap.config import EngineConfig
+from overlap.graphs.buckets import row_buckets, token_buckets
+from overlap.graphs.capture import CaptureError
+from overlap.graphs.driver import GraphDriver
+from overlap.graphs.lane import decode_step, part
+from overlap.graphs.pieces import rehearse
+from overlap.graphs.policy import Policy, Shape
+from overlap.models.program import Batch
+from overlap.ops.attention import Attention
+from overlap.schedule.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PARAMS: tuple[dict[str, Any], ...] = (
+    {}, {"temperature": 0.8}, {"temperature": 1.1, "top_k": 40}, {}, {"temperature": 1.0, "top_p": 0.9}, {},
+)  # fmt: skip
+
+
+class Repeated:
+    """Stands for a graph, and for the recorder that it was made by."""
+
+    pool_bytes = 0
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.launch = call
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class RepeatedPieces:
+    """Stands for pieces: the forward of so many tokens, with attention of the real ones only."""
+
+    def __init__(self, driver: GraphDriver, batch: Batch) -> None:
+        self._driver = driver
+        self._batch = batch
+
+    def run(self, attention: Attention, num_tokens: int) -> Tensor:
+        forward = self._driver._lane.program.forward(self._batch)
+        try:
+            joint = next(forward)
+            while True:
+                answer_TX = torch.zeros(joint.q_THD.shape[0], joint.q_THD[0].numel())
+                attention.attend(joint.layer, joint.q_THD[:num_tokens], answer_TX[:num_tokens])
+                joint = forward.send(answer_TX)
+        except StopIteration as end:
+            hidden_TC: Tensor = end.value
+            return hidden_TC[:num_tokens]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class RepeatingDriver(GraphDriver):
+    """Captures on the CPU. `refuses` names shapes that cannot be captured; `loses` those whose launch fails."""
+
+    refuses: tuple[Shape, ...] = ()
+    loses: tuple[Shape, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recorder: Any = Repeated(lambda: None)
+
+    def _capture_full(self, shape: Shape, recorder: Any) -> None:
+        assert shape.kind != "pieces"
+        if shape in self.refuses:
+            raise CaptureError("no")
+        inputs, kind = part(self._inputs, shape.size, shape.size, shape.size), shape.kind
+        self._lane.mail.turn.fill_(3)
+        decode_step(self._lane, inputs, kind)
+
+        def launch() -> None:
+            if shape in self.loses:
+                raise CaptureError("lost")
+            decode_step(self._lane, inputs, kind)
+
+        self._full[shape] = Repeated(launch)  # type: ignore[assignment]
+
+    def _capture_pieces(self, shape: Shape, recorder: Any) -> None:
+        inputs = part(self._inputs, shape.size, 0, 0)
+        inputs.kv_index.fill_(-1)
+        batch = self._lane.batch(inputs)
+        answers = torch.zeros(2, shape.size, self._lane.program.num_heads * self._lane.program.head_dim)
+        rehearse(self._lane.program, batch, (answers[0], answers[1]))
+        self._pieces[shape] = RepeatedPieces(self, batch)  # type: ignore[assignment]
+
+
+@contextmanager
+def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096) -> Iterator[Parts]:
+    """Parts on the CPU; `whole` says whether decode steps get graphs of their own, None means no graphs at all."""
+    options: dict[str, Any] = {"max_rows": 8, "token_budget": 64, "kv_cache": kv_cache}
+    parts = assemble(EngineConfig(model=str(path), device="cpu", dtype="float32", **options))
+    runner = parts.runner
+    try:
+        if whole is not None:
+            policy = Policy(row_buckets(8) if whole else (), token_buckets(64, smallest=16 if whole else 1))
+            runner._graphs = RepeatingDriver(runner._lane, policy, max_tokens=64, max_rows=8)
+        yield parts
+    finally:
+        parts.runner.close()
+
+
+def serve(parts: Parts, seed: int, *, warm: bool = False) -> dict[int, list[int]]:
+    """Answer requests that come and go, with two flights in the air as in the loop."""
+    chance = random.Random(seed)
+    planner, runner = parts.planner, parts.runner
+    arrivals: dict[int, list[Request]] = {}
+    answers: dict[int, list[int]] = {}
+    for key in range(20):
+        prompt = np.array([chance.randrange(3, 512) for _ in range(chance.choice([1, 5, 30, 70]))], dtype=np.int32)
+        limit, params = chance.choice([4, 40, 80]), {**chance.choice(PARAMS), "seed": key}
+        request = Request(key=key, front=0, prompt=prompt, limit=limit, **params)
+        arrivals.setdefault(chance.randrange(40), []).append(request)
+        answers[key] = []
+    aborts = {chance.randrange(50): key for key in (2, 9, 13)}
+
+    async def run() -> None:
+        flight, number = None, 0
+        while flight is not None or planner.has_work or arrivals:
+            for request in arrivals.pop(number, []):
+                planner.submit(request)
+            if number in aborts:
+                planner.end(aborts[number])
+            if warm and number % 3 == 0:
+                runner.warm_up_one()
+            plan = planner.plan()
+            launched = runner.launch(plan) if plan is not None else None
+            if flight is not None:
+                settled = planner.settle(flight.plan, await flight.wait_landed())
+                for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
+                    answers[key].append(token)
+            flight = launched
+            number += 1
+
+    asyncio.run(run())
+    return answers
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_answers_are_those_of_eager_steps_while_requests_come_go_and_are_preempted(
+    tiny_llama_dir: Path, seed: int
+) -> None:
+    with opened(tiny_llama_dir, whole=None, kv_cache=320) as parts:
+        expected = serve(parts, seed)
+        assert parts.planner.statistics().preemptions > 0
+    for whole, warm in ((True, False), (True, True), (False, False)):
+        with opened(tiny_llama_dir, whole=whole, kv_cache=320) as parts:
+            assert serve(parts, seed, warm=warm) == expected
+            statistics = parts.runner.statistics()
+            assert statistics.capture_failures == 0, parts.runner.explain()
+            assert (statistics.full_replays > 10) == whole
+            assert statistics.piecewise_replays > 3
+            assert statistics.eager_steps > 0
+            assert statistics.padded_tokens > 0
+            assert any("first use of its size" in line for line in parts.runner.explain())
+
+
+def test_graphs_that_cannot_be_captured_or_are_lost_change_no_answer(tiny_llama_dir: Path) -> None:
+    with opened(tiny_llama_dir, whole=None) as parts:
+        expected = serve(parts, 3)
+    with opened(tiny_llama_dir, whole=True) as parts:
+        driver: Any = parts.runner._graphs
+        driver.refuses = (Shape("truncated", 4), Shape("truncated", 8))
+        driver.loses = (Shape("sampled", 8),)
+        assert serve(parts, 3, warm=True) == expected
+        explained = "\n".join(parts.runner.explain())
+        assert parts.runner.statistics().capture_failures > 0
+        assert "CaptureError: no" in explained
+        assert "steps without a graph" in explained
+
+
+def test_every_graph_is_captured_in_idle_moments_and_then_nothing_is_left(tiny_llama_dir: Path) -> None:
+    with opened(tiny_llama_dir, whole=True) as parts:
+        runner, count = parts.runner, 0
+        driver: Any = runner._graphs
+        while driver.policy.next_idle() is not None:
+            before = runner.statistics().captures
+            assert runner.warm_up_one()
+            asyncio.run(runner._stream.wait_reached(runner._stream.mark()))
+            count += 1
+            assert runner.statistics().captures == before + 1
+        assert count == 2 * len(row_buckets(8)) + len(token_buckets(64))
+        assert not runner.warm_up_one()

@@ -1,0 +1,127 @@
+"""A decode step as a graph has it, run on the CPU: all of it but the capture."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from overlap.assemble import Parts, assemble
+from overlap.cache.pages import Ints
+from overlap.config import EngineConfig
+from overlap.graphs.lane import decode_step, part
+from overlap.graphs.pieces import answer_buffers, rehearse
+from overlap.graphs.policy import decode_kind
+from overlap.schedule.plan import StepPlan
+from overlap.schedule.request import Request
+from overlap.state.mail import DEPTH, EMPTY
+from overlap.state.packing import pack
+from overlap.state.rows import SlotRows
+
+ASKED: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.8, "seed": 3},
+    {"temperature": 1.2, "top_k": 9, "seed": 4},
+    {"temperature": 1.0, "top_p": 0.8, "min_p": 0.01, "seed": 5},
+    {},
+)
+
+
+def opened(path: Path) -> Parts:
+    return assemble(EngineConfig(model=str(path), device="cpu", dtype="float32", max_rows=8, kv_cache=1024))
+
+
+class Replaying:
+    """Runs the decode steps of a runner by `decode_step`, with `padding` more rows than they have."""
+
+    def __init__(self, parts: Parts, padding: int) -> None:
+        self._runner = parts.runner
+        self._padding = padding
+        self._inputs = self._runner._lane.static_inputs(64, 64)
+        self.replayed = 0
+
+    async def run(self, plan: StepPlan) -> Ints:
+        kind = decode_kind(plan)
+        if kind is None or kind == "pieces":
+            return await self._runner.launch(plan).wait_landed()
+        self.replayed += 1
+        lane, place = self._runner._lane, plan.number % DEPTH
+        pack(plan, lane.mail.plan_words[place])
+        lane.mail.turn.fill_(place)
+        size = plan.num_rows + self._padding
+        decode_step(lane, part(self._inputs, size, size, size), kind)
+        return lane.mail.landed_words[place][: plan.num_rows].copy()
+
+
+def answer(parts: Parts, asked: tuple[dict[str, Any], ...], padding: int) -> tuple[dict[int, list[int]], int]:
+    """Answer one request each, with other lengths; with a padding of -1 nothing is replayed."""
+    replaying = Replaying(parts, padding)
+    answers: dict[int, list[int]] = {key: [] for key in range(len(asked))}
+    for key, params in enumerate(asked):
+        prompt = np.arange(10 + key, 14 + 7 * key, dtype=np.int32)
+        parts.planner.submit(Request(key=key, front=0, prompt=prompt, limit=20 + 5 * key, **params))
+
+    async def run() -> None:
+        while parts.planner.has_work:
+            plan = parts.planner.plan()
+            assert plan is not None
+            if padding < 0:
+                tokens = await parts.runner.launch(plan).wait_landed()
+            else:
+                tokens = await replaying.run(plan)
+            settled = parts.planner.settle(plan, tokens)
+            for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
+                answers[key].append(token)
+
+    asyncio.run(run())
+    return answers, replaying.replayed
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_replayed_step_gives_the_tokens_of_a_launched_one_whatever_its_padding(
+    tiny_llama_dir: Path, count: int
+) -> None:
+    expected = None
+    for padding in (-1, 0, 1, 7):
+        parts = opened(tiny_llama_dir)
+        try:
+            answers, replayed = answer(parts, ASKED[:count], padding)
+        finally:
+            parts.runner.close()
+        expected = expected or answers
+        assert answers == expected
+        assert (replayed > 15) == (padding >= 0)
+
+
+def test_a_run_with_nothing_but_padding_changes_no_slot_and_no_page(tiny_llama_dir: Path) -> None:
+    parts = opened(tiny_llama_dir)
+    try:
+        lane = parts.runner._lane
+        answer(parts, ASKED, -1)
+        before = {name: getattr(lane.rows, name).clone() for name in SlotRows.__slots__}
+        kv = lane.kv.clone()
+        inputs = lane.static_inputs(16, 16)
+        for kind in ("greedy", "sampled", "truncated"):
+            lane.mail.turn.fill_(EMPTY)
+            decode_step(lane, part(inputs, 8, 8, 8), kind)
+        inputs.kv_index.fill_(-1)
+        rehearse(lane.program, lane.batch(inputs), answer_buffers(lane.program, 16, lane.kv))
+        assert torch.equal(lane.kv, kv)
+        for name, column in before.items():
+            assert torch.equal(getattr(lane.rows, name), column), name
+    finally:
+        parts.runner.close()
+
+
+def test_a_cpu_engine_has_no_graphs_and_says_so(tiny_llama_dir: Path) -> None:
+    parts = opened(tiny_llama_dir)
+    try:
+        assert parts.runner.explain() == ("graphs: none on a CPU",)
+        assert parts.runner.warm_up_one() is False
+        assert parts.runner.statistics().full_replays == 0
+    finally:
+        parts.runner.close()
