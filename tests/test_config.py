@@ -142,7 +142,8 @@ def test_what_is_asked_for_is_taken_as_it_is_and_needs_no_reason() -> None:
     )  # fmt: skip
     assert chosen == Resolved(
         model="m", device="cpu", dtype="float16", kv_budget=KvBudget(), max_rows=3, token_budget=40, prefill_chunk=7,
-        context=99, overlap=False, prefix_cache=False, max_waiting=9, step_limit=1.5, progress=True, reasons=(),
+        context=99, graphs=False, overlap=False, prefix_cache=False, max_waiting=9, step_limit=1.5, progress=True,
+        reasons=(),
     )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ def leave(store: PageStore, letters: str, salt: str = "") -> Ints:
     node, pages, kept = keep(store, letters, salt)
     store.fence(Fence(0, 0, pages[~np.array(kept)], node))
     assert list(store.pass_step(0)) == [0]
-    return pages[np.array(kept)]
+    taken: Ints = pages[np.array(kept)]
+    return taken
 
 
 def test_a_hit_leaves_the_last_token_to_run() -> None:

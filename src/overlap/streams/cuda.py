@@ -126,9 +126,10 @@ _Wait = tuple[torch.cuda.Event, asyncio.AbstractEventLoop, "asyncio.Future[None]
 
 
 _IDLE_STREAMS: Final[dict[tuple[torch.device, int], deque[torch.cuda.Stream]]] = {}
-"""Streams that a closed engine leaves to the next one, by device and priority. torch keeps a workspace of cuBLAS (32 MiB
-on Hopper) for each stream it has ever multiplied on, for as long as the process lives, and gives no way to free one:
-with a new stream for each engine, 20 engines left 640 MiB behind."""
+"""Streams that a closed engine leaves to the next one, by device and priority.
+
+torch keeps a workspace of cuBLAS (32 MiB on Hopper) for each stream it has ever multiplied on, for as long as the
+process lives, and gives no way to free one: with a new stream for each engine, 20 engines left 640 MiB behind."""
 
 
 def _new_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
