@@ -54,9 +54,7 @@ class BrittleRunner(SimRunner):
 
     planner: Planner
     launch_fault: Callable[[StepPlan], None]
-
-    def __post_init__(self) -> None:
-        self.concerned: dict[int, set[int]] = {}
+    concerned: dict[int, set[int]]
 
     def launch(self, plan: StepPlan) -> SimFlight:
         self.concerned[plan.number] = {key for key, _ in self.planner.keys_in(plan)}
