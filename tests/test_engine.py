@@ -483,7 +483,14 @@ async def test_dummy_weights_answer_token_ids_without_a_tokenizer(tiny_llama_dir
 
 async def test_explain_says_what_was_chosen_and_why(engine: AsyncEngine) -> None:
     text = engine.explain()
-    for part in ("token_budget = ", "kv cache: ", "attention: ", "linear: ", "prefix cache: on", "graphs: none on a CPU"):
+    for part in (
+        "token_budget = ",
+        "kv cache: ",
+        "attention: ",
+        "linear: ",
+        "prefix cache: on",
+        "graphs: none on a CPU",
+    ):
         assert part in text
     assert engine.config.dtype == "float32"
     assert engine.context == 512

@@ -73,7 +73,7 @@ async def last_chunk(stream: openai.AsyncStream[ChatCompletionChunk]) -> ChatCom
 
 def pages_in_use(engine: AsyncEngine) -> int:
     figures = engine.statistics()
-    return figures.num_pages - figures.free_pages
+    return figures.num_pages - figures.free_pages - figures.evictable_pages
 
 
 async def no_page_is_left(engine: AsyncEngine) -> None:
