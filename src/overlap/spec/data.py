@@ -1,0 +1,179 @@
+"""What a drafter is trained on: prompts, and the target's own answers to them, made with the engine.
+
+A head learns to say what its target would say, so the texts of others would teach it the wrong thing.
+
+Legend: A answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from overlap.errors import ConfigError
+from overlap.messages import SamplingParams
+from overlap.spec.asking import Asked, encode_question
+
+TOPICS: Final = (
+    "the water cycle", "photosynthesis", "the French Revolution", "black holes", "bread baking", "chess openings",
+    "binary search", "the human heart", "volcanoes", "jazz", "solar panels", "the Roman Empire", "bicycles", "bees",
+    "climate change", "prime numbers", "Shakespeare", "vaccines", "the stock market", "coffee", "glaciers", "robots",
+    "the periodic table", "democracy", "yoga", "dinosaurs", "electric cars", "poetry", "the internet", "sleep",
+    "cryptography", "gardening", "the moon landing", "recycling", "gravity", "migration of birds", "Python lists",
+    "public libraries", "coral reefs", "inflation", "tea", "mountain climbing", "the violin", "antibiotics", "rivers",
+    "time management", "a job interview", "cats", "dogs", "the Great Wall of China", "linear equations", "fractions",
+    "the immune system", "rainforests", "railways", "pottery", "healthy breakfasts", "learning a language", "maps",
+)  # fmt: skip
+QUESTIONS: Final = (
+    "Explain {} to a child.", "What is interesting about {}?", "Write a short essay on {}.", "Give me five facts about "
+    "{}.", "Write a dialogue between two friends about {}.", "What are the most common mistakes concerning {}?",
+    "Summarize what a beginner should know about {}.", "Write a short story that has to do with {}.", "Make a quiz of "
+    "three questions about {}, with answers.", "How has {} changed over time?", "Write a poem about {}.", "List the "
+    "pros and cons of {}.", "Compare {} with something similar.", "Write an email that invites people to a talk on {}.",
+    "Why does {} matter today?", "Describe {} in three sentences.", "Give step by step advice on {}.", "What would the "
+    "world be without {}?", "Write a Python function that has to do with {}.", "What questions do experts on {} ask?",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Answered prompts as token ids, one behind the other."""
+
+    tokens: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int64]
+    """[A]: where each text ends among the tokens, prompt and answer."""
+    prompts: npt.NDArray[np.int64]
+    """[A]: how many tokens of each text are its prompt."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def text(self, index: int) -> npt.NDArray[np.int32]:
+        """Return the tokens of one text."""
+        return self.tokens[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
+
+    def save(self, path: Path) -> None:
+        """Write it as one safetensors file."""
+        columns = {"tokens": self.tokens, "ends": self.ends, "prompts": self.prompts}
+        save_file({name: torch.from_numpy(column) for name, column in columns.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Corpus:
+        """Read what `save` wrote."""
+        found = load_file(path)
+        return cls(tokens=found["tokens"].numpy(), ends=found["ends"].numpy(), prompts=found["prompts"].numpy())
+
+
+def join(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Corpus:
+    """Return a corpus of (prompt, answer) pairs. ConfigError if there is none."""
+    if not texts:
+        raise ConfigError("There is nothing to train on: no prompt was answered in time. Give it more minutes.")
+    both = [[*prompt, *answer] for prompt, answer in texts]
+    return Corpus(
+        tokens=np.fromiter(itertools.chain.from_iterable(both), dtype=np.int32),
+        ends=np.cumsum([len(text) for text in both], dtype=np.int64),
+        prompts=np.array([len(prompt) for prompt, _ in texts], dtype=np.int64),
+    )
+
+
+def prompts_from(path: Path | None, count: int, seed: int) -> list[str]:
+    """Return `count` prompts: the lines of a text file in random order, again and again, or built-in ones."""
+    if path is None:
+        known = [question.format(topic) for topic in TOPICS for question in QUESTIONS]
+    else:
+        known = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not known:
+            raise ConfigError(f"{str(path)!r} has no prompts. Write one a line.")
+    random.Random(seed).shuffle(known)
+    return list(itertools.islice(itertools.cycle(known), count))
+
+
+def split(prompts: Sequence[str], held_out: int) -> tuple[list[str], list[str]]:
+    """Return (prompts to train on, prompts to judge by): no text is in both."""
+    judged = list(dict.fromkeys(prompts))[:held_out]
+    kept = set(judged)
+    return [prompt for prompt in prompts if prompt not in kept], judged
+
+
+async def answer(
+    engine: Asked,
+    prompts: Sequence[str],
+    *,
+    answer_tokens: int,
+    temperature: float,
+    seed: int,
+    seconds: float,
+    progress: bool | None,
+) -> Corpus:
+    """Let the engine answer `prompts` in its chat template, as many as `seconds` allow, and return the texts.
+
+    `temperature` 0 answers greedily. Seeds are `seed`, `seed + 1` and so on.
+    """
+    ids = [await encode_question(engine, prompt) for prompt in prompts]
+    params = [
+        SamplingParams(temperature=temperature, seed=seed + number, max_tokens=answer_tokens)
+        for number in range(len(ids))
+    ]
+    texts: list[tuple[list[int], list[int]]] = []
+    late = time.monotonic() + seconds
+    outputs = engine.generate_batch(ids, params, progress=progress)
+    try:
+        async for output in outputs:
+            texts.append((ids[output.index], list(output.token_ids)))
+            if time.monotonic() > late:
+                break
+    finally:
+        await outputs.aclose()  # type: ignore[attr-defined]  # it is an async generator
+    return join(texts)
+
+
+def draft_vocabulary(corpus: Corpus, vocab_size: int, size: int) -> Tensor:
+    """Return the `size` most frequent tokens of the corpus, ascending, int64; the lowest ids of equals."""
+    counts = np.bincount(corpus.tokens, minlength=vocab_size)
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[: min(size, vocab_size)]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextBatch:
+    """Texts side by side, int64 [B, L] with zeros behind each, and what part of each is its answer, int64 [B]."""
+
+    tokens_BL: Tensor
+    lengths_B: Tensor
+    prompts_B: Tensor
+
+
+def batches(corpus: Corpus, size: int, length: int, seed: int, first: int = 0) -> Iterator[TextBatch]:
+    """Yield batches for ever from batch number `first` on: which texts are in it depends on seed and number alone.
+
+    Each pass over the corpus has another order. Texts longer than `length` are cut; L is a multiple of 16.
+    """
+    a_pass = max(1, len(corpus) // size)
+    for number in itertools.count(first):
+        order = np.random.default_rng((seed, number // a_pass)).permutation(len(corpus))
+        start = number % a_pass * size
+        yield text_batch(corpus, order[start : start + size], length)
+
+
+def text_batch(corpus: Corpus, which: Sequence[int] | npt.NDArray[np.int64], length: int) -> TextBatch:
+    """Return the texts with these numbers as a batch."""
+    texts = [corpus.text(int(index))[:length] for index in which]
+    width = -(-max(map(len, texts)) // 16) * 16
+    tokens = np.zeros((len(texts), width), dtype=np.int64)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    return TextBatch(
+        tokens_BL=torch.from_numpy(tokens),
+        lengths_B=torch.tensor([len(text) for text in texts]),
+        prompts_B=torch.from_numpy(corpus.prompts[np.asarray(which)]),
+    )

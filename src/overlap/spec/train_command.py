@@ -1,0 +1,138 @@
+"""`overlap train-drafter`: data, training, report and card, in a directory that a later run goes on from."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from overlap import AsyncEngine
+from overlap.config import cache_directory, package_index
+from overlap.models import build, open_checkpoint
+from overlap.models.llama import Llama
+from overlap.spec.data import Corpus, answer, prompts_from, split
+from overlap.spec.head_files import write_eagle3
+from overlap.spec.train import HeadTraining, Report, TrainSettings
+
+DATA_SHARE: Final = 0.35
+"""The share of `minutes` that goes into making the texts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to make, from what, and where."""
+
+    model: str
+    output: Path
+    """Gets config.json, model.safetensors and README.md; `work/` in it keeps texts and checkpoint."""
+    train: TrainSettings
+    prompts: Path | None = None
+    """A text file of one prompt a line; None for built-in ones."""
+    num_prompts: int = 20000
+    held_out: int = 64
+    """Prompts that are not trained on, and by which the head is judged."""
+    answer_tokens: int = 384
+    temperature: float = 0.8
+    device: str
+    """cpu, cuda or cuda:N"""
+    dtype: torch.dtype
+    cache_dir: Path | None = None
+    progress: bool | None = None
+
+
+def train_drafter(job: Job) -> Report:
+    """Make the texts (unless they are there), train (from the checkpoint if one is there), judge, and write the head.
+
+    Runs an event loop of its own for the engine that makes the texts. Raises ConfigError, ModelError.
+    """
+    work = job.output / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    corpus_path, judged_path = work / "texts.safetensors", work / "judged.safetensors"
+    if not (corpus_path.is_file() and judged_path.is_file()):
+        asyncio.run(_make_texts(job, corpus_path, judged_path))
+        gc.collect()  # the engine's memory is wanted for training
+    corpus, judged = Corpus.load(corpus_path), Corpus.load(judged_path)
+    training = HeadTraining(_target(job), corpus, _left(job, time.monotonic() - began))
+    checkpoint = work / "checkpoint.safetensors"
+    if checkpoint.is_file():
+        training.resume(checkpoint)
+    training.run(checkpoint, progress=job.progress)
+    report = training.report(judged)
+    half = torch.bfloat16 if job.dtype is not torch.float32 else torch.float32
+    write_eagle3(job.output, training.config, training.tensors(half), dtype=str(half).removeprefix("torch."))
+    card = _card(job, training, corpus, judged, report)
+    (job.output / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+async def _make_texts(job: Job, corpus_path: Path, judged_path: Path) -> None:
+    """Answer the held-out prompts greedily and the others by sampling, and write both."""
+    prompts = prompts_from(job.prompts, job.num_prompts, job.train.seed)
+    kept, judged = split(prompts, job.held_out)
+    seconds = math.inf if job.train.minutes is None else job.train.minutes * 60 * DATA_SHARE
+    options: dict[str, Any] = {"cache_dir": job.cache_dir, "progress": job.progress}
+    name = str(job.dtype).removeprefix("torch.")
+    async with AsyncEngine(job.model, device=job.device, dtype=name, **options) as engine:
+        for path, some, temperature in ((judged_path, judged, 0.0), (corpus_path, kept, job.temperature)):
+            made = await answer(
+                engine,
+                some,
+                answer_tokens=job.answer_tokens,
+                temperature=temperature,
+                seed=job.train.seed,
+                seconds=seconds,
+                progress=job.progress,
+            )
+            made.save(path)
+
+
+def _left(job: Job, spent_s: float) -> TrainSettings:
+    """Return the settings with the minutes that are left."""
+    if job.train.minutes is None:
+        return job.train
+    return replace(job.train, minutes=max(job.train.minutes - spent_s / 60, 0.05))
+
+
+def _target(job: Job) -> Llama:
+    checkpoint = open_checkpoint(
+        job.model, cache_dir=cache_directory(job.cache_dir), index_url=package_index(), progress=bool(job.progress)
+    )
+    try:
+        return build(checkpoint, device=job.device, dtype=job.dtype, progress=bool(job.progress))
+    finally:
+        checkpoint.close()
+
+
+def _card(job: Job, training: HeadTraining, corpus: Corpus, judged: Corpus, report: Report) -> str:
+    """Return the README.md of a head."""
+    positions = "\n".join(f"| {place} | {share:.3f} |" for place, share in enumerate(report.accepted, 1))
+    source = "built-in topics and questions" if job.prompts is None else f"the {job.num_prompts} prompts given"
+    return f"""# An EAGLE-3 head for {job.model}
+
+Made by `overlap train-drafter`. It drafts for `{job.model}` and for no other model. Format: that of the published
+EAGLE-3 heads (config.json, model.safetensors).
+
+- **Data:** {len(corpus)} answers ({len(corpus.tokens)} tokens with their prompts) to {source}, sampled from the
+  model itself at temperature {job.temperature}, {job.answer_tokens} tokens at most each.
+- **Training:** {training.step} steps of {job.train.batch_size} texts of up to {job.train.length} tokens, unrolled over
+  {job.train.unroll} drafts, seed {job.train.seed}. Last loss: {(training.losses or [float("nan")])[-1]:.3f}.
+- **Draft vocabulary:** the {len(training.ids_N)} most frequent tokens of the data.
+
+## Acceptance
+
+On greedy answers to {len(judged)} prompts that it was not trained on ({report.num_positions} positions). A draft counts
+where all drafts before it were accepted.
+
+| draft | accepted |
+|---|---|
+{positions}
+
+Mean tokens of a verify: **{report.mean_emitted:.2f}**.
+"""
