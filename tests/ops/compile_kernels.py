@@ -24,7 +24,7 @@ from overlap.ops import (
     rope_triton,
 )
 from overlap.ops.linear_choice import Op, bucket, guess
-from overlap.sample import philox_triton
+from overlap.sample import draw_triton, philox_triton
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.state import inputs_triton, replay_triton
@@ -124,6 +124,9 @@ def compile_all() -> None:
     words = np.zeros(1000, dtype=np.int32)
     layout = pack(plan, words)
     rows, inputs = SlotRows(4, 8, "cpu"), empty_inputs(64, 4, 8, "cpu")
+    for logits in (torch.zeros(4, 1000), torch.zeros(4, 49152), torch.zeros(4, 1000, dtype=torch.bfloat16)):
+        for truncated in (False, True):
+            draw_triton.draw(logits, rows, index, index, truncated)
     inputs_triton.build_inputs(torch.from_numpy(words), layout, rows, inputs)
     mail = Mail(1000, 4, "cpu")
     replay_triton.take_plan(mail, rows)

@@ -269,7 +269,7 @@ def check_inputs(chance: random.Random) -> None:
     for name in StepInputs.__slots__:
         want = getattr(expected, name)
         assert torch.equal(getattr(got, name)[: len(want)], want), name
-    for name in SlotRows.__slots__:
+    for name in SlotRows.COLUMNS:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 

@@ -15,6 +15,45 @@ from overlap.sample.philox import LARGEST, MULTIPLIERS, ROUNDS, WEYL
 _BLOCKS_A_PROGRAM: Final = 256
 
 
+_MULTIPLIER_0: Final = tl.constexpr(MULTIPLIERS[0])
+_MULTIPLIER_1: Final = tl.constexpr(MULTIPLIERS[1])
+_WEYL_0: Final = tl.constexpr(WEYL[0])
+_WEYL_1: Final = tl.constexpr(WEYL[1])
+_ROUNDS: Final = tl.constexpr(ROUNDS)
+_LARGEST: Final = tl.constexpr(LARGEST)
+
+
+@triton.jit
+def row_bits(seed_lo, seed_hi, position, first, BLOCK: tl.constexpr) -> tl.tensor:
+    """Return the words of tokens 4 * first and on, uint32 [4 * BLOCK]; seeds and position are int32 scalars."""
+    block = first + tl.arange(0, BLOCK)
+    low = seed_lo.to(tl.uint32, bitcast=True)
+    high = seed_hi.to(tl.uint32, bitcast=True)
+    nothing = tl.zeros((BLOCK,), dtype=tl.uint32)
+    a = block.to(tl.uint32)
+    b = nothing + position.to(tl.uint32, bitcast=True)
+    c = nothing
+    d = nothing
+    multiplier_0 = tl.full((BLOCK,), _MULTIPLIER_0, dtype=tl.uint32)
+    multiplier_1 = tl.full((BLOCK,), _MULTIPLIER_1, dtype=tl.uint32)
+    weyl_0 = tl.full((), _WEYL_0, dtype=tl.uint32)
+    weyl_1 = tl.full((), _WEYL_1, dtype=tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        upper_a, upper_c = tl.umulhi(a, multiplier_0), tl.umulhi(c, multiplier_1)
+        lower_a, lower_c = a * multiplier_0, c * multiplier_1
+        a, b, c, d = upper_c ^ b ^ low, lower_c, upper_a ^ d ^ high, lower_a
+        low += weyl_0
+        high += weyl_1
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
+def noise_of(bits) -> tl.tensor:
+    """Return the Gumbel noise of random words: finite, from -2.82 to 22.88."""
+    uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST)  # 2**-32
+    return -libdevice.log(-libdevice.log1p(-uniform))
+
+
 @triton.jit
 def _gumbel_kernel(
     seed_lo,
@@ -26,42 +65,18 @@ def _gumbel_kernel(
     size,
     HAS_BASE: tl.constexpr,
     ONLY_BITS: tl.constexpr,
-    ROUNDS_: tl.constexpr,
-    MULTIPLIER_0: tl.constexpr,
-    MULTIPLIER_1: tl.constexpr,
-    WEYL_0: tl.constexpr,
-    WEYL_1: tl.constexpr,
-    LARGEST_: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    low = tl.load(seed_lo + row).to(tl.uint32, bitcast=True)
-    high = tl.load(seed_hi + row).to(tl.uint32, bitcast=True)
-    nothing = tl.zeros((BLOCK,), dtype=tl.uint32)
-    a = block.to(tl.uint32)
-    b = nothing + tl.load(positions + row).to(tl.uint32, bitcast=True)
-    c = nothing
-    d = nothing
-    multiplier_0 = tl.full((BLOCK,), MULTIPLIER_0, dtype=tl.uint32)
-    multiplier_1 = tl.full((BLOCK,), MULTIPLIER_1, dtype=tl.uint32)
-    weyl_0 = tl.full((), WEYL_0, dtype=tl.uint32)
-    weyl_1 = tl.full((), WEYL_1, dtype=tl.uint32)
-    for _ in tl.static_range(ROUNDS_):
-        upper_a, upper_c = tl.umulhi(a, multiplier_0), tl.umulhi(c, multiplier_1)
-        lower_a, lower_c = a * multiplier_0, c * multiplier_1
-        a, b, c, d = upper_c ^ b ^ low, lower_c, upper_a ^ d ^ high, lower_a
-        low += weyl_0
-        high += weyl_1
-    bits = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    token = tl.program_id(1) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    part = tl.program_id(1)
+    bits = row_bits(tl.load(seed_lo + row), tl.load(seed_hi + row), tl.load(positions + row), part * BLOCK, BLOCK)
+    token = part * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     inside = token < size
     target = out + row * size + token
     if ONLY_BITS:
         tl.store(target, bits.to(tl.int64), mask=inside)
     else:
-        uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, LARGEST_)  # 2**-32
-        noise = -libdevice.log(-libdevice.log1p(-uniform))
+        noise = noise_of(bits)
         if HAS_BASE:
             noise += tl.load(base + row * base_stride + token, mask=inside, other=0.0)
         tl.store(target, noise, mask=inside)
@@ -92,12 +107,6 @@ def _launch(
         size,
         HAS_BASE=base is not None,
         ONLY_BITS=only_bits,
-        ROUNDS_=ROUNDS,
-        MULTIPLIER_0=MULTIPLIERS[0],
-        MULTIPLIER_1=MULTIPLIERS[1],
-        WEYL_0=WEYL[0],
-        WEYL_1=WEYL[1],
-        LARGEST_=LARGEST,
         BLOCK=_BLOCKS_A_PROGRAM,
     )
     return out
