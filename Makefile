@@ -1,5 +1,5 @@
 # The same commands for people and CI. ./dev does the work, so no make is needed.
-.PHONY: demo test check fix test-gpu bench
+.PHONY: demo test check fix test-gpu test-clients bench
 
 demo:
 	@./dev demo
@@ -13,3 +13,5 @@ test-gpu:
 	@./dev test-gpu
 bench:
 	@./dev bench
+test-clients:
+	@tests/clients/run

@@ -259,4 +259,4 @@ def test_serve_says_that_a_port_is_taken(tiny_llama_dir: Path) -> None:
         run = overlap("serve", tiny_llama_dir, "--port", str(taken.getsockname()[1]), *TINY)
     assert run.returncode == 1
     assert run.stderr.startswith("overlap: error: ")
-    assert "address already in use" in run.stderr
+    assert "address already in use" in run.stderr.lower()

@@ -13,10 +13,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Final
 
 from overlap import AsyncEngine, EngineConfig, Output, SamplingParams, __version__
+from overlap.cli_options import add_engine, add_sampling
 from overlap.errors import OverlapError, RequestError
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
@@ -83,6 +85,7 @@ def _as_json(output: Output) -> dict[str, Any]:
             "completion_tokens": output.usage.completion_tokens,
             "total_tokens": output.usage.total_tokens,
         },
+        **({} if output.logprobs is None else {"logprobs": [asdict(entry) for entry in output.logprobs]}),
     }
 
 
@@ -194,6 +197,22 @@ def _read_line() -> str:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from overlap.serve.supervise import Asked, Supervisor, default_fronts
+
+    fronts = default_fronts() if arguments.fronts is None else arguments.fronts
+    if fronts:
+        options = EngineConfig.from_options(arguments.model, _given(arguments, _ENGINE_OPTIONS))  # refuses early
+        asked = Asked(
+            model=options.model,
+            options=_given(arguments, _ENGINE_OPTIONS),
+            app=_serve_options(arguments),
+            fronts=fronts,
+            host=arguments.host,
+            port=arguments.port,
+            drain_seconds=arguments.drain_seconds,
+        )
+        with asyncio.Runner() as runner:
+            return runner.run(Supervisor(asked, _note).run())
     import uvloop  # the other commands start sooner without it
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -204,14 +223,28 @@ def _serve(arguments: argparse.Namespace) -> int:
 async def _serve_until_told(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM, which lets open answers end, or Ctrl-C."""
     from overlap.serve import serving  # the other commands need no HTTP
+    from overlap.serve.front_process import options_of
 
     told = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
     async with _engine(arguments) as engine:
-        options = {"host": arguments.host, "port": arguments.port, "api_key": arguments.api_key}
-        async with serving(engine, **options) as address:
+        options = options_of(_serve_options(arguments))
+        async with serving(engine, options, host=arguments.host, port=arguments.port) as address:
             _note(f"{engine.model_name} is served at {address}/v1 (Ctrl-C ends)")
             await told.wait()
+
+
+def _serve_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of ServeOptions that were given, as they go to fronts of their own too."""
+    from overlap.config import api_key
+
+    key = arguments.api_key or api_key()
+    return {
+        "api_keys": [key] if key else [],
+        "cors_origins": arguments.cors_origin or [],
+        "log": arguments.log_requests or arguments.log_prompts,
+        "log_prompts": arguments.log_prompts,
+    }
 
 
 # ---------------------------------------------------------------- warmup
@@ -245,6 +278,33 @@ def _warmup(arguments: argparse.Namespace) -> int:
     return 1 if warmup.build(wanted, arguments.arch, _note) else 0
 
 
+# ---------------------------------------------------------------- train-drafter
+
+
+def _train_drafter(arguments: argparse.Namespace) -> int:
+    import torch  # the other commands start without it
+
+    from overlap.spec.train import TrainSettings
+    from overlap.spec.train_command import Job, train_drafter
+
+    device = arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    names = ("steps", "batch_size", "minutes", "unroll", "draft_vocabulary", "intermediate", "seed")
+    job = Job(
+        model=arguments.model,
+        output=Path(arguments.output),
+        train=TrainSettings(**_given(arguments, names)),
+        prompts=None if arguments.prompts is None else Path(arguments.prompts),
+        device=device,
+        dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
+        cache_dir=None if arguments.cache_dir is None else Path(arguments.cache_dir),
+        **_given(arguments, ("num_prompts", "answer_tokens", "temperature")),
+    )
+    report = train_drafter(job)
+    shares = ", ".join(f"{share:.2f}" for share in report.accepted)
+    _note(f"accepted by position: {shares}; {report.mean_emitted:.2f} tokens a verify. The head is in {job.output}")
+    return 0
+
+
 # ---------------------------------------------------------------- arguments
 
 
@@ -258,23 +318,44 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="what to go on with; - reads it from stdin")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object when the answer is complete")
-    _add_sampling(generate, max_tokens=256)
-    _add_engine(generate)
+    add_sampling(generate, max_tokens=256)
+    add_engine(generate)
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", help="talk with a model in the terminal", allow_abbrev=False)
     _add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
-    _add_sampling(chat, max_tokens=None)
-    _add_engine(chat)
+    add_sampling(chat, max_tokens=None)
+    add_engine(chat)
     chat.set_defaults(run=_chat)
 
     serve = commands.add_parser("serve", help="serve a model to OpenAI clients", allow_abbrev=False)
     _add_model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
-    serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key")
-    _add_engine(serve)
+    serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: OVERLAP_API_KEY, if set)")
+    serve.add_argument(
+        "--cors-origin",
+        metavar="ORIGIN",
+        action="append",
+        help="let pages of this origin ask from a browser, such as https://example.org; may be given again",
+    )
+    serve.add_argument("--log-requests", action="store_true", help="write a JSON line about each request to stderr")
+    serve.add_argument("--log-prompts", action="store_true", help="the same, and prompts with it")
+    serve.add_argument(
+        "--fronts",
+        type=_count,
+        metavar="N",
+        help="processes for HTTP and text beside the engine's; 0: all in one process (default: one for four cores)",
+    )
+    serve.add_argument(
+        "--drain-seconds",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="how long answers may go on after SIGTERM or Ctrl-C; a second one ends at once (default: %(default)g)",
+    )
+    add_engine(serve)
     serve.set_defaults(run=_serve)
 
     warm = commands.add_parser("warmup", help="build GPU kernels ahead of time, no GPU needed", allow_abbrev=False)
@@ -285,6 +366,24 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--fa3", action=argparse.BooleanOptionalAction, default=True, help="(default: build it, 10 min)")
     warm.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
     warm.set_defaults(run=_warmup)
+
+    train = commands.add_parser("train-drafter", help="train an EAGLE-3 head for a model", allow_abbrev=False)
+    _add_model(train)
+    train.add_argument("--output", metavar="DIR", required=True, help="where the head goes; a second run goes on there")
+    train.add_argument("--prompts", metavar="FILE", help="prompts, one a line (default: built-in topics)")
+    train.add_argument("--num-prompts", type=int, metavar="N", help="answers to make (default: 20000)")
+    train.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of an answer at most (default: 384)")
+    train.add_argument("--temperature", type=float, help="of the answers (default: 0.8)")
+    train.add_argument("--minutes", type=float, metavar="M", help="for data and training together (default: no limit)")
+    train.add_argument("--steps", type=int, metavar="N", help="training steps (default: 4000)")
+    train.add_argument("--batch-size", type=int, metavar="N", help="texts in a step (default: 32)")
+    train.add_argument("--unroll", type=int, metavar="N", help="drafts in a row that are trained (default: 4)")
+    train.add_argument("--draft-vocabulary", type=int, metavar="N", help="tokens that it can draft (default: 4096)")
+    train.add_argument("--intermediate", type=int, metavar="N", help="feed-forward size of the head (default: 640)")
+    train.add_argument("--seed", type=int, help="(default: 0)")
+    train.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda:0 where there is one)")
+    train.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
+    train.set_defaults(run=_train_drafter)
     return parser
 
 
@@ -298,48 +397,23 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    """Add an option for each field of SamplingParams; what is not given keeps the field's own default."""
-    group = parser.add_argument_group("sampling")
-    until = "until the model ends it or the context is full" if max_tokens is None else str(max_tokens)
-    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens of an answer (default: {until})")
-    group.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: 1)")
-    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest with this probability")
-    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens less likely than P times the likeliest")
-    group.add_argument("--seed", type=int, help="the same seed gives the same answer")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end at any of these tokens")
-    group.add_argument("--ignore-eos", action="store_const", const=True, help="go on past the model's own end")
-    group.add_argument("--skip-special-tokens", action=argparse.BooleanOptionalAction, help="(default: skip)")
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add the options that people set at a command line; what is not given keeps EngineConfig's default."""
-    group = parser.add_argument_group("engine")
-    group.add_argument("--device", help="cpu, cuda, cuda:N or auto")
-    group.add_argument("--dtype", help="bfloat16, float16, float32 or auto")
-    group.add_argument("--kv-cache", type=_number, metavar="SIZE", help="tokens, a size (2GiB), or a share (0.5)")
-    group.add_argument("--max-rows", type=_number, metavar="N", help="requests in one step")
-    group.add_argument("--token-budget", type=_number, metavar="N", help="tokens in one step")
-    group.add_argument("--context", type=_number, metavar="N", help="tokens of one request, prompt and answer")
-    group.add_argument("--load-format", help="gguf, safetensors, auto, or dummy for random weights")
-    group.add_argument("--revision", help="branch, tag or commit of a repo")
-    group.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
-
-
-def _number(text: str) -> int | float | str:
-    """Read a number as a number, and leave anything else to EngineConfig, which knows what it may be."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
 def _port(text: str) -> int:
     if not text.isdecimal() or not int(text) < 2**16:
         raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text!r}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > 256:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 256, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError(f"a number of seconds, 0 or more, not {text!r}")
 
 
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

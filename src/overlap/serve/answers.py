@@ -3,42 +3,74 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
 
-from overlap.messages import Output, Prompt, SamplingParams
+from overlap.messages import Output
+from overlap.serve.door import Door, Outputs
+from overlap.serve.protocol import Asked
 
-if TYPE_CHECKING:
-    from overlap import AsyncEngine
-
-BEHIND = 64
+BEHIND: Final = 64
 """Outputs that may wait for a reader that is slower than the engine."""
 
 
-async def answer(
-    engine: AsyncEngine, prompts: Sequence[Prompt], params: SamplingParams, request_id: str
-) -> AsyncGenerator[tuple[int, Output], None]:
-    """Yield (index of the prompt, Output) until every prompt is answered. Closing it aborts what still runs.
+async def encoded(door: Door, asked: Asked) -> list[list[int]]:
+    """Return the tokens of each prompt of a request. Raises RequestError for what cannot be encoded."""
+    prompts: list[list[int]] = []
+    for prompt in asked.prompts:
+        given: list[object] = list(prompt)
+        if isinstance(prompt, str):
+            prompts.append(await door.encode(prompt))
+        elif given and isinstance(given[0], dict):
+            prompts.append(await door.encode_chat(prompt, asked.tools or None))  # type: ignore[arg-type]  # messages
+        else:
+            prompts.append(given)  # type: ignore[arg-type]  # token ids
+    return prompts
 
-    Raises what `engine.generate` raises; the first failure ends the answers to all prompts.
+
+async def answer(
+    door: Door, prompts: Sequence[list[int]], asked: Asked, request_id: str, fairness_key: str, deadline: float | None
+) -> AsyncGenerator[tuple[int, Output], None]:
+    """Yield (index of the answer, Output) until every answer has ended. Closing it aborts what still runs.
+
+    Answer `i` is to prompt `i // n`; the answers to one prompt share its KV. Raises what `door.generate` raises; the
+    first failure ends all answers.
     """
-    if len(prompts) == 1:
-        async with aclosing(engine.generate(prompts[0], params, request_id=request_id)) as outputs:
-            async for output in outputs:
+    num = len(prompts) * asked.n
+
+    @asynccontextmanager
+    async def outputs(index: int) -> AsyncIterator[Outputs]:
+        generation = door.generate(
+            prompts[index // asked.n],
+            asked.params_of(index % asked.n),
+            request_id=request_id if num == 1 else f"{request_id}-{index}",
+            priority=asked.priority,
+            deadline=deadline,
+            fairness_key=fairness_key,
+            cache_salt=asked.cache_salt,
+        )
+        try:
+            yield generation
+        finally:
+            await generation.aclose()
+
+    if num == 1:
+        async with outputs(0) as one:
+            async for output in one:
                 yield 0, output
         return
     arrived: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue(BEHIND)
 
-    async def read(index: int, prompt: Prompt) -> None:
+    async def read(index: int) -> None:
         try:
-            async with aclosing(engine.generate(prompt, params, request_id=f"{request_id}-{index}")) as outputs:
-                async for output in outputs:
+            async with outputs(index) as one:
+                async for output in one:
                     await arrived.put((index, output))
         except Exception as error:  # told to the one who reads, below
             await arrived.put((index, error))
 
-    readers = [asyncio.create_task(read(index, prompt)) for index, prompt in enumerate(prompts)]
+    readers = [asyncio.create_task(read(index)) for index in range(num)]
     try:
         running = len(readers)
         while running:

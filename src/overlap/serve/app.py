@@ -1,4 +1,4 @@
-"""The routes, and the aiohttp application that has them.
+"""The aiohttp application that has the routes, and how it is served.
 
 `make_app` can be mounted in an application of your own; `serving` runs it on a port of its own. The engine is yours:
 neither starts or closes it.
@@ -6,79 +6,85 @@ neither starts or closes it.
 
 from __future__ import annotations
 
-import hmac
 import logging
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from overlap.messages import Output, Usage
-from overlap.serve.answers import answer
-from overlap.serve.errors import ApiError, to_api_error
-from overlap.serve.protocol import Asked, parse_chat, parse_completion
-from overlap.serve.shapes import Answer, ChatShape, CompletionShape, Shape, total_usage
-from overlap.serve.sse import EventStream
+from overlap.serve.access import (
+    IDLE_SECONDS,
+    MAX_BODY_BYTES,
+    ServeOptions,
+    answering_preflights,
+    checking_keys,
+    logging_requests,
+    marking_responses,
+)
+from overlap.serve.endpoint import Endpoint
+from overlap.serve.errors import to_api_error
+from overlap.serve.metrics import add_metrics
+from overlap.serve.page import PAGE_ROUTES, add_page
 
 if TYPE_CHECKING:
-    from overlap import AsyncEngine
+    from overlap.observe.metrics import FrontFigures
+    from overlap.serve.door import Door
 
-MAX_BODY_BYTES: Final = 8 * 2**20
-"""The largest request body, decompressed. A million token ids take about 6 MB."""
 SHUTDOWN_SECONDS: Final = 5.0
 """How long `serving` lets open answers go on once it was told to end."""
 
 _log = logging.getLogger(__name__)
-_encode: Final = msgspec.json.Encoder().encode
 
 
-def make_app(engine: AsyncEngine, *, model_name: str | None = None, api_key: str | None = None) -> web.Application:
-    """Return an application with /v1/models, /v1/completions, /v1/chat/completions and /health.
+def make_app(
+    door: Door,
+    options: ServeOptions | None = None,
+    *,
+    model_name: str | None = None,
+    api_key: str | None = None,
+    other_fronts: Callable[[], Awaitable[Sequence[FrontFigures]]] | None = None,
+) -> web.Application:
+    """Return an application with the routes of docs/serving.md, in front of `door`: an AsyncEngine, or another Door.
 
-    `model_name` is the name that clients use (default: the engine's). With `api_key`, every route but /health asks for
-    `Authorization: Bearer <api_key>`.
+    `model_name` and `api_key` are short for options. With a key, every route but /health and the page's own files asks
+    for `Authorization: Bearer KEY`. `other_fronts` is for /metrics; see `add_metrics`.
 
     To mount it: `app.add_subapp("/llm/", make_app(engine))`. Then run your application with
     `handler_cancellation=True` (an argument of `web.run_app` and `web.AppRunner`), or a client that leaves will not
     stop its answer, and with `client_max_size=MAX_BODY_BYTES`, as aiohttp asks the outermost application for it.
     """
-    endpoint = Endpoint(engine, model_name or engine.model_name)
-    middlewares: list[Middleware] = [errors_as_objects]
-    if api_key is not None:
-        middlewares.append(keys(api_key))
+    options = _with(options, model_name, api_key)
+    middlewares: list[Middleware] = [logging_requests(options), errors_as_objects]
+    if options.cors_origins:
+        middlewares.append(answering_preflights(options.cors_origins))
+    if options.api_keys:
+        middlewares.append(checking_keys(options.api_keys, open_routes=("health", *PAGE_ROUTES)))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
-    app.add_routes(
-        [
-            web.get("/health", endpoint.health, name="health"),
-            web.get("/v1/models", endpoint.models),
-            web.get("/v1/models/{model:.+}", endpoint.model),
-            web.post("/v1/completions", endpoint.completions),
-            web.post("/v1/chat/completions", endpoint.chat_completions),
-        ]
-    )
+    app.on_response_prepare.append(marking_responses(options.cors_origins))
+    metered = add_metrics(app, door, model_name=options.model_name, other_fronts=other_fronts)
+    add_page(app, metered, model_name=options.model_name)
+    app.add_routes(Endpoint(metered, options).routes())
     return app
 
 
 @asynccontextmanager
 async def serving(
-    engine: AsyncEngine,
+    door: Door,
+    options: ServeOptions | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     model_name: str | None = None,
     api_key: str | None = None,
 ) -> AsyncIterator[str]:
-    """Serve `engine` while the `async with` lasts. Gives the address, such as `http://127.0.0.1:8000`.
+    """Serve `door` while the `async with` lasts. Gives the address, such as `http://127.0.0.1:8000`.
 
     `port` 0 takes a free one. Raises OSError if the port is taken.
     """
-    app = make_app(engine, model_name=model_name, api_key=api_key)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+    runner = make_runner(make_app(door, options, model_name=model_name, api_key=api_key))
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
@@ -88,75 +94,19 @@ async def serving(
         await runner.cleanup()
 
 
-class Endpoint:
-    """The handlers of one engine's routes."""
-
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
-        self._engine = engine
-        self._model_name = model_name
-        self._started = int(time.time())
-
-    async def health(self, _: web.Request) -> web.Response:
-        """200 while the engine can answer, 503 when it cannot."""
-        health = self._engine.health()
-        if health.ok:
-            return _json({"status": "ok"})
-        return _json({"status": "failed", "reason": health.reason}, status=503)
-
-    async def models(self, _: web.Request) -> web.Response:
-        """List the one model."""
-        return _json({"object": "list", "data": [self._description()]})
-
-    async def model(self, request: web.Request) -> web.Response:
-        """Describe the one model."""
-        self._check_model(request.match_info["model"])
-        return _json(self._description())
-
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        """Go on with a text."""
-        return await self._answer(request, parse_completion(await request.read()), CompletionShape())
-
-    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        """Answer a conversation."""
-        return await self._answer(request, parse_chat(await request.read()), ChatShape())
-
-    async def _answer(self, request: web.Request, asked: Asked, shape: Shape) -> web.StreamResponse:
-        if asked.model is not None:
-            self._check_model(asked.model)
-        id = shape.id_prefix + uuid.uuid4().hex  # noqa: A001
-        created = int(time.time())
-        async with aclosing(answer(self._engine, asked.prompts, asked.params, id)) as answers:
-            if asked.stream:
-                stream = EventStream(shape, asked, id=id, created=created, model=self._model_name)
-                return await stream.send(request, answers)
-            finals = await _finals(answers)
-        usages: list[Usage] = [output.usage for output in finals.values()]
-        return _json(
-            Answer(
-                id=id,
-                object=shape.object,
-                created=created,
-                model=self._model_name,
-                choices=tuple(shape.whole(index, finals[index]) for index in sorted(finals)),
-                usage=total_usage(usages),
-            )
-        )
-
-    def _check_model(self, name: str) -> None:
-        if name != self._model_name:
-            raise ApiError(404, f"There is no model {name[:200]!r} here; there is {self._model_name!r}.",
-                           param="model", code="model_not_found")  # fmt: skip
-
-    def _description(self) -> dict[str, object]:
-        return {"id": self._model_name, "object": "model", "created": self._started, "owned_by": "overlap"}
+def make_runner(app: web.Application, **more: Any) -> web.AppRunner:
+    """Return what runs `app` as the endpoint must be run: a client that leaves ends its handler, idle ones are cut."""
+    settings = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": SHUTDOWN_SECONDS}
+    return web.AppRunner(app, **{**settings, "keepalive_timeout": IDLE_SECONDS, **more})
 
 
-async def _finals(answers: AsyncGenerator[tuple[int, Output], None]) -> dict[int, Output]:
-    return {index: output async for index, output in answers if output.finished}
-
-
-def _json(body: object, *, status: int = 200) -> web.Response:
-    return web.Response(body=_encode(body), status=status, content_type="application/json")
+def _with(options: ServeOptions | None, model_name: str | None, api_key: str | None) -> ServeOptions:
+    options = options or ServeOptions()
+    return replace(
+        options,
+        model_name=options.model_name if model_name is None else model_name,
+        api_keys=options.api_keys if api_key is None else (*options.api_keys, api_key),
+    )
 
 
 @web.middleware
@@ -172,19 +122,3 @@ async def errors_as_objects(request: web.Request, handler: Handler) -> web.Strea
         if isinstance(error, web.HTTPException) and "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
-
-
-def keys(api_key: str) -> Middleware:
-    """Return a middleware that lets only requests with this key pass, and anyone see /health."""
-    expected = f"Bearer {api_key}".encode()
-
-    @web.middleware
-    async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        right = hmac.compare_digest(given, expected)  # takes the same time wherever they differ
-        if not right and request.match_info.route.name != "health":
-            raise ApiError(401, "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.",
-                           code="invalid_api_key")  # fmt: skip
-        return await handler(request)
-
-    return check_key

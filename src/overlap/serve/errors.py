@@ -10,17 +10,29 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from overlap.errors import EngineClosed, EngineDead, RequestAborted, RequestError, RequestFailed
+from overlap.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    EngineDead,
+    QueueFull,
+    RequestAborted,
+    RequestError,
+    RequestFailed,
+)
 from overlap.messages import SamplingParams
 
 MAX_MESSAGE: Final = 600
 """Characters of an error message; the rest is cut."""
+
+RETRY_SECONDS: Final = 1
+"""After how long a client that was told 429 is to ask again."""
 
 _TYPES: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     503: "service_unavailable_error",
 }
 _SAMPLING_NAMES: Final = frozenset(SamplingParams.__dataclass_fields__)
@@ -44,7 +56,7 @@ class ApiError(Exception):
 
     def response(self) -> web.Response:
         """The error object as a whole answer."""
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_SECONDS)}}.get(self.status)
         return web.Response(body=self.body(), status=self.status, content_type="application/json", headers=headers)
 
 
@@ -60,6 +72,10 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, "The request was aborted.", code="request_aborted")
         case RequestFailed():
             return ApiError(500, "The request failed on the device. Other requests go on.", code="request_failed")
+        case QueueFull():
+            return ApiError(429, "Too many requests wait already. Send this one again later.", code="queue_full")
+        case DeadlineExceeded():
+            return ApiError(400, "The request had not ended by its deadline.", code="deadline_exceeded")
         case RequestError():
             name = str(error).partition(" ")[0]
             return ApiError(400, str(error), param=name if name in _SAMPLING_NAMES else None)
@@ -69,8 +85,9 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(503, "The engine is closed.", code="engine_closed")
         case web.HTTPRequestEntityTooLarge():
             return ApiError(413, "The request body is too large.", code="body_too_large")
+        case web.RequestPayloadError():
+            return ApiError(400, "The body cannot be read: it ends too soon or is not encoded as its headers say.")
         case web.HTTPException():
-            return ApiError(error.status, f"{error.reason}. This server has /v1/models, /v1/completions, "
-                            "/v1/chat/completions and /health.")  # fmt: skip
+            return ApiError(error.status, f"{error.reason}. /openapi.json says what this server has.")
         case _:
             return ApiError(500, "An error inside the server; its log says more.", code="internal_error")

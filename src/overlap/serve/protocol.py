@@ -7,8 +7,8 @@ changed the answer. A field that is null counts as left out, as clients send nul
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -16,46 +16,39 @@ import msgspec
 from overlap.errors import nearest
 from overlap.messages import Prompt, SamplingParams
 from overlap.serve.errors import ApiError
+from overlap.serve.grammar import sampling_of_format
 
-MAX_PROMPTS: Final = 256
-"""Prompts in one request to /v1/completions."""
+MAX_ANSWERS: Final = 256
+"""Answers of one request: its prompts times `n`."""
+MAX_N: Final = 128
+"""Answers to one prompt, as in the OpenAI API."""
 MAX_STOPS: Final = 4
 """Stop strings in one request, as in the OpenAI API."""
+MAX_LOGPROBS: Final = 20
+"""Alternatives to each token, as in the OpenAI API."""
+MAX_DEPTH: Final = 64
+"""How deep messages, tools and schemas may be nested."""
+MAX_PRIORITY: Final = 2**31 - 1
 
-_MEANINGLESS: Final = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-)
-_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
-    "n": (1,),
+MEANINGLESS: Final = frozenset(
+    (
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "prediction",
+    )
+)  # fmt: skip
+"""Fields that ask for nothing that would change an answer: labels, and hints for another kind of cache."""
+UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
-    "return_token_ids": (False,),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
+    "reasoning_effort": ("medium",),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
-    "prompt_cache_options": (),
-    "priority": (0,),
-    "cache_salt": (),
 }
 """Fields that other servers know, each with the values that ask for nothing and so are let pass."""
 
@@ -69,11 +62,12 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields that both kinds of request have."""
+    """The fields that both kinds of completion have."""
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    n: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -82,22 +76,17 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | list[str] = ()  # type: ignore[assignment]  # msgspec takes an immutable default for a list
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}  # msgspec copies it
     skip_special_tokens: bool = True
-
-
-class CompletionRequest(Sampled, frozen=True, kw_only=True):
-    """The body of /v1/completions."""
-
-    prompt: str | list[str | int | list[int]]
-    max_tokens: int = 16
-
-
-class ChatRequest(Sampled, frozen=True, kw_only=True):
-    """The body of /v1/chat/completions."""
-
-    messages: list[dict[str, Any]]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    response_format: dict[str, Any] | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,150 +95,139 @@ class Asked:
 
     model: str | None
     prompts: tuple[Prompt, ...]
+    """Texts or token ids, and one list of messages for a chat."""
     params: SamplingParams
+    n: int = 1
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    return_token_ids: bool = False
+    echo: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The functions that the model may call; none with tool_choice "none"."""
+    parallel_tool_calls: bool = True
+
+    def params_of(self, number: int) -> SamplingParams:
+        """Return the sampling parameters of answer `number` to a prompt: seeds count up, or are random."""
+        if self.params.seed is None or number == 0:
+            return self.params
+        return replace(self.params, seed=(self.params.seed + number) % 2**64)
 
 
-R = TypeVar("R", bound=Sampled)
+R = TypeVar("R", bound=msgspec.Struct)
 
 
-def parse_completion(body: bytes) -> Asked:
-    """Understand the body of /v1/completions. Raises ApiError, and RequestError for a value out of range."""
-    request = _decode(body, CompletionRequest)
-    return _asked(request, _prompts(request.prompt), request.max_tokens)
-
-
-def parse_chat(body: bytes) -> Asked:
-    """Understand the body of /v1/chat/completions. Raises ApiError, and RequestError for a value out of range."""
-    request = _decode(body, ChatRequest)
-    if not request.messages:
-        raise ApiError(400, "messages is empty. Send one message at least.", param="messages")
-    messages = [_message(index, message) for index, message in enumerate(request.messages)]
-    both = {request.max_tokens, request.max_completion_tokens} - {None}
-    if len(both) > 1:
-        raise ApiError(
-            400,
-            f"max_tokens ({request.max_tokens}) and max_completion_tokens ({request.max_completion_tokens}) mean the "
-            "same and differ. Send one of them.",
-            param="max_completion_tokens",
-        )
-    return _asked(request, (messages,), both.pop() if both else None)
-
-
-def _decode(body: bytes, kind: type[R]) -> R:
-    """Turn a body into a `kind`, refusing what would not be honoured."""
+def decode(
+    body: bytes,
+    kind: type[R],
+    *,
+    meaningless: frozenset[str] = MEANINGLESS,
+    unsupported: Mapping[str, tuple[object, ...]] = UNSUPPORTED,
+) -> R:
+    """Turn a body into a `kind`, refusing what would not be honoured. Raises ApiError."""
     try:
         raw = msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not a JSON object that can be read: {error}.") from None
-    known = tuple(field.name for field in msgspec.structs.fields(kind))
+    known = tuple(field.encode_name for field in msgspec.structs.fields(kind))
     given: dict[str, Any] = {}
     for name, value in raw.items():
-        if value is None or name in _MEANINGLESS:
+        if value is None or name in meaningless:
             continue
         if name in known:
+            _check_depth(name, value)
             given[name] = value
-        elif name not in _UNSUPPORTED:
-            near = nearest(name, (*known, *_UNSUPPORTED, *_MEANINGLESS))
+        elif name not in unsupported:
+            near = nearest(name[:64], (*known, *unsupported, *meaningless))
             raise ApiError(400, f"Unknown field {name[:64]!r}.{near}", param=name[:64], code="unknown_parameter")
-        elif not any(type(value) is type(harmless) and value == harmless for harmless in _UNSUPPORTED[name]):
-            raise ApiError(400, _not_supported(name), param=name, code="unsupported_parameter")
+        elif not any(type(value) is type(harmless) and value == harmless for harmless in unsupported[name]):
+            raise ApiError(400, f"{name} is not supported by this server yet. Leave it out.", param=name,
+                           code="unsupported_parameter")  # fmt: skip
     try:
-        return msgspec.convert(given, kind, strict=True)
+        return msgspec.convert(given, kind, strict=True, str_keys=True)
     except msgspec.ValidationError as error:
-        field = re.search(r"at `\$\.(\w+)|required field `(\w+)`", str(error))
+        field = re.search(r"at `(?:key in )?\$\.(\w+)|required field `(\w+)`", str(error))
         param = (field[1] or field[2]) if field else None
         raise ApiError(400, f"{param or 'The body'}: {error}.", param=param) from None
 
 
-def _not_supported(name: str) -> str:
-    if name == "n":
-        return "n must be 1: more answers to one prompt are not supported yet. Send the request several times."
-    return f"{name} is not supported by this server yet. Leave it out."
+def _check_depth(name: str, value: object) -> None:
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [one for one in item.values() if isinstance(one, (dict, list))]
+            elif isinstance(item, list):
+                inner += [one for one in item if isinstance(one, (dict, list))]
+        if not inner:
+            return
+        level = inner
+    raise ApiError(400, f"{name} is nested deeper than {MAX_DEPTH} levels.", param=name)
 
 
-def _asked(request: Sampled, prompts: tuple[Prompt, ...], max_tokens: int | None) -> Asked:
+def sampling(request: Sampled, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    """Return how the engine is to sample. Raises ApiError, and RequestError for a value out of range."""
     if not 0 <= request.temperature <= 2:
         raise ApiError(400, f"temperature must be in [0, 2], not {request.temperature}.", param="temperature")
     if not isinstance(request.stop, str) and len(request.stop) > MAX_STOPS:
         raise ApiError(400, f"stop has {len(request.stop)} strings; send {MAX_STOPS} at most.", param="stop")
+    return SamplingParams(
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        seed=request.seed,
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias or None,
+        logprobs=logprobs,
+        stop=request.stop,
+        stop_token_ids=request.stop_token_ids,
+        ignore_eos=request.ignore_eos,
+        skip_special_tokens=request.skip_special_tokens,
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        **sampling_of_format(request.response_format),
+    )
+
+
+def asked(
+    request: Sampled,
+    prompts: tuple[Prompt, ...],
+    params: SamplingParams,
+    *,
+    echo: bool = False,
+    tools: tuple[Mapping[str, Any], ...] = (),
+    parallel_tool_calls: bool = True,
+) -> Asked:
+    """Put together what was asked for. Raises ApiError for what is out of bounds."""
+    if not 1 <= request.n <= MAX_N:
+        raise ApiError(400, f"n must be from 1 to {MAX_N}, not {request.n}.", param="n")
+    if request.n * len(prompts) > MAX_ANSWERS:
+        raise ApiError(400, f"{len(prompts)} prompts with n={request.n} are more than {MAX_ANSWERS} answers. "
+                       "Send several requests.", param="n" if request.n > 1 else "prompt")  # fmt: skip
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only for stream=true.", param="stream_options")
+    if abs(request.priority) > MAX_PRIORITY:
+        raise ApiError(400, f"priority must be within ±{MAX_PRIORITY}, not {request.priority}.", param="priority")
     options = request.stream_options or StreamOptions()
     return Asked(
         model=request.model,
         prompts=prompts,
-        params=SamplingParams(
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            min_p=request.min_p,
-            seed=request.seed,
-            max_tokens=max_tokens,
-            stop=request.stop,
-            stop_token_ids=request.stop_token_ids,
-            ignore_eos=request.ignore_eos,
-            skip_special_tokens=request.skip_special_tokens,
-        ),
+        params=params,
+        n=request.n,
         stream=request.stream,
         include_usage=options.include_usage,
         continuous_usage=options.include_usage and options.continuous_usage_stats,
+        return_token_ids=request.return_token_ids,
+        echo=echo,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        tools=tools,
+        parallel_tool_calls=parallel_tool_calls,
     )
-
-
-def _prompts(prompt: str | Sequence[str | int | list[int]]) -> tuple[Prompt, ...]:
-    """Tell apart a text, the ids of one prompt, several texts, and the ids of several prompts."""
-    if isinstance(prompt, str):
-        return (prompt,)
-    kinds = {type(item) for item in prompt}
-    if kinds == {int}:
-        return ([token for token in prompt if isinstance(token, int)],)
-    if len(kinds) != 1:
-        what = "is empty" if not kinds else "mixes kinds"
-        raise ApiError(400, f"prompt {what}. Send a text, token ids, a list of texts, or a list of lists of token ids.",
-                       param="prompt")  # fmt: skip
-    if len(prompt) > MAX_PROMPTS:
-        raise ApiError(400, f"prompt has {len(prompt)} prompts; send {MAX_PROMPTS} at most.", param="prompt")
-    return tuple(item for item in prompt if not isinstance(item, int))
-
-
-def _message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a message the plain shape that chat templates expect: role, text, and a name if there is one."""
-    where = f"messages[{index}]"
-    given = {name: value for name, value in message.items() if value is not None and value != []}
-    role = given.pop("role", None)
-    if role == "developer":  # OpenAI's newer name for it; templates of open models know only the older one
-        role = "system"
-    if role not in ("system", "user", "assistant"):
-        raise ApiError(400, f"{where}.role must be 'system', 'user' or 'assistant', not {str(role)[:64]!r}.",
-                       param=f"{where}.role")  # fmt: skip
-    if "content" not in message:
-        raise ApiError(400, f"{where}.content is missing.", param=f"{where}.content")
-    plain = {"role": role, "content": _text(f"{where}.content", given.pop("content", ""))}
-    name = given.pop("name", None)
-    if name is not None:
-        if not isinstance(name, str):
-            raise ApiError(400, f"{where}.name must be a string.", param=f"{where}.name")
-        plain["name"] = name
-    for other in given:
-        raise ApiError(400, f"{where}.{other[:64]} is not supported by this server yet. Leave it out.",
-                       param=f"{where}.{other[:64]}", code="unsupported_parameter")  # fmt: skip
-    return plain
-
-
-def _text(where: str, content: object) -> str:
-    """Flatten a list of text parts: many templates know only strings. Parts are joined by line ends, as vLLM does."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ApiError(400, f"{where} must be a text or a list of text parts.", param=where)
-    texts: list[str] = []
-    for number, part in enumerate(content):
-        match part:
-            case {"type": "text", "text": str(text)}:
-                texts.append(text)
-            case _:
-                raise ApiError(400, f"{where}[{number}] is not a text part: this model reads text only.", param=where)
-    return "\n".join(texts)

@@ -6,12 +6,17 @@ so each shape is written out here once and checked in the tests against the type
 
 from __future__ import annotations
 
-from typing import Final, Literal, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Final, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from overlap.messages import FinishReason, Output, Usage
+from overlap.messages import Output, TokenLogprob, Usage
+from overlap.serve.logprobs import ChatLogprobs, TextLogprobs
+
+Reason: TypeAlias = Literal["stop", "length", "tool_calls"]
+"""Why an answer ended, in the words that clients know."""
 
 
 class CachedTokens(msgspec.Struct, frozen=True):
@@ -29,12 +34,29 @@ class UsageObject(msgspec.Struct, frozen=True):
     prompt_tokens_details: CachedTokens
 
 
-def total_usage(usages: list[Usage]) -> UsageObject:
-    """Add up what the prompts of one request cost."""
-    prompt = sum(usage.prompt_tokens for usage in usages)
-    completion = sum(usage.completion_tokens for usage in usages)
-    cached = sum(usage.cached_tokens for usage in usages)
+def total_usage(usages: Mapping[int, Usage], n: int) -> UsageObject:
+    """Add up what the answers of one request cost, `n` of them to each prompt. A prompt counts once."""
+    first = {index // n: usage for index, usage in sorted(usages.items(), reverse=True)}
+    prompt = sum(usage.prompt_tokens for usage in first.values())
+    cached = sum(usage.cached_tokens for usage in first.values())
+    completion = sum(usage.completion_tokens for usage in usages.values())
     return UsageObject(prompt, completion, prompt + completion, CachedTokens(cached))
+
+
+class FunctionDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new in a function call."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new in a tool call: the first one has all but the arguments, the others have arguments."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionDelta
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -42,6 +64,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: tuple[ToolCallDelta, ...] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,16 +73,34 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     delta: Delta
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Reason | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A function call, its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool call of a whole message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """A whole chat message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: tuple[ToolCall, ...] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,8 +108,9 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     message: Message
-    logprobs: None = None
-    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Reason | None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,96 +118,63 @@ class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     text: str
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
+    logprobs: TextLogprobs | None = None
+    finish_reason: Reason | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 Choice: TypeAlias = ChatChunkChoice | ChatChoice | TextChoice
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+AnyChoice = TypeVar("AnyChoice", bound=Choice)
+
+
+class Answer(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
     """A whole answer, or one chunk of it."""
 
     id: str
     object: str
     created: int
     model: str
-    choices: tuple[Choice, ...]
+    choices: tuple[AnyChoice, ...]
     usage: UsageObject | UnsetType | None = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
-class Shape(Protocol):
-    """How one kind of request is answered: the words and the choices that are its own."""
+class AnswerShape(Protocol):
+    """One choice of an answer: turns what the engine says into what the client gets."""
 
-    @property
-    def id_prefix(self) -> str:
-        """What request ids begin with."""
+    def opening(self) -> list[Choice]:
+        """What a stream begins with."""
 
-    @property
-    def object(self) -> str:
-        """The `object` of a whole answer."""
+    def chunks(self, output: Output) -> list[Choice]:
+        """What is new, for a stream; the last has the finish reason."""
 
-    @property
-    def chunk_object(self) -> str:
-        """The `object` of a chunk."""
-
-    def opening(self, index: int) -> tuple[Choice, ...]:
-        """What a stream begins with for the answer to prompt `index`."""
-
-    def delta(self, index: int, text: str) -> Choice:
-        """Some more text."""
-
-    def ending(self, index: int, reason: FinishReason) -> Choice:
-        """Why the text ended."""
-
-    def whole(self, index: int, output: Output) -> Choice:
-        """The answer in one piece."""
+    def whole(self, output: Output) -> Choice:
+        """The answer in one piece, from its last Output."""
 
 
-class ChatShape:
-    """/v1/chat/completions."""
+class Progress:
+    """How much of an answer has been told."""
 
-    id_prefix: Final = "chatcmpl-"
-    object: Final = "chat.completion"
-    chunk_object: Final = "chat.completion.chunk"
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._logprobs = 0
 
-    def opening(self, index: int) -> tuple[Choice, ...]:
-        """Clients learn the role from the first delta."""
-        return (ChatChunkChoice(index=index, delta=Delta(role="assistant", content="")),)
+    def tokens(self, output: Output) -> list[int]:
+        """Return the tokens that are new."""
+        new = output.token_ids[self._tokens :]
+        self._tokens += len(new)
+        return new
 
-    def delta(self, index: int, text: str) -> Choice:
-        """Some more text."""
-        return ChatChunkChoice(index=index, delta=Delta(content=text))
-
-    def ending(self, index: int, reason: FinishReason) -> Choice:
-        """An empty delta."""
-        return ChatChunkChoice(index=index, delta=Delta(), finish_reason=reason)
-
-    def whole(self, index: int, output: Output) -> Choice:
-        """The answer in one piece."""
-        message = Message(content=output.text)
-        return ChatChoice(index=index, message=message, finish_reason=output.finish_reason)
+    def logprobs(self, output: Output) -> list[TokenLogprob]:
+        """Return the log-probabilities that are new; none if they were not asked for."""
+        new = (output.logprobs or [])[self._logprobs :]
+        self._logprobs += len(new)
+        return new
 
 
-class CompletionShape:
-    """/v1/completions."""
-
-    id_prefix: Final = "cmpl-"
-    object: Final = "text_completion"
-    chunk_object: Final = "text_completion"
-
-    def opening(self, index: int) -> tuple[Choice, ...]:  # noqa: ARG002
-        """A completion opens with its first text."""
-        return ()
-
-    def delta(self, index: int, text: str) -> Choice:
-        """Some more text."""
-        return TextChoice(index=index, text=text)
-
-    def ending(self, index: int, reason: FinishReason) -> Choice:
-        """An empty text."""
-        return TextChoice(index=index, text="", finish_reason=reason)
-
-    def whole(self, index: int, output: Output) -> Choice:
-        """The answer in one piece."""
-        return TextChoice(index=index, text=output.text, finish_reason=output.finish_reason)
+ID_PREFIXES: Final = {"chat": "chatcmpl-", "text": "cmpl-"}
+OBJECTS: Final = {"chat": "chat.completion", "text": "text_completion"}
+CHUNK_OBJECTS: Final = {"chat": "chat.completion.chunk", "text": "text_completion"}
+Kind: TypeAlias = Literal["chat", "text"]

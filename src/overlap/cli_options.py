@@ -1,0 +1,71 @@
+"""The options of the command line that stand for fields of SamplingParams and EngineConfig."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any
+
+
+class _Biases(argparse.Action):
+    """Collects ID=BIAS into a dictionary."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        token, _, bias = str(values).partition("=")
+        try:
+            given = {**(getattr(namespace, self.dest) or {}), int(token): float(bias)}
+        except ValueError:
+            parser.error(f"{option} takes a token id and what to add to its logit, as in 42=-5, not {values!r}")
+        setattr(namespace, self.dest, given)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    """Add an option for each field of SamplingParams; what is not given keeps the field's own default."""
+    group = parser.add_argument_group("sampling")
+    until = "until the model ends it or the context is full" if max_tokens is None else str(max_tokens)
+    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens of an answer (default: {until})")
+    group.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: 1)")
+    group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest with this probability")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens less likely than P times the likeliest")
+    group.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    for name in ("presence", "frequency"):
+        group.add_argument(f"--{name}-penalty", type=float, metavar="P", help="-2 to 2: for what was said (default: 0)")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="P", help="above 1: for all tokens so far (default: 1)"
+    )
+    group.add_argument("--logit-bias", action=_Biases, metavar="ID=BIAS", help="add to a logit; may be repeated")
+    group.add_argument("--min-tokens", type=int, metavar="N", help="do not end before so many tokens")
+    group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and N alternatives")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--include-stop-str-in-output", action="store_const", const=True, help="show what it ended at")
+    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end at any of these tokens")
+    group.add_argument("--ignore-eos", action="store_const", const=True, help="go on past the model's own end")
+    group.add_argument("--skip-special-tokens", action=argparse.BooleanOptionalAction, help="(default: skip)")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add the options that people set at a command line; what is not given keeps EngineConfig's default."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", help="cpu, cuda, cuda:N or auto")
+    group.add_argument("--dtype", help="bfloat16, float16, float32 or auto")
+    group.add_argument("--kv-cache", type=_number, metavar="SIZE", help="tokens, a size (2GiB), or a share (0.5)")
+    group.add_argument("--max-rows", type=_number, metavar="N", help="requests in one step")
+    group.add_argument("--token-budget", type=_number, metavar="N", help="tokens in one step")
+    group.add_argument("--lanes", help="mixed, serial, streams or auto: how prompts and answers share the device")
+    group.add_argument("--target-itl-ms", type=float, metavar="MS", help="aim at so much between two tokens")
+    group.add_argument("--tensor-parallel", type=int, metavar="N", help="devices to cut the model over")
+    group.add_argument("--context", type=_number, metavar="N", help="tokens of one request, prompt and answer")
+    group.add_argument("--load-format", help="gguf, safetensors, auto, or dummy for random weights")
+    group.add_argument("--revision", help="branch, tag or commit of a repo")
+    group.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
+
+
+def _number(text: str) -> int | float | str:
+    """Read a number as a number, and leave anything else to EngineConfig, which knows what it may be."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -1,0 +1,98 @@
+"""Log-probabilities in the two shapes that the OpenAI API has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from overlap.errors import RequestError
+from overlap.messages import TokenLogprob
+
+Decode = Callable[[Sequence[int]], str]
+LEAST: Final = -9999.0
+"""What stands for minus infinity, which JSON has no word for; the value that vLLM sends."""
+
+
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that might have come."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+
+
+class ChatLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of a chat answer."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a chat answer, or of one chunk of it."""
+
+    content: tuple[ChatLogprob, ...]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a completion, or of one chunk of it, in columns."""
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...]
+    text_offset: tuple[int, ...]
+
+
+def _text(decode: Decode, token: int) -> str:
+    """Return a token's text; none for the ids behind the tokenizer's last, to which a model's vocabulary is padded."""
+    try:
+        return decode([token])
+    except RequestError:
+        return ""
+
+
+def chat_logprobs(entries: Sequence[TokenLogprob], decode: Decode) -> ChatLogprobs:
+    """Return `entries` as /v1/chat/completions has them."""
+
+    def top(token: int, logprob: float) -> TopLogprob:
+        text = _text(decode, token)
+        return TopLogprob(token=text, logprob=max(logprob, LEAST), bytes=tuple(text.encode()))
+
+    told = []
+    for entry in entries:
+        own = top(entry.token, entry.logprob)
+        others = tuple(top(token, logprob) for token, logprob in entry.alternatives)
+        told.append(ChatLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=others))
+    return ChatLogprobs(content=tuple(told))
+
+
+def text_logprobs(entries: Sequence[TokenLogprob], decode: Decode, offset: int) -> tuple[TextLogprobs, int]:
+    """Return `entries` as /v1/completions has them, for text that begins at `offset`, and the offset behind them.
+
+    The dictionary of a token also has the token itself, as in the OpenAI API. Tokens that are parts of one character
+    have the same text, U+FFFD; the likelier one stays.
+    """
+    tokens = tuple(_text(decode, entry.token) for entry in entries)
+    tops: list[dict[str, float]] = []
+    offsets: list[int] = []
+    for entry, text in zip(entries, tokens, strict=True):
+        offsets.append(offset)
+        offset += len(text)
+        top: dict[str, float] = {}
+        for token, logprob in entry.alternatives:
+            top.setdefault(_text(decode, token), max(logprob, LEAST))
+        if entry.alternatives:
+            top.setdefault(text, max(entry.logprob, LEAST))
+        tops.append(top)
+    told = TextLogprobs(
+        tokens=tokens,
+        token_logprobs=tuple(max(entry.logprob, LEAST) for entry in entries),
+        top_logprobs=tuple(top or None for top in tops),
+        text_offset=tuple(offsets),
+    )
+    return told, offset
