@@ -19,7 +19,7 @@ from overlap.models import build, open_checkpoint
 from overlap.models.config import RopeScaling
 from overlap.models.gguf import GgufCheckpoint, gguf_name
 from overlap.models.layout import tensor_shapes
-from overlap.models.program import Batch
+from overlap.models.program import Attend, Batch
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS, VOCAB = 64, 4, 2, 16, 96, 2, 96
 Q = gguf.GGMLQuantizationType
@@ -216,6 +216,7 @@ def test_the_program_computes_what_transformers_computes(tmp_path: Path) -> None
         forward = program.forward(Batch(token_ids=ids.int(), positions=ids.int(), kv_index=ids.int(), kv=kv))
         joint = next(forward)
         while True:
+            assert isinstance(joint, Attend)
             k_TKD, v_TKD = kv[0, joint.layer]
             attended = F.scaled_dot_product_attention(
                 joint.q_THD.transpose(0, 1), k_TKD.repeat_interleave(2, 1).transpose(0, 1),

@@ -15,7 +15,7 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
-from overlap.models.program import Batch
+from overlap.models.program import Attend, Batch
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -67,6 +67,7 @@ def run(program: Llama, kv: Tensor, token_ids: Tensor, start: int, pages: Tensor
     forward = program.forward(batch)
     joint = next(forward)
     while True:
+        assert isinstance(joint, Attend)
         seen_SD = pages[torch.arange(start + count) // PAGE], torch.arange(start + count) % PAGE
         keys, values = (
             kv[seen_SD[0], joint.layer, part, seen_SD[1]].repeat_interleave(

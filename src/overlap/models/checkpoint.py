@@ -17,6 +17,7 @@ from torch import Tensor
 from overlap.errors import ModelError
 from overlap.models.config import ModelConfig
 from overlap.models.layout import tensor_shapes
+from overlap.models.shard import Part
 
 BLOCK_BYTES: Final = 4 << 20
 """The size that one block of rows aims at as float32 while it is converted; a few of them are alive at once."""
@@ -56,10 +57,11 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
 
-    def read_into(self, name: str, out: Tensor) -> None:
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
         """Fill `out` (any device and floating dtype) with a tensor, in blocks of rows: 16 MiB of host memory at most.
 
-        ModelError if the tensor's shape is not that of `out`.
+        With `part` only that block of the tensor is read; it begins and ends with whole heads. ModelError if the
+        shape of the tensor, or of its part, is not that of `out`.
         """
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from overlap.errors import ModelError
 from overlap.models.checkpoint import TokenizerSource, check_shape, missing_tensor, row_blocks
 from overlap.models.config_json import read_config, read_json
+from overlap.models.shard import Part
 
 _INDEX = "model.safetensors.index.json"
 
@@ -47,13 +48,17 @@ class DirectoryCheckpoint:
         """Return the shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Copy a tensor into `out`, in blocks of rows."""
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
+        """Copy a tensor, or a part of it, into `out`, in blocks of rows."""
         tensor = self._slice(name)
-        check_shape(self._path, name, tuple(tensor.get_shape()), tuple(out.shape))
+        whole = tuple(tensor.get_shape())
+        check_shape(self._path, name, whole if part is None else part.shape(whole), tuple(out.shape))
+        first = 0 if part is None else part.rows[0]
         for start, stop in row_blocks(out.shape[0], math.prod(out.shape[1:])):
+            rows = slice(first + start, first + stop)
+            block = tensor[rows] if part is None or part.columns is None else tensor[rows, slice(*part.columns)]
             # To the target's dtype first: fewer bytes cross to another device.
-            out[start:stop].copy_(tensor[start:stop].to(out.dtype))
+            out[start:stop].copy_(block.to(out.dtype))
 
     def close(self) -> None:
         """Let the files go."""

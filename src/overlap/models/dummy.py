@@ -12,6 +12,7 @@ from torch import Tensor
 from overlap.models.checkpoint import TokenizerSource, check_shape
 from overlap.models.config import ModelConfig
 from overlap.models.layout import tensor_shapes
+from overlap.models.shard import Part
 
 SCALE: Final = 0.02
 """Standard deviation of the random weights, as most models are initialised."""
@@ -50,15 +51,21 @@ class DummyCheckpoint:
         """Return the shape of a tensor; KeyError if there is none."""
         return self._shapes[name]
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Fill `out` with the random tensor of this name."""
-        check_shape(self.path, name, self._shapes[name], tuple(out.shape))
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
+        """Fill `out` with the random tensor of this name, or a part of it: of the same numbers however it is cut."""
+        whole = self._shapes[name]
+        check_shape(self.path, name, whole if part is None else part.shape(whole), tuple(out.shape))
         if "norm" in name:
             out.fill_(1.0)
             return
         generator = torch.Generator(device=out.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
-        out.normal_(0.0, SCALE, generator=generator)
+        if part is None:
+            out.normal_(0.0, SCALE, generator=generator)
+            return
+        tensor = torch.empty(whole, device=out.device, dtype=out.dtype).normal_(0.0, SCALE, generator=generator)
+        tensor = tensor[slice(*part.rows)]
+        out.copy_(tensor if part.columns is None else tensor[:, slice(*part.columns)])
 
     def close(self) -> None:
         """Do nothing: there are no files."""

@@ -20,6 +20,7 @@ from overlap.errors import ModelError
 from overlap.models.checkpoint import TokenizerSource, check_shape, missing_tensor, row_blocks
 from overlap.models.config import ModelConfig, RopeScaling
 from overlap.models.gguf_header import GgufHeader, GgufTensor, read_header
+from overlap.models.shard import Part
 
 _OUTER: Final = {
     "model.embed_tokens": "token_embd",
@@ -84,14 +85,18 @@ class GgufCheckpoint:
         """Return the shape of a tensor."""
         return self._find(name).shape
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Dequantize a tensor into `out`, in blocks of rows."""
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
+        """Dequantize a tensor, or a part of it, into `out`, in blocks of rows."""
         tensor = self._find(name)
-        check_shape(self._path, name, tensor.shape, tuple(out.shape))
+        check_shape(self._path, name, tensor.shape if part is None else part.shape(tensor.shape), tuple(out.shape))
+        first = 0 if part is None else part.rows[0]
+        columns = None if part is None else part.columns
         paired = self.config.architecture == "LlamaForCausalLM" and any(part in name for part in _PAIRED)
         head = self.config.head_dim if paired else 1
-        for start, stop in row_blocks(out.shape[0], math.prod(out.shape[1:]), multiple=head):
-            rows = self._rows(tensor, start, stop)
+        for start, stop in row_blocks(out.shape[0], math.prod(tensor.shape[1:]), multiple=head):
+            rows = self._rows(tensor, first + start, first + stop)
+            if columns is not None:  # blocks of quantized numbers run along a row, and need not end with a part
+                rows = rows[:, slice(*columns)]
             if head > 1:
                 rows = rows.reshape(-1, head // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
             # To the target's dtype first: half the bytes cross to another device.

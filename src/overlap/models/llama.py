@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from overlap.models.config import ModelConfig
-from overlap.models.program import Attend, Batch, Forward
+from overlap.models.program import Attend, Batch, Forward, Ranks, Reduce
+from overlap.models.shard import vocabulary_part
 from overlap.ops import fused
 from overlap.ops.embedding import embed
 from overlap.ops.linear import Linear
@@ -56,7 +59,9 @@ class Llama:
         norm_C: Tensor,
         head: Linear,
         rope_table: Tensor,
+        ranks: Ranks | None = None,
     ) -> None:
+        """With `ranks` this is one rank's part of a model, and `config` the part's (`shard.shard_config`)."""
         self.config = config
         self.num_layers = config.num_layers
         self.num_heads = config.num_heads
@@ -70,9 +75,13 @@ class Llama:
         self._norm_C = norm_C
         self._head = head
         self._rope_table = rope_table
+        self._ranks = ranks
 
     def forward(self, batch: Batch) -> Forward:
-        """Yield one `Attend` a layer, be sent [T, H * D], and return the hidden states after the final norm, [T, C]."""
+        """Yield one `Attend` a layer, be sent [T, H * D], and return the hidden states after the final norm, [T, C].
+
+        One of several ranks yields two `Reduce` a layer, too, and is sent [T, C].
+        """
         eps = self.config.rms_norm_eps
         stream: fused.Stream = (None, embed(batch.token_ids, self._embedding_VC))
         for index, layer in enumerate(self._layers):
@@ -91,18 +100,41 @@ class Llama:
                 layer.head_norm_ND,
             )
             attended_TX = yield Attend(index, q_THD)
-            stream = fused.linear_add(layer.o, attended_TX, residual_TC)
+            if self._ranks is None:
+                stream = fused.linear_add(layer.o, attended_TX, residual_TC)
+            else:
+                summed_TC = yield Reduce(layer.o(attended_TX), self._ranks)
+                stream = (summed_TC, residual_TC)
             gated_TI, residual_TC = fused.norm_gated(layer.gate_up, stream, layer.mlp_norm_C, eps)
-            stream = fused.linear_add(layer.down, gated_TI, residual_TC)
+            if self._ranks is None:
+                stream = fused.linear_add(layer.down, gated_TI, residual_TC)
+            else:
+                summed_TC = yield Reduce(layer.down(gated_TI), self._ranks)
+                stream = (summed_TC, residual_TC)
         return fused.norm(stream, self._norm_C, eps, self.dtype)
 
     def logits(self, hidden_EC: Tensor) -> Tensor:
-        """Return float32 [E, V]."""
-        return self._head.wide(hidden_EC)
+        """Return float32 [E, V]. Of several ranks each returns the whole, the same bits on each."""
+        own_EV = self._head.wide(hidden_EC)
+        if self._ranks is None:
+            return own_EV
+        most = -(-self.vocab_size // self._ranks.size)
+        padded_EV = F.pad(own_EV, (0, most - own_EV.shape[1]), value=-torch.inf)
+        parts_NEV = self._ranks.gather(padded_EV.contiguous())
+        return parts_NEV.transpose(0, 1).reshape(len(own_EV), -1)[:, : self.vocab_size]
 
     def greedy(self, hidden_EC: Tensor) -> Tensor:
         """Return the likeliest tokens, int32 [E]: `logits(hidden).argmax(-1)`, the lowest of equals."""
-        return fused.greedy_head(hidden_EC, self._head)
+        if self._ranks is None:
+            return fused.greedy_head(hidden_EC, self._head)
+        own_EV = self._head.wide(hidden_EC)
+        best_E1 = own_EV.argmax(-1, keepdim=True)
+        start, _ = vocabulary_part(self.vocab_size, self._ranks.rank, self._ranks.size)
+        # As float32 an id is exact below 2**24. The ranks stand in the order of their ids: the first of equals wins.
+        pair_E2 = torch.cat([own_EV.gather(1, best_E1), (best_E1 + start).float()], dim=1)
+        pairs_NE2 = self._ranks.gather(pair_E2)
+        winner_1E = pairs_NE2[:, :, 0].argmax(0, keepdim=True)
+        return pairs_NE2[:, :, 1].gather(0, winner_1E)[0].int()
 
     def weight_bytes(self) -> int:
         """Bytes that the parameters take on the device, the rope table included."""

@@ -12,30 +12,51 @@ from tqdm import tqdm
 from overlap.models.checkpoint import Checkpoint, check_complete
 from overlap.models.layout import tensor_shapes
 from overlap.models.llama import Layer, Llama
+from overlap.models.program import Ranks
+from overlap.models.shard import part_of, part_shapes, shard_config, vocabulary_part
 from overlap.ops.linear import Linear
 from overlap.ops.rope import rope_table
 
 
-def build(checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype, progress: bool = False) -> Llama:
-    """Load a Llama's weights onto `device` as `dtype`.
+def build(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: bool = False,
+    ranks: Ranks | None = None,
+) -> Llama:
+    """Load a Llama's weights onto `device` as `dtype`; with `ranks`, those of one rank (see `models.shard`).
 
     Memory peaks at the weights, the largest matrix once more (while the CPU packs it; the head and the embedding, the
     largest, come first, when little else is there), and 16 MiB of staging. `progress` shows a bar on stderr. Raises
-    ModelError for a tensor that is missing or of a wrong shape before anything is read. The checkpoint stays open.
+    ModelError for a tensor that is missing or of a wrong shape before anything is read, ConfigError for a model that
+    cannot be cut for so many ranks. The checkpoint stays open.
     """
-    with torch.inference_mode(), _Loading(checkpoint, torch.device(device), dtype, progress=progress) as loading:
+    with torch.inference_mode(), _Loading(checkpoint, torch.device(device), dtype, ranks, progress=progress) as loading:
         return loading.llama()
 
 
 class _Loading:
     """One run of `build`: where tensors come from and where they go."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, progress: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        ranks: Ranks | None,
+        *,
+        progress: bool,
+    ) -> None:
         self._checkpoint = checkpoint
-        self._config = checkpoint.config
+        self._rank, self._size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+        self._ranks = ranks if self._size > 1 else None
+        self._config = shard_config(checkpoint.config, self._size)
         self._device = device
         self._dtype = dtype
-        self._shapes = tensor_shapes(checkpoint.config)
+        self._whole = tensor_shapes(checkpoint.config)
+        self._shapes = part_shapes(checkpoint.config, self._rank, self._size)
         check_complete(checkpoint)
         total = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
         self._bar = tqdm(
@@ -55,7 +76,8 @@ class _Loading:
         if config.tied_embeddings:
             embedding_VC = self._tensor("model.embed_tokens.weight")
             # The rows stay plain for looking up, and the CPU packs a copy of them for the head.
-            head = Linear.sharing(embedding_VC).finish()
+            start, stop = vocabulary_part(config.vocab_size, self._rank, self._size)
+            head = Linear.sharing(embedding_VC[start:stop]).finish()
         else:
             head = self._linear("lm_head", bias=False)
             embedding_VC = self._tensor("model.embed_tokens.weight")
@@ -68,6 +90,7 @@ class _Loading:
             rope_table=rope_table(
                 config.head_dim, config.context, config.rope_theta, config.rope_scaling, self._device
             ),
+            ranks=self._ranks,
         )
 
     def _layer(self, prefix: str) -> Layer:
@@ -91,7 +114,7 @@ class _Loading:
         for module, count in zip(modules, rows, strict=True):
             self._read(f"{module}.weight", linear.weight_rows(start, start + count))
             if bias:
-                self._read(f"{module}.bias", linear.bias_rows(start, start + count))
+                self._read_bias(f"{module}.bias", linear.bias_rows(start, start + count))
             start += count
         return linear.finish()
 
@@ -111,6 +134,17 @@ class _Loading:
         heads = (self._config.num_heads, self._config.num_kv_heads)
         return torch.cat([norm.expand(count, -1) for norm, count in zip(norms, heads, strict=True)])
 
+    def _read_bias(self, name: str, out: Tensor) -> None:
+        """Read a bias; one that belongs to a sum over ranks is added by rank 0 alone."""
+        if self._rank and part_of(name, self._whole[name], self._rank, self._size) is None:
+            out.zero_()
+        else:
+            self._read(name, out)
+
     def _read(self, name: str, out: Tensor) -> None:
-        self._checkpoint.read_into(name, out)
+        part = part_of(name, self._whole[name], self._rank, self._size)
+        if part is None:
+            self._checkpoint.read_into(name, out)
+        else:
+            self._checkpoint.read_into(name, out, part)
         self._bar.update(out.nbytes)

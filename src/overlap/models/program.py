@@ -42,7 +42,46 @@ class Attend:
     q_THD: Tensor
 
 
-Joint: TypeAlias = Attend
+class Pending(Protocol):
+    """A sum over ranks that is under way."""
+
+    def wait(self) -> Tensor:
+        """Return the sum. On CUDA the stream waits for it, not the host; on a CPU the thread does."""
+
+
+class Ranks(Protocol):
+    """The ranks that hold a model together, as one of them sees it. Each calls the same in the same order.
+
+    Raises what torch.distributed raises once a rank is lost, or late by the group's time limit.
+    """
+
+    rank: int
+    """Which one this is, from 0."""
+    size: int
+    """How many there are."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over all ranks, the same bits on each. Written over `x`, which is contiguous."""
+
+    def start_sum(self, x: Tensor) -> Pending:
+        """Begin `sum` and return at once: it runs while the caller goes on."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the `x` of all ranks, [size, *x.shape]. Of the same shape on each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Joint: `x`, of each rank a part of a sum. Only a model of several ranks yields it.
+
+    The driver answers with `ranks.sum(x)`, or starts it and lets another forward run meanwhile.
+    """
+
+    x_TC: Tensor
+    ranks: Ranks
+
+
+Joint: TypeAlias = Attend | Reduce
 Forward: TypeAlias = Generator[Joint, Tensor, Tensor]
 """Yields joints, is sent their results, returns hidden states [T, C] (after the final norm)."""
 

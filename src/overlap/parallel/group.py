@@ -1,0 +1,81 @@
+"""A group of ranks over torch.distributed: gloo between CPUs, NCCL between GPUs.
+
+The group is an object of its own (`ProcessGroupGloo`, `ProcessGroupNCCL`), not torch's default group: nothing global
+changes, and two engines with groups live in one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroupGloo, Store
+
+LOCALHOST: Final = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A sum that torch runs: gloo on a thread of its own, NCCL on a stream of its own."""
+
+    work: Any
+    x: Tensor  # kept until it has been summed
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.x
+
+
+class Group:
+    """This rank's end of a group. Keeps the Ranks protocol; use it on one thread at a time."""
+
+    def __init__(
+        self, store: Store, rank: int, size: int, device: torch.device, *, timeout_s: float, local: bool = True
+    ) -> None:
+        """Join `size` ranks, of which this is `rank`; returns once all are there.
+
+        All meet in `store`. A collective (and the joining) that takes longer than `timeout_s` seconds fails. `local`
+        says that all ranks are on this machine: then gloo listens on localhost only.
+        """
+        self.rank = rank
+        self.size = size
+        self.device: Final = device
+        timeout = timedelta(seconds=timeout_s)
+        self._backend: Any
+        if device.type == "cuda":
+            from torch._C._distributed_c10d import ProcessGroupNCCL  # only in torch's CUDA builds
+
+            options = ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._backend = ProcessGroupNCCL(store, rank, size, options)
+        else:
+            gloo: Any = ProcessGroupGloo
+            own = gloo._Options()
+            own._timeout = timeout
+            own._devices = [gloo.create_device(hostname=LOCALHOST) if local else gloo.create_default_device()]
+            self._backend = gloo(store, rank, size, own)
+        self.sum(torch.ones(1, device=device))  # NCCL connects with the first collective: not inside a step
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over all ranks, written over `x`; the same bits on each."""
+        self._backend.allreduce([x]).wait()
+        return x
+
+    def start_sum(self, x: Tensor) -> _Started:
+        """Begin `sum` and return at once."""
+        return _Started(self._backend.allreduce([x]), x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the `x` of all ranks, [size, *x.shape]."""
+        out = x.new_empty((self.size, *x.shape))
+        self._backend.allgather([list(out.unbind(0))], [x]).wait()
+        return out
+
+    def abort(self) -> None:
+        """End whatever waits for another rank, here, with an error. From any thread; nothing can be summed after."""
+        if self.device.type == "cuda":
+            self._backend.abort()
+        # gloo has nothing to abort: when a rank's process ends, its connections do, and every wait for it fails.
