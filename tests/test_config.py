@@ -118,7 +118,8 @@ def test_on_a_plain_cpu_everything_auto_is_chosen_and_said_why() -> None:
     chosen = resolved()
     assert chosen == Resolved(
         model="m", device="cpu", dtype="float32", kv_budget=KvBudget(), max_rows=32, token_budget=512,
-        prefill_chunk=512, context=1000, graphs=True, overlap=True, prefix_cache=True, max_waiting=16384,
+        prefill_chunk=512, context=1000, graphs=True, lanes="mixed", target_itl_s=None, overlap=True,
+        prefix_cache=True, max_waiting=16384,
         step_limit=60.0, progress=None, reasons=chosen.reasons,
     )  # fmt: skip
     assert chosen.reasons == (
@@ -126,6 +127,7 @@ def test_on_a_plain_cpu_everything_auto_is_chosen_and_said_why() -> None:
         "dtype = float32: this CPU has no instructions for bfloat16",
         "max_rows = 32: the default on this kind of device",
         "token_budget = 512: the default on this kind of device",
+        "lanes = mixed: on a CPU, prompts and decode rows in one step read the weights once",
     )
 
 
@@ -138,12 +140,13 @@ def test_on_a_gpu_the_defaults_are_larger_and_the_device_is_named() -> None:
 def test_what_is_asked_for_is_taken_as_it_is_and_needs_no_reason() -> None:
     chosen = resolved(
         HOPPER, device="cpu", dtype="float16", max_rows=3, token_budget=40, prefill_chunk=7, context=99,
-        graphs=False, overlap=False, prefix_cache=False, max_waiting=9, step_limit=1.5, progress=True,
+        graphs=False, lanes="streams", overlap=False, prefix_cache=False, max_waiting=9, step_limit=1.5,
+        progress=True,
     )  # fmt: skip
     assert chosen == Resolved(
         model="m", device="cpu", dtype="float16", kv_budget=KvBudget(), max_rows=3, token_budget=40, prefill_chunk=7,
-        context=99, graphs=False, overlap=False, prefix_cache=False, max_waiting=9, step_limit=1.5, progress=True,
-        reasons=(),
+        context=99, graphs=False, lanes="streams", target_itl_s=None, overlap=False, prefix_cache=False,
+        max_waiting=9, step_limit=1.5, progress=True, reasons=(),
     )  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def test_many_rows_raise_the_default_token_budget() -> None:
 def test_a_token_budget_within_the_default_rows_lowers_the_rows() -> None:
     chosen = resolved(token_budget=20)
     assert (chosen.max_rows, chosen.token_budget, chosen.prefill_chunk) == (10, 20, 20)
-    assert chosen.reasons[-1] == "max_rows = 10: half of the token budget of 20"
+    assert "max_rows = 10: half of the token budget of 20" in chosen.reasons
 
 
 def test_the_least_token_budget_still_leaves_a_token_for_prompts() -> None:
@@ -278,3 +281,27 @@ def test_the_package_index_is_pips_else_pypi(monkeypatch: pytest.MonkeyPatch) ->
     assert package_index() == "https://pypi.org/simple"
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
     assert package_index() == "https://mirror.example/simple"
+
+
+# ── lanes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_lanes_are_left_to_the_engine_on_a_gpu_and_where_a_target_is_given() -> None:
+    assert resolved(HOPPER).lanes == "auto"
+    assert resolved(PLAIN).lanes == "mixed"
+    chosen = resolved(PLAIN, target_itl_ms=40)
+    assert (chosen.lanes, chosen.target_itl_s) == ("auto", 0.04)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lanes": "two"}, "lanes must be one of auto, mixed, serial, streams, not 'two'"),
+        ({"target_itl_ms": 0}, "target_itl_ms must be a number of milliseconds above 0, or None, not 0"),
+        ({"target_itl_ms": True}, "target_itl_ms must be a number"),
+        ({"target_itl_ms": 5.0, "lanes": "serial"}, "nothing is left to choose"),
+    ],
+)
+def test_lanes_and_targets_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EngineConfig(model="m", **options)

@@ -297,7 +297,7 @@ async def test_a_bad_prompt_is_refused_and_other_requests_go_on(engine: AsyncEng
         ({"stop": ["x"] * 65}, "stop has 65 strings"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be"),
         ({"temprature": 1}, "Unknown sampling parameter 'temprature'. Did you mean 'temperature'"),
-        ({"logit_bias": {}}, "'logit_bias' is not supported yet"),
+        ({"bad_words": []}, "'bad_words' is not supported yet"),
     ],
 )
 def test_a_bad_sampling_parameter_is_refused_by_name_and_value(given: dict[str, Any], message: str) -> None:
@@ -404,7 +404,7 @@ async def test_an_engine_left_open_warns_and_its_thread_ends(tiny_llama_dir: Pat
 
 async def test_a_step_that_fails_ends_its_requests_with_the_cause_and_the_engine_goes_on(engine: AsyncEngine) -> None:
     runner: Any = engine._core._loop._runner  # type: ignore[union-attr]
-    sound = runner._attention
+    sound = runner._main._attention
 
     class Broken:
         def plan(self, rows: object) -> None:
@@ -412,12 +412,12 @@ async def test_a_step_that_fails_ends_its_requests_with_the_cause_and_the_engine
 
     async with engine.generate("The", SamplingParams(max_tokens=400, ignore_eos=True)) as answer:
         await anext(answer)
-        runner._attention = Broken()
+        runner._main._attention = Broken()
         with pytest.raises(RequestFailed, match="no memory for this step") as failure:
             while True:
                 await anext(answer)
         assert isinstance(failure.value.__cause__, MemoryError)
-    runner._attention = sound
+    runner._main._attention = sound
     assert (await last(engine, "Paris", max_tokens=3, ignore_eos=True)).usage.completion_tokens == 3
     assert engine.statistics().failed_steps >= 1
 
@@ -428,7 +428,7 @@ async def test_when_the_loop_dies_every_waiter_hears_the_cause_at_once(tiny_llam
         for answer in answers:
             await anext(answer)
 
-        def die() -> None:
+        def die(*_: object) -> None:
             raise ZeroDivisionError("a bug")
 
         engine._core._planner.plan = die  # type: ignore[union-attr, method-assign]

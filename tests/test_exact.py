@@ -97,6 +97,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "in chunks of 16, cold and warm": {"prefill_chunk": 16, "rounds": 2},
     "short of pages, cold and warm": {"kv_cache": 1024, "rounds": 2},
     "without cache and overlap": {"prefix_cache": False, "overlap": False},
+    "in two lanes, cold and warm": {"lanes": "streams", "prefill_chunk": 16, "rounds": 2},
 }
 
 
@@ -108,6 +109,7 @@ async def test_smollm2(smollm2_path: Path, expected: tuple[list[list[int]], list
     assert answers == [want] * len(answers)
     assert (figures.cached_tokens > 0) == ("warm" in way)
     assert (figures.preemptions > 0) == ("short" in way)
+    assert (figures.side_steps > 0) == ("lanes" in way)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -150,6 +152,10 @@ async def test_small_random_llamas_in_every_way(tiny_llama_dir: Path, tmp_path: 
         {"prefill_chunk": 16, "overlap": False, "max_rows": 3},
         {"kv_cache": 256, "prefill_chunk": 24, "rounds": 2},
         {"prefix_cache": False},
+        {"lanes": "streams", "prefill_chunk": 16, "rounds": 2},
+        {"lanes": "streams", "kv_cache": 256, "prefill_chunk": 24, "rounds": 2},
+        {"lanes": "serial", "prefill_chunk": 16, "overlap": False, "max_rows": 3},
+        {"lanes": "auto", "target_itl_ms": 2.0, "prefill_chunk": 32, "rounds": 2},
     ):
         answers, figures = await ours(tmp_path, prompts, **options)
         assert answers == [want] * len(answers), options

@@ -34,7 +34,9 @@ async def tokens(engine: AsyncEngine, prompt: str, params: SamplingParams = PARA
 async def test_every_answer_of_a_storm_is_the_one_it_gives_alone(smollm2_path: Path) -> None:
     options = {"device": "cpu", "dtype": "float32"}
     async with AsyncEngine(smollm2_path, prefix_cache=False, kv_cache=2048, max_rows=4, **options) as engine:
-        long = dict(zip(PROMPTS, await asyncio.gather(*(tokens(engine, prompt, LONG) for prompt in PROMPTS)), strict=True))
+        long = dict(
+            zip(PROMPTS, await asyncio.gather(*(tokens(engine, prompt, LONG) for prompt in PROMPTS)), strict=True)
+        )
     alone = {prompt: answer[:NEW] for prompt, answer in long.items()}
     draw = random.Random(0)
     ended: dict[str, int] = {"answered": 0, "left": 0, "aborted": 0, "failed": 0}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
@@ -21,14 +23,22 @@ from overlap.config import (
     page_bytes,
     resolve,
 )
+from overlap.microbatch.cost import CostModel, Nominal, cost_path
+from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
 from overlap.models.config import ModelConfig
+from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
 from overlap.ops.attention import choose_attention
 from overlap.runner import Runner
 from overlap.schedule.planner import Planner
+from overlap.schedule.split import Always, Splitter
 from overlap.streams.stream import Stream
 from overlap.text import ChatTemplate, Tokenizer
+
+if TYPE_CHECKING:
+    from overlap.parallel.leading import LeadingRunner
+    from overlap.parallel.team import Team
 
 T = TypeVar("T")
 
@@ -41,6 +51,19 @@ class Text:
     template: ChatTemplate | None
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What steps have taken, and where that is kept."""
+
+    model: CostModel
+    path: Path
+
+    def keep(self) -> None:
+        """Write it; a cache directory that cannot be written to is no reason to fail."""
+        with suppress(OSError):
+            self.model.save(self.path)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """A whole engine, standing still."""
@@ -49,9 +72,16 @@ class Parts:
     model: ModelConfig
     text: Text
     planner: Planner
-    runner: Runner
+    runner: Runner | LeadingRunner
+    """What the loop launches with."""
+    own: Runner
+    """This rank's; the same without other ranks."""
     notes: tuple[str, ...]
     """What runs how, and why: a sentence each."""
+    team: Team | None = None
+    """The other ranks."""
+    costs: Costs | None = None
+    """What steps have taken, to be kept for the next engine of this kind."""
 
 
 def machine() -> Machine:
@@ -87,39 +117,77 @@ def assemble(asked: EngineConfig) -> Parts:
         device = torch.device(resolved.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of the engine's thread, which nobody else sees
+        team = _team(asked, resolved, checkpoint.config)
         stream = _stream(device)
         try:
-            return _on(stream, lambda: _parts(resolved, checkpoint, text, stream, device, show=show))
+            cache = cache_directory(asked.cache_dir)
+            return _on(stream, lambda: _parts(resolved, checkpoint, text, stream, device, team, cache, show=show))
         except BaseException:
             stream.close()
+            if team is not None:
+                team.close(kill=True)
             raise
     finally:
         checkpoint.close()
 
 
+def _team(asked: EngineConfig, resolved: Resolved, model: ModelConfig) -> Team | None:
+    """Start the other ranks; None for an engine of one."""
+    shard_config(model, resolved.tensor_parallel)  # refuses what cannot be cut before anything is started
+    if resolved.tensor_parallel == 1:
+        return None
+    from overlap.parallel.team import Team
+
+    return Team.start(asked, resolved)
+
+
 def _parts(
-    resolved: Resolved, checkpoint: Checkpoint, text: Text, stream: Stream, device: torch.device, *, show: bool
+    resolved: Resolved,
+    checkpoint: Checkpoint,
+    text: Text,
+    stream: Stream,
+    device: torch.device,
+    team: Team | None,
+    cache: Path,
+    *,
+    show: bool,
 ) -> Parts:
-    model, dtype = checkpoint.config, getattr(torch, resolved.dtype)
-    program = build(checkpoint, device=device, dtype=dtype, progress=show)
-    num_pages = num_kv_pages(resolved, model, _free_bytes(device))
+    """Load and set up memory; with a `team`, this rank's part."""
+    model, dtype = shard_config(checkpoint.config, resolved.tensor_parallel), getattr(torch, resolved.dtype)
+    program = build(checkpoint, device=device, dtype=dtype, progress=show, ranks=None if team is None else team.group)
+    free = _free_bytes(device)
+    num_pages = num_kv_pages(resolved, model, free if team is None else team.least_free_bytes(free))
     context = min(resolved.context, num_pages * PAGE)
+    if team is not None:
+        team.share_memory(num_pages, context)
     kv = torch.zeros(  # zeros: a masked key's weight is 0, and 0 times a stray NaN would be NaN
         (num_pages, model.num_layers, 2, PAGE, model.num_kv_heads, model.head_dim),
         dtype=getattr(torch, resolved.dtype),
         device=device,
     )
     attention, why = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
-    runner = Runner(
+    splitter, costs = _splitter(resolved, model, program.weight_bytes(), device, cache)
+    side = None
+    if splitter is not None and resolved.lanes != "serial":
+        side_attention, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
+        side = side_attention, _stream(device, "prompts", priority=1)
+    own = Runner(
         program,
         attention,
-        stream,
+        stream if team is None else team.lockstep(stream),
         kv=kv,
         max_rows=resolved.max_rows,
         token_budget=resolved.token_budget,
         context=context,
         graphs=resolved.graphs,
+        side=side,
     )
+    runner: Runner | LeadingRunner = own
+    if team is not None:
+        from overlap.parallel.leading import LeadingRunner
+
+        team.wait_ready()
+        runner = LeadingRunner(own, team)
     planner = Planner(
         max_rows=resolved.max_rows,
         num_pages=num_pages,
@@ -128,6 +196,7 @@ def _parts(
         context=context,
         prefix_cache=resolved.prefix_cache,
         max_waiting=resolved.max_waiting,
+        splitter=splitter,
     )
     size = num_pages * page_bytes(model, resolved.dtype)
     notes = (
@@ -138,7 +207,18 @@ def _parts(
         f"attention: {attention.name}: {why}",
         "linear: " + ", ".join(program.kinds()),
     )
-    return Parts(resolved=resolved, model=model, text=text, planner=planner, runner=runner, notes=notes)
+    shared = () if team is None else (f"tensor parallel: {team.size} ranks; the figures above are those of each",)
+    return Parts(
+        resolved=resolved,
+        model=checkpoint.config,
+        text=text,
+        planner=planner,
+        runner=runner,
+        own=own,
+        notes=(*notes, *shared),
+        team=team,
+        costs=costs,
+    )
 
 
 def _text(checkpoint: Checkpoint) -> Text:
@@ -188,11 +268,37 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _stream(device: torch.device) -> Stream:
+def _splitter(
+    resolved: Resolved, model: ModelConfig, weight_bytes: int, device: torch.device, cache: Path
+) -> tuple[Splitter | None, Costs | None]:
+    """Return what says how prompts and decode rows share the device (None if they share each step), and its memory."""
+    if resolved.lanes == "mixed":
+        return None, None
+    if resolved.lanes != "auto":
+        return Always("serial" if resolved.lanes == "serial" else "lanes"), None
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"a CPU of {torch.get_num_threads()} cores"
+    size = getattr(torch, resolved.dtype).itemsize
+    bandwidth, flops = (3e12, 4e14) if cuda else (2e10, 1e11)  # only a first guess: what steps take is measured
+    nominal = Nominal(
+        weights_s=weight_bytes / bandwidth,
+        kv_token_s=page_bytes(model, resolved.dtype) / PAGE / bandwidth,
+        token_s=2 * weight_bytes / size / flops,
+        step_s=5e-4,
+    )
+    machine = f"{resolved.model} {resolved.dtype} on {name}"
+    cost = CostModel(nominal, machine)
+    costs = Costs(cost, cost_path(cache, machine))
+    cost.load(costs.path)
+    return SplitPolicy(cost, token_budget=resolved.token_budget, target_itl_s=resolved.target_itl_s), costs
+
+
+def _stream(device: torch.device, name: str = "compute", *, priority: int = 0) -> Stream:
+    """Return a new stream. `priority` 0 goes before 1: the lane whose readers wait for each token."""
     if device.type == "cuda":
         from overlap.streams.cuda import CudaStream
 
-        return CudaStream(device, "compute")
+        return CudaStream(device, name, priority=priority - 1)
     from overlap.streams.cpu import CpuStream
 
-    return CpuStream("compute")
+    return CpuStream(name)

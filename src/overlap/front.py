@@ -12,10 +12,14 @@ import threading
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestAborted, RequestError, RequestFailed
-from overlap.messages import FinishReason, Output, Usage
+from overlap.messages import FinishReason, Output, TokenLogprob, Usage
+from overlap.schedule.shaping import MOST_ALTERNATIVES
 
 if TYPE_CHECKING:
+    from overlap.cache.pages import Ints
     from overlap.schedule.settled import End, Settled
     from overlap.text.answer import AnswerText
 
@@ -33,6 +37,7 @@ class Answer:
         text: AnswerText,
         own_stop_ids: Collection[int],
         end_request: Callable[[], None],
+        num_logprobs: int | None = None,
     ) -> None:
         self.key = key
         self.request_id = request_id
@@ -42,6 +47,8 @@ class Answer:
         self._own_stop_ids = own_stop_ids
         self._end_request = end_request
         self._tokens: list[int] = []
+        self._num_logprobs = num_logprobs or 0
+        self._logprobs: list[TokenLogprob] | None = None if num_logprobs is None else []
         self._text = ""
         self.cached_tokens = 0
         self._unread = 0  # length of the text that the reader has seen
@@ -57,14 +64,17 @@ class Answer:
         """Whether nothing more will come."""
         return self._finish_reason is not None or self._failure is not None
 
-    def push(self, token: int, end: End | None) -> None:
-        """Take in a token, and the end of the answer if this is its last."""
+    def push(self, token: int, end: End | None, told: Ints | None = None) -> None:
+        """Take in a token, the end of the answer if this is its last, and what is told with it (`Settled.told`)."""
         if self.ended or self._muted:
             return  # a stop string or an abort was faster than the engine
         self._tokens.append(token)
+        if self._logprobs is not None and told is not None:
+            self._logprobs.append(_logprob(token, told, self._num_logprobs))
         self._news = True
         matched = None
-        if end is None or end.stop_id is None:  # the token that stops an answer is no part of its text
+        # the token that stops an answer is no part of its text, unless that was asked for
+        if end is None or end.stop_id is None or self._answer_text.includes_stops:
             emit, matched = self._answer_text.push(token)
             self._text += emit
         if end is not None and matched is None:
@@ -122,6 +132,7 @@ class Answer:
                 completion_tokens=len(self._tokens),
                 cached_tokens=self.cached_tokens,
             ),
+            logprobs=self._logprobs,
         )
 
 
@@ -185,10 +196,11 @@ class Front:
         for key, cached in settled.cached.items():
             if (answer := self._answers.get(key)) is not None:
                 answer.cached_tokens = cached
-        for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
+        told = settled.told
+        for row, (key, token) in enumerate(zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True)):
             answer = self._answers.get(key)
             if answer is not None:
-                answer.push(token, ends.get(key))
+                answer.push(token, ends.get(key), None if told is None else told[row])
                 answer.wake()
                 if answer.ended:
                     del self._answers[key]
@@ -211,6 +223,14 @@ class Front:
         """End an answer with RequestAborted."""
         self.close(answer)
         answer.fail(RequestAborted(f"Request {answer.request_id!r} was aborted."))
+
+
+def _logprob(token: int, told: Ints, num: int) -> TokenLogprob:
+    """Read what was told with a token."""
+    ids, values = told[1 : 1 + num].tolist(), told.view(np.float32)
+    behind = 1 + MOST_ALTERNATIVES
+    pairs = zip(ids, values[behind : behind + num].tolist(), strict=True)
+    return TokenLogprob(token, float(values[0]), tuple((id_, value) for id_, value in pairs if id_ >= 0))
 
 
 def dead(cause: BaseException) -> EngineDead:

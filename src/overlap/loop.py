@@ -3,27 +3,33 @@
     plan N+1 ──► launch N+1 ──► wait until flight N landed ──► settle N ──► (again)
     host only    enqueue only    asyncio, no spin               tokens out, pages fenced
 
-What is in flight is a local variable of `run`. A step that fails ends the requests that read from it, and the loop
-goes on; a failure of the loop itself ends every request, and the loop with it. A step that does not land is reported.
+Steps run in one lane, or in two at once: then the main lane decodes while the side lane reads prompts, each one step
+ahead, and each lands at its own pace. What is in flight is a local variable of `run`. A step that fails ends the
+requests that read from it, and the loop goes on; a failure of the loop itself ends every request, and the loop with it.
+A step that does not land is reported.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from overlap.cache.pages import Ints
 from overlap.errors import ConfigError, DeadlineExceeded, EngineDead, InternalError, RequestError
 from overlap.observe.timeline import NoTimeline, Timeline
-from overlap.schedule.plan import StepPlan
+from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
 from overlap.streams.stream import Busy
 from overlap.watchdog import Watchdog
+
+DEPTH: Final = 2
+"""Steps of one lane in the air: one that runs, and one behind it."""
 
 
 class Flight(Protocol):
@@ -32,6 +38,17 @@ class Flight(Protocol):
     @property
     def plan(self) -> StepPlan:
         """What was launched."""
+
+    @property
+    def blocks_left(self) -> int:
+        """How many blocks of it are not enqueued yet."""
+
+    def launch_block(self) -> None:
+        """Enqueue the next block, so that the step of another lane can be launched between two."""
+
+    @property
+    def landed(self) -> bool:
+        """Whether the device is done. Never waits."""
 
     async def wait_landed(self) -> Ints:
         """Return the tokens [E] once the device is done; raise what the step raised."""
@@ -67,6 +84,16 @@ class _FailedFlight:
     plan: StepPlan
     failure: Exception
 
+    blocks_left = 0
+
+    def launch_block(self) -> None:
+        """Do nothing: there is none."""
+
+    @property
+    def landed(self) -> bool:
+        """Whether there is nothing to wait for: so it is."""
+        return True
+
     async def wait_landed(self) -> Ints:
         """Raise why."""
         raise self.failure
@@ -90,8 +117,12 @@ class LoopStatistics:
     """Tokens run: prompt and decode."""
     tokens_out: int
     """Tokens that reached a reader."""
+    side_steps: int
+    """Of the steps, those of the side lane: prompts that were read beside decode steps."""
     busy_s: float
-    """Seconds for which the device ran steps, measured on the device. Failed steps are left out."""
+    """Seconds for which the main lane ran steps, measured on the device. Failed steps are left out."""
+    side_busy_s: float
+    """Seconds for which the side lane did."""
     bubble_s: float
     """Seconds for which the device had nothing queued while work was waiting, measured on the device."""
 
@@ -118,12 +149,12 @@ class Loop:
         self._idle_work = idle_work
         self._work = asyncio.Event()
         self._closing = False
-        self._steps = self._failed = self._tokens_in = self._tokens_out = self._expired = 0
-        self._busy_s = self._bubble_s = 0.0
-        self._slept = True  # nothing was in flight and no work waited: what the device then waits is no bubble
+        self._steps = self._failed = self._tokens_in = self._tokens_out = self._expired = self._side_steps = 0
+        self._busy_s = self._side_busy_s = self._bubble_s = 0.0
+        self._slept = True  # no work waited, or the side lane had it: what the main lane then waits is no bubble
         self._idle_waiters: list[Callable[[], None]] = []
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
-        self._watchdog = Watchdog(step_limit_s)
+        self._watchdogs = (Watchdog(step_limit_s), Watchdog(step_limit_s))  # of the lanes
 
     def submit(self, request: Request) -> None:
         """Queue a request. One that can never run, or finds the queue full, is told so through the outbox."""
@@ -163,26 +194,47 @@ class Loop:
 
     async def run(self) -> None:
         """Serve until closed and the last flight has landed."""
-        flight: Flight | None = None
-        while flight is not None or await self._wait_work():
+        main: deque[Flight] = deque()
+        side: deque[Flight] = deque()
+        while main or side or await self._wait_work():
+            self._fill(main, MAIN, beside=side)
+            if side or self._planner.wants_side:
+                self._fill(side, SIDE, beside=main)
+            if main:
+                await self._settle(main, beside=side)
+            if side and (not main or side[0].landed):
+                self._launch_blocks(side[0], beside=main)
+                await self._settle(side, beside=main)
+
+    def _fill(self, lane: deque[Flight], number: int, *, beside: deque[Flight]) -> None:
+        """Plan and launch until the lane has as many flights as it may."""
+        depth = DEPTH if self._overlap else 1
+        if lane:
+            self._launch_blocks(lane[-1], beside=beside)
+        while len(lane) < depth and not self._closing:
+            if (lane and lane[-1].blocks_left) or any(isinstance(one, _FailedFlight) for one in (*lane, *beside)):
+                return
             with self._timeline.span("plan"):
-                plan = None if self._closing or isinstance(flight, _FailedFlight) else self._planner.plan()
-            launched = None
-            if plan is not None:
-                with self._timeline.span("launch", plan):
-                    launched = self._launch(plan, alone=flight is None)
-            if flight is not None:
-                await self._settle(flight)
-            elif launched is None and not self._closing:
-                raise InternalError("requests wait, nothing is in flight, and nothing could be planned")
-            flight = launched
-            if flight is not None and not self._overlap:
-                await self._settle(flight)
-                flight = None
+                plan = self._planner.plan(number)
+            if plan is None:
+                if number == MAIN and not lane and not beside and not self._planner.wants_side:
+                    raise InternalError("requests wait, nothing is in flight, and nothing could be planned")
+                return
+            with self._timeline.span("launch", plan):
+                lane.append(self._launch(plan, alone=not lane))
+            self._launch_blocks(lane[-1], beside=beside)
+
+    @staticmethod
+    def _launch_blocks(flight: Flight, *, beside: deque[Flight]) -> None:
+        """Enqueue what is left of a step: one block if another lane runs, whose steps go first, else all of it."""
+        while flight.blocks_left:
+            flight.launch_block()
+            if beside:
+                return
 
     def _launch(self, plan: StepPlan, *, alone: bool) -> Flight:
         if alone:
-            self._watchdog.watch(plan)
+            self._watchdogs[plan.lane].watch(plan)
         try:
             return self._runner.launch(plan)
         except InternalError:
@@ -190,8 +242,11 @@ class Loop:
         except Exception as failure:
             return _FailedFlight(plan, failure)
 
-    async def _settle(self, flight: Flight) -> None:
-        self._watchdog.watch(flight.plan)
+    async def _settle(self, lane: deque[Flight], *, beside: deque[Flight]) -> None:
+        """Wait for a lane's first flight, and settle it."""
+        flight = lane.popleft()
+        watchdog = self._watchdogs[flight.plan.lane]
+        watchdog.watch(flight.plan)
         slept, self._slept = self._slept, False
         try:
             with self._timeline.span("land", flight.plan):
@@ -200,7 +255,9 @@ class Loop:
             self._fail(flight.plan, failure)
             return
         finally:
-            self._watchdog.rest()
+            watchdog.rest()
+            if lane:
+                watchdog.watch(lane[0].plan)
         with self._timeline.span("settle", flight.plan):
             settled = self._planner.settle(flight.plan, tokens)
             self._steps += 1
@@ -211,9 +268,16 @@ class Loop:
                     self._forget_deadline(end.key)
             self._outbox.tell_settled(settled)
         busy = flight.busy()
-        bubble = 0.0 if slept else busy.gap
-        self._busy_s += busy.end - busy.start
-        self._bubble_s += bubble
+        if flight.plan.lane == SIDE:
+            self._side_steps += 1
+            self._side_busy_s += busy.end - busy.start
+            self._slept = True
+            bubble = 0.0
+        else:
+            bubble = 0.0 if slept or beside else busy.gap
+            self._busy_s += busy.end - busy.start
+            self._bubble_s += bubble
+        self._planner.note_time(flight.plan, busy.end - busy.start)
         self._timeline.ran(flight.plan, busy, bubble)
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:
@@ -241,7 +305,7 @@ class Loop:
 
     def late(self) -> str | None:
         """Return what is wrong if the step that the loop waits for has taken too long, else None. From any thread."""
-        return self._watchdog.late()
+        return self._watchdogs[MAIN].late() or self._watchdogs[SIDE].late()
 
     async def _wait_work(self) -> bool:
         """Return True once there is work, False once closed. Called only with no flight in the air."""
@@ -262,10 +326,12 @@ class Loop:
         return LoopStatistics(
             steps=self._steps,
             failed_steps=self._failed,
-            late_steps=self._watchdog.num_late,
+            late_steps=sum(watchdog.num_late for watchdog in self._watchdogs),
             expired=self._expired,
             tokens_in=self._tokens_in,
             tokens_out=self._tokens_out,
+            side_steps=self._side_steps,
             busy_s=self._busy_s,
+            side_busy_s=self._side_busy_s,
             bubble_s=self._bubble_s,
         )

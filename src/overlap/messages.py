@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Final, Literal, TypeAlias
 
 from overlap.errors import RequestError, nearest
+from overlap.schedule.shaping import MOST_ALTERNATIVES, MOST_BANNED, MOST_BIASED, Shaping
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 """Why an answer ended: a stop token, stop id or stop string ("stop"), or `max_tokens` or the context ("length")."""
@@ -20,10 +21,8 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or chat messages (which go through the model's chat template)."""
 
 MAX_STOP_STRINGS: Final = 64
-_LATER: Final = (
-    "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs",
-    "prompt_logprobs", "min_tokens", "bad_words", "include_stop_str_in_output", "guided_decoding",
-)  # fmt: skip
+_LATER: Final = ("best_of", "prompt_logprobs", "bad_words", "guided_decoding")
+_NEVER: Final = {"n": "Give the prompt n times to `generate_batch`, with seeds of their own or none."}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +34,10 @@ class SamplingParams:
     (seed, absolute position, token id), so a seeded request meets the same noise alone and in any batch, preempted or
     not, and gives the same tokens wherever the model gives the same logits. That is so in float32 on a CPU, bit for
     bit; in bfloat16 the matrix products may round differently with the number of rows.
+
+    Before all that the logits are changed in the order of vLLM: `logit_bias` and `min_tokens`, then
+    `repetition_penalty`, `frequency_penalty`, `presence_penalty`. A greedy request takes the most likely token of what
+    they leave.
 
     Raises RequestError for a value out of range and for an unknown name (the nearest known one is named).
     """
@@ -49,8 +52,23 @@ class SamplingParams:
     """Keep tokens at least this times as likely as the most likely one. In [0, 1]."""
     seed: int | None = None
     """Any integer of 64 bits, signed or unsigned. None draws one from the operating system."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of each token that the answer has so far. In [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that the answer has it so far. In [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides the logit of a token that prompt or answer have, if it is positive, and multiplies it otherwise. > 0."""
+    logit_bias: Mapping[int, float] | None = None
+    """What to add to the logits of these token ids, in [-100, 100] each; 1024 at most. Kept as a tuple of pairs."""
     max_tokens: int | None = None
     """The most tokens to answer with, >= 1. None goes on to a stop or the end of the context."""
+    min_tokens: int = 0
+    """While the answer is shorter than this, no stop id and no end token of the model can be chosen, and stop strings
+    are looked for only in the text behind so many tokens."""
+    logprobs: int | None = None
+    """Tell with each token its log-probability, and the ids and log-probabilities of this many most likely tokens, 0 to
+    20. They are the model's own: the log-softmax of its logits before penalties, bias, temperature and filters. None
+    tells nothing."""
     stop: str | Sequence[str] | None = None
     """End the answer before any of these strings. No part of one is ever emitted."""
     stop_token_ids: Sequence[int] = field(default=())
@@ -60,11 +78,15 @@ class SamplingParams:
     """Do not end the answer at the model's own end tokens."""
     skip_special_tokens: bool = True
     """Leave special tokens (such as `<|im_end|>`) out of the text."""
+    include_stop_str_in_output: bool = False
+    """Let the text end with the stop string, or with the text of the stop token, that ended the answer."""
 
     def __new__(cls, **given: object) -> SamplingParams:
         """Refuse unknown names before the dataclass' own, poorer, TypeError does."""
         known = [f.name for f in fields(cls)]
         for name in given:
+            if name in _NEVER:
+                raise RequestError(f"The sampling parameter {name!r} is not one of one request. {_NEVER[name]}")
             if name in _LATER:
                 raise RequestError(f"The sampling parameter {name!r} is not supported yet. Leave it out.")
             if name not in known:
@@ -77,13 +99,16 @@ class SamplingParams:
         def refuse(name: str, must: str) -> RequestError:
             return RequestError(f"{name} must be {must}, not {getattr(self, name)!r}.")
 
-        for name in ("temperature", "top_p", "min_p"):
+        for name in (
+            "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise refuse(name, "a finite number")
-        for name in ("top_k", "seed", "max_tokens"):
+        for name in ("top_k", "min_tokens", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | (int if name == "top_k" else NoneType)):
+            optional = name not in ("top_k", "min_tokens")
+            if isinstance(value, bool) or not isinstance(value, int | (NoneType if optional else int)):
                 raise refuse(name, "an integer")
         if self.temperature < 0:
             raise refuse("temperature", "0 (greedy) or more")
@@ -107,11 +132,58 @@ class SamplingParams:
             raise refuse("stop_token_ids", "a sequence of token ids")
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "stop_token_ids", ids)
+        self._check_shaping(refuse)
+
+    def _check_shaping(self, refuse: Callable[[str, str], RequestError]) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise refuse(name, "in [-2, 2]")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise refuse("repetition_penalty", "above 0: 1 is none, more makes repetition less likely (1e-6 to 1e6)")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise refuse("min_tokens", "from 0 to max_tokens")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_ALTERNATIVES:
+            raise refuse("logprobs", f"from 0 to {MOST_ALTERNATIVES}, or None")
+        given = self.logit_bias or {}
+        pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+        if len(pairs) > MOST_BIASED:
+            raise RequestError(f"logit_bias has {len(pairs)} entries; give {MOST_BIASED} at most.")
+        for token, value in pairs:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise RequestError(f"logit_bias has the key {token!r}; give token ids, as integers.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+                raise RequestError(f"logit_bias gives {value!r} to token {token}; give a number in [-100, 100].")
+        object.__setattr__(self, "logit_bias", tuple((token, float(value)) for token, value in pairs) or None)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return self.stop  # type: ignore[return-value]  # __post_init__ made it one
+
+    def shaping(self, stop_ids: Iterable[int], vocab_size: int) -> Shaping | None:
+        """Return what is done to the logits before a token is drawn; None for nothing.
+
+        `stop_ids` are all tokens that end the answer. Raises RequestError for a bias of a token that the vocabulary
+        does not have, and where `min_tokens` would have to hold back too many stop ids.
+        """
+        pairs: tuple[tuple[int, float], ...] = self.logit_bias or ()  # type: ignore[assignment]  # __post_init__ made it one
+        for token, _ in pairs:
+            if token >= vocab_size:
+                raise RequestError(f"logit_bias has token {token}, but the vocabulary has {vocab_size} tokens.")
+        banned = tuple(sorted({token for token in stop_ids if token < vocab_size})) if self.min_tokens else ()
+        if len(banned) > MOST_BANNED:
+            raise RequestError(
+                f"min_tokens holds back {MOST_BANNED} stop ids at most, and there are {len(banned)}. Give fewer."
+            )
+        shaping = Shaping(
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=pairs,
+            min_tokens=self.min_tokens if banned else 0,
+            banned=banned,
+        )
+        return None if shaping == Shaping() else shaping
 
     @property
     def greedy(self) -> bool:
@@ -163,6 +235,16 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its log-probability, as the model had it: before penalties, bias, temperature and filters."""
+
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability) of the most likely tokens, as many as were asked for, the most likely first."""
+
+
 class Output:
     """What has arrived of one answer. Each one is a whole picture so far, plus what is new in it.
 
@@ -170,6 +252,7 @@ class Output:
     """
 
     __slots__ = (
+        "_logprobs",
         "_num_tokens",
         "_tokens",
         "finish_reason",
@@ -192,6 +275,7 @@ class Output:
         finish_reason: FinishReason | None,
         stop_reason: int | str | None,
         usage: Usage,
+        logprobs: list[TokenLogprob] | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -207,11 +291,17 @@ class Output:
         self.usage = usage
         self._tokens = tokens  # grows after this; only the first _num_tokens are ours
         self._num_tokens = len(tokens)
+        self._logprobs = logprobs  # grows with the tokens
 
     @property
     def token_ids(self) -> list[int]:
         """All token ids so far, including the one that ended the answer."""
         return self._tokens[: self._num_tokens]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """One entry for each of `token_ids`; None if `SamplingParams.logprobs` did not ask for it."""
+        return None if self._logprobs is None else self._logprobs[: self._num_tokens]
 
     @property
     def finished(self) -> bool:

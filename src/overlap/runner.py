@@ -4,31 +4,39 @@ A step is one of three. A decode step that was captured is one launch: its graph
 and writes the tokens there (`graphs.lane`). Any other crosses to the device as one packed copy and comes back as one;
 its forward is run eagerly, or as captured pieces with attention in between (`graphs.pieces`). The ends on the host
 rotate: see `state.mail`.
+
+Two lanes have a stream, a mail, an attention and graphs each; weights, KV and the slots' rows are the same. A step of
+the side lane is launched in blocks of layers, so that the main lane's next step never waits for the host to launch all
+of a long prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from overlap.cache.pages import Ints, pages_for
+from overlap.errors import InternalError
 from overlap.graphs.buckets import row_buckets, token_buckets
 from overlap.graphs.driver import GraphDriver, GraphStatistics
-from overlap.graphs.eager import drive
+from overlap.graphs.eager import drive_in_blocks
 from overlap.graphs.lane import Lane
 from overlap.graphs.policy import Policy, Shape
 from overlap.models.program import Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
-from overlap.schedule.plan import StepPlan
+from overlap.sample.shaping import shape_logits, told_words
+from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
 from overlap.state.mail import DEPTH, Mail
 from overlap.state.packing import Layout, capacity, pack
 from overlap.state.rows import SlotRows
+from overlap.streams.cpu import use_cores
 from overlap.streams.stream import Busy, Mark, Stream
 
 HOST_BOUND: Final = 6.4e12
@@ -36,27 +44,64 @@ HOST_BOUND: Final = 6.4e12
 launch it eagerly, so that pieces would bring nothing but padding."""
 
 
-@dataclass(frozen=True, slots=True)
-class TorchFlight:
-    """A plan that is running, or queued to."""
+BLOCK_LAYERS: Final = 8
+"""Layers of a side lane's step that are launched at once: a fraction of a millisecond of host time in pieces."""
 
-    plan: StepPlan
-    stream: Stream
-    mark: Mark
-    tokens: Ints
+
+class TorchFlight:
+    """A plan that is running, or queued to, or of which some blocks are not queued yet."""
+
+    __slots__ = ("_blocks", "_landings", "_mark", "_stream", "blocks_left", "plan")
+
+    def __init__(
+        self, plan: StepPlan, stream: Stream, landings: list[Ints], blocks: Iterator[None], num_blocks: int
+    ) -> None:
+        self.plan = plan
+        self.blocks_left = num_blocks
+        self._stream = stream
+        self._landings = landings
+        self._blocks = blocks
+        self._mark: Mark | None = None
+
+    def launch_block(self) -> None:
+        """Enqueue the next block; behind the last one stands the mark."""
+        self.blocks_left -= 1
+        name = "step" if self.plan.lane == MAIN else "prompts"
+        self._stream.launch(name, self._run_block, tokens=self.plan.num_tokens)
+        if not self.blocks_left:
+            self._mark = self._stream.mark()
+
+    def _run_block(self) -> None:
+        with torch.inference_mode():
+            next(self._blocks, None)
+
+    @property
+    def mark(self) -> Mark:
+        """The place behind its last block. Only once that is queued."""
+        if self._mark is None:
+            raise InternalError(f"step {self.plan.number} is asked for its end, and {self.blocks_left} blocks are left")
+        return self._mark
+
+    @property
+    def landed(self) -> bool:
+        """Whether the device is done. Never waits."""
+        return self._mark is not None and self._stream.reached(self._mark)
 
     async def wait_landed(self) -> Ints:
-        """Return the tokens [E] once the device is done; raise what the step raised."""
-        await self.stream.wait_reached(self.mark)
-        return self.tokens.copy()
+        """Return the tokens [E] once the device is done; raise what the step raised.
+
+        Of a plan with `logprobs` they are [E, 1 + TOLD_WORDS]: each token, then what is told with it.
+        """
+        await self._stream.wait_reached(self.mark)
+        return self._landings[0].copy() if len(self._landings) == 1 else np.column_stack(self._landings)
 
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed."""
-        return self.stream.busy(self.mark)
+        return self._stream.busy(self.mark)
 
 
 class Runner:
-    """Owns the KV memory, the slots' rows, the buffers and the graphs of one lane; the same code on CPU and CUDA."""
+    """Owns the KV memory and the slots' rows, and one lane or two; the same code on CPU and CUDA."""
 
     def __init__(
         self,
@@ -69,104 +114,44 @@ class Runner:
         token_budget: int,
         context: int,
         graphs: bool = True,
+        side: tuple[Attention, Stream] | None = None,
     ) -> None:
-        """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are."""
-        self._program = program
-        self._attention = attention
-        self._stream = stream
-        self._kv = kv
-        self._device = kv.device
-        self._rows = SlotRows(max_rows, pages_for(context), kv.device)
-        self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), max_rows, kv.device)
-        self._lane = Lane(program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail)
-        self._graphs: GraphDriver | None = None
-        if not graphs:
-            self._graph_note = "graphs: off, as asked"
-        elif not kv.is_cuda:
-            self._graph_note = "graphs: none on a CPU"
-        else:
-            self._graphs, self._graph_note = self._driver(max_rows, token_budget)
+        """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are.
 
-    def _driver(self, max_rows: int, token_budget: int) -> tuple[GraphDriver, str]:
-        whole = self._attention.captures_decode
-        parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
-        most = min(token_budget, max(max_rows, int(HOST_BOUND / (2 * parameters))))
-        tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
-        policy = Policy(row_buckets(max_rows) if whole else (), tokens)
-        note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"
-        if not whole:
-            note = (
-                f"graphs: in pieces, up to {most} tokens; no whole decode steps, since {self._attention.name} "
-                "attention takes its sizes from the host"
+        `side` makes a side lane: a stream of its own, and an attention that shares no workspace with the main lane's.
+        """
+        self._device = kv.device
+        self._kv = kv
+        self._rows = SlotRows(max_rows, pages_for(context), kv.device)
+
+        def lane(attention: Attention, stream: Stream, *, decodes: bool) -> _LaneRunner:
+            return _LaneRunner(
+                program, attention, stream, self._rows, kv, max_rows, token_budget, graphs=graphs, decodes=decodes
             )
-        return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows), note
+
+        self._main = lane(attention, stream, decodes=True)
+        self._lanes = [self._main] if side is None else [self._main, lane(*side, decodes=False)]
+        self._ends: dict[int, TorchFlight] = {}  # of each lane: its last step
 
     def launch(self, plan: StepPlan) -> TorchFlight:
-        """Enqueue a plan and return at once."""
-        place = plan.number % DEPTH
-        layout = pack(plan, self._mail.plan_words[place])
-        self._stream.launch("step", partial(self._step, plan, layout, place), tokens=plan.num_tokens)
-        tokens = self._mail.landed_words[place][: layout.num_emits]
-        return TorchFlight(plan, self._stream, self._stream.mark(), tokens)
+        """Enqueue a plan (of a side lane's: nothing yet but what it follows) and return at once."""
+        lane = self._lanes[plan.lane]
+        if plan.follows:
+            lane.follow(self._ends[1 - plan.lane], plan.follows)
+        if len(self._lanes) == 1:
+            return lane.launch(plan)
+        other = self._ends.get(1 - plan.lane)
+        if self._device.type == "cpu":
+            lane.share_cores(plan.beside or (other is not None and not other.landed))
+        flight = self._ends[plan.lane] = lane.launch(plan)
+        return flight
 
     def warm_up_one(self) -> bool:
         """Capture one more graph, for a moment in which there is nothing else to do; return whether one was left.
 
         Does not wait for the device, but takes the host some 10 to 100 ms. Call it again until it returns False.
         """
-        graphs = self._graphs
-        shape = graphs.policy.next_idle() if graphs is not None else None
-        if graphs is None or shape is None:
-            return False
-        self._stream.launch("capture", partial(graphs.capture, shape))
-        self._stream.mark()  # so that it does not count as the next step's time
-        return True
-
-    def _step(self, plan: StepPlan, layout: Layout, place: int) -> None:
-        graphs = self._graphs
-        shape = graphs.prepare(plan) if graphs is not None else None
-        if graphs is None or shape is None or shape.kind == "pieces":
-            self._run(plan, layout, place, shape)
-        elif not graphs.replay_decode(shape, place, layout.num_rows):
-            self._run(plan, layout, place, None)
-
-    @torch.inference_mode()
-    def _run(self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None) -> None:
-        """Run a step whose parts the host launches: its forward in `pieces`, or eagerly."""
-        graphs = self._graphs if pieces is not None else None
-        packed = self._mail.plans[place][: layout.used]
-        if self._kv.is_cuda:
-            packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
-        out = None if graphs is None or pieces is None else graphs.inputs(pieces, layout.num_rows, layout.num_emits)
-        inputs = build_inputs(packed, layout, self._rows, out)
-        self._attention.plan(
-            AttentionRows(
-                num_decode=plan.num_decode,
-                seq_lens=inputs.seq_lens,
-                page_table=inputs.page_table,
-                starts=plan.starts,
-                counts=plan.counts,
-                chunk_pages=plan.chunk_pages,
-            )
-        )
-        if graphs is None or pieces is None:
-            hidden_TC = drive(self._program.forward(self._lane.batch(inputs)), self._attention)
-        else:
-            hidden_TC = graphs.run_pieces(pieces, layout.num_tokens)
-        if not layout.num_emits:
-            return
-        if layout.num_emits != layout.num_tokens:
-            hidden_TC = hidden_TC.index_select(0, inputs.emit_tokens)
-        tokens = sample(
-            self._program.logits(hidden_TC),
-            self._rows,
-            inputs.emit_slots,
-            inputs.emit_positions,
-            sampled_rows(packed, layout),
-            plan.truncated,
-        )
-        settle_tokens(self._rows, inputs.emit_slots, tokens)
-        self._mail.landings[place, : layout.num_emits].copy_(tokens, non_blocking=True)
+        return any(lane.warm_up_one() for lane in self._lanes)
 
     def usable(self) -> bool:
         """Return whether the device still works. Waits for it."""
@@ -179,7 +164,167 @@ class Runner:
 
     def state_bytes(self) -> int:
         """Return the bytes of device memory that slots, mail and KV take."""
-        return self._rows.nbytes + self._mail.nbytes + self._kv.nbytes
+        return self._rows.nbytes + self._kv.nbytes + sum(lane.nbytes for lane in self._lanes)
+
+    def statistics(self) -> GraphStatistics:
+        """Return what graphs did so far, in all lanes: zeros without any."""
+        return sum((lane.statistics() for lane in self._lanes[1:]), self._main.statistics())
+
+    def explain(self) -> tuple[str, ...]:
+        """Return what runs as which graph, what was captured, and every fallback with its reason: a sentence each."""
+        lines = list(self._main.explain())
+        for lane in self._lanes[1:]:
+            lines += [f"side lane: {line}" for line in lane.explain()]
+        return tuple(lines)
+
+    def close(self) -> None:
+        """Finish what is queued and free the graphs. The memory goes with the last reference."""
+        for lane in self._lanes:
+            lane.close()
+
+
+class _LaneRunner:
+    """One lane: its stream, mail, attention and graphs, over the KV memory and the slots' rows of all."""
+
+    def __init__(
+        self,
+        program: Program,
+        attention: Attention,
+        stream: Stream,
+        rows: SlotRows,
+        kv: Tensor,
+        max_rows: int,
+        token_budget: int,
+        *,
+        graphs: bool,
+        decodes: bool,
+    ) -> None:
+        self._program = program
+        self._attention = attention
+        self._stream = stream
+        self._kv = kv
+        self._rows = rows
+        self._decodes = decodes
+        self._place = 0
+        self._cores = torch.get_num_threads()
+        self._shares_cores = False
+        self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), max_rows, kv.device)
+        self._lane = Lane(program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail)
+        self._graphs: GraphDriver | None = None
+        if not graphs:
+            self._graph_note = "graphs: off, as asked"
+        elif not kv.is_cuda:
+            self._graph_note = "graphs: none on a CPU"
+        else:
+            self._graphs, self._graph_note = self._driver(max_rows, token_budget)
+
+    def _driver(self, max_rows: int, token_budget: int) -> tuple[GraphDriver, str]:
+        whole = self._attention.captures_decode and self._decodes
+        parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
+        most = min(token_budget, max(max_rows, int(HOST_BOUND / (2 * parameters))))
+        tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
+        policy = Policy(row_buckets(max_rows) if whole else (), tokens)
+        note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"
+        if not self._decodes:
+            note = f"graphs: in pieces, up to {most} tokens, captured when they are used again"
+        elif not whole:
+            note = (
+                f"graphs: in pieces, up to {most} tokens; no whole decode steps, since {self._attention.name} "
+                "attention takes its sizes from the host"
+            )
+        return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows), note
+
+    def share_cores(self, shared: bool) -> None:
+        """On a CPU: leave half of the cores to the other lane, or take all of them again."""
+        if shared != self._shares_cores:
+            self._shares_cores = shared
+            cores = self._cores - self._cores // 2 if self._decodes else self._cores // 2
+            self._stream.launch("cores", partial(use_cores, max(1, cores) if shared else self._cores))
+
+    def follow(self, flight: TorchFlight, number: int) -> None:
+        """Let what is launched next wait for a step of the other lane, which has been launched whole."""
+        if flight.plan.number < number:
+            raise InternalError(f"step {number} is to be followed, and was not launched")
+        self._stream.follow(flight.mark)
+
+    def launch(self, plan: StepPlan) -> TorchFlight:
+        """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
+        place = self._place = (self._place + 1) % DEPTH
+        layout = pack(plan, self._mail.plan_words[place])
+        landings = [self._mail.landed_words[place][: layout.num_emits]]
+        if plan.logprobs:
+            landings.append(self._mail.told_words[place][: layout.num_emits])
+        if plan.lane == SIDE:
+            num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
+            return TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, BLOCK_LAYERS), num_blocks)
+        flight = TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, None), 1)
+        flight.launch_block()
+        return flight
+
+    def warm_up_one(self) -> bool:
+        """Capture one more graph; return whether one was left. A side lane's only if it has missed some."""
+        graphs = self._graphs
+        shape = graphs.policy.next_idle(missed_only=not self._decodes) if graphs is not None else None
+        if graphs is None or shape is None:
+            return False
+        self._stream.launch("capture", partial(graphs.capture, shape))
+        self._stream.mark()  # so that it does not count as the next step's time
+        return True
+
+    def _step(self, plan: StepPlan, layout: Layout, place: int, block: int | None) -> Iterator[None]:
+        """Run a step, pausing behind each `block` layers where it is not one graph."""
+        graphs = self._graphs
+        shape = graphs.prepare(plan) if graphs is not None else None
+        if graphs is None or shape is None or shape.kind == "pieces":
+            yield from self._run(plan, layout, place, shape, block)
+        elif not graphs.replay_decode(shape, place, layout.num_rows):
+            yield from self._run(plan, layout, place, None, block)
+
+    def _run(
+        self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, block: int | None
+    ) -> Generator[None, None, None]:
+        """Run a step whose parts the host launches: its forward in `pieces`, or eagerly."""
+        graphs = self._graphs if pieces is not None else None
+        packed = self._mail.plans[place][: layout.used]
+        if self._kv.is_cuda:
+            packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
+        out = None if graphs is None or pieces is None else graphs.inputs(pieces, layout.num_rows, layout.num_emits)
+        inputs = build_inputs(packed, layout, self._rows, out)
+        self._rows.shapes.admit(plan.admissions, self._program.vocab_size, self._kv.device)
+        self._attention.plan(
+            AttentionRows(
+                num_decode=plan.num_decode,
+                seq_lens=inputs.seq_lens,
+                page_table=inputs.page_table,
+                starts=plan.starts,
+                counts=plan.counts,
+                chunk_pages=plan.chunk_pages,
+            )
+        )
+        if graphs is None or pieces is None:
+            forward = self._program.forward(self._lane.batch(inputs))
+            hidden_TC = yield from drive_in_blocks(forward, self._attention, block)
+        else:
+            hidden_TC = yield from graphs.run_pieces(pieces, layout.num_tokens, block)
+        if not layout.num_emits:
+            return
+        if layout.num_emits != layout.num_tokens:
+            hidden_TC = hidden_TC.index_select(0, inputs.emit_tokens)
+        logits_EV = self._program.logits(hidden_TC)
+        slots_E, positions_E, shapes = inputs.emit_slots, inputs.emit_positions, self._rows.shapes.rows
+        shaped_EV = shape_logits(logits_EV, shapes, slots_E, positions_E) if plan.shaped else logits_EV
+        tokens = sample(shaped_EV, self._rows, slots_E, positions_E, sampled_rows(packed, layout), plan.truncated)
+        settle_tokens(self._rows, slots_E, tokens)
+        if plan.shaped and shapes is not None:
+            shapes.note(slots_E, tokens)
+        self._mail.landings[place, : layout.num_emits].copy_(tokens, non_blocking=True)
+        if plan.logprobs:
+            self._mail.told[place, : layout.num_emits].copy_(told_words(logits_EV, tokens), non_blocking=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the mail takes."""
+        return self._mail.nbytes
 
     def statistics(self) -> GraphStatistics:
         """Return what graphs did so far: zeros without any."""

@@ -52,7 +52,7 @@ def opened(model: str | Path, **options: Any) -> Iterator[Parts]:
     try:
         yield parts
     finally:
-        parts.runner.close()
+        parts.own.close()
 
 
 class Listening:
@@ -73,9 +73,9 @@ class Listening:
 
 def step_through(parts: Parts, prompt: list[int], new: int) -> tuple[list[int], Tensor]:
     """Answer greedily, one step after the other; return the tokens and the logits behind each, [new, V]."""
-    runner, planner = parts.runner, parts.planner
-    listening = Listening(runner._program)
-    runner._program = listening
+    runner, planner = parts.own, parts.planner
+    listening = Listening(runner._main._program)
+    runner._main._program = listening
     planner.submit(Request(key=0, front=0, prompt=np.array(prompt, dtype=np.int32), limit=new))
     tokens: list[int] = []
 
@@ -87,14 +87,14 @@ def step_through(parts: Parts, prompt: list[int], new: int) -> tuple[list[int], 
             tokens.extend(settled.tokens.tolist())
 
     asyncio.run(run())
-    runner._program = listening._program
+    runner._main._program = listening._program
     return tokens, torch.cat(listening.heard).cpu()
 
 
 @torch.inference_mode()
 def reference(parts: Parts, tokens: list[int]) -> Tensor:
     """Return the logits behind every token of a text, by one forward in plain torch, [len, V]."""
-    program: Any = parts.runner._program
+    program: Any = parts.own._main._program
     count = len(tokens)
     pages = pages_for(count)
     kv = torch.zeros((pages, program.num_layers, 2, PAGE, program.num_kv_heads, program.head_dim), dtype=program.dtype)

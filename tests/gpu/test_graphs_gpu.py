@@ -7,7 +7,7 @@ import gc
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,16 +26,18 @@ from overlap.config import EngineConfig
 from overlap.graphs.driver import GraphDriver
 from overlap.graphs.lane import decode_step, part
 from overlap.graphs.policy import Shape
-from overlap.models.program import Batch, Forward
+from overlap.models.program import Attend, Batch, Forward
 from overlap.ops.attention import AttentionRows
 from overlap.runner import Runner
 from overlap.sample.sampler import SampleKind
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.request import Request
+from overlap.schedule.shaping import Shaping
 from overlap.state.inputs import build_inputs
 from overlap.state.mail import DEPTH
 from overlap.state.packing import pack
 from overlap.state.rows import SlotRows
+from overlap.state.shapes import ShapeRows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +53,11 @@ SMALL = {  # the head size and grouping of SmolLM2-135M
 PARAMS: tuple[dict[str, Any], ...] = (
     {}, {"temperature": 0.8}, {"temperature": 1.1, "top_k": 40}, {}, {"temperature": 1.0, "top_p": 0.9}, {},
 )  # fmt: skip
+SHAPED: tuple[dict[str, Any], ...] = (
+    {"shaping": Shaping(repetition_penalty=1.3, logit_bias=((9, 4.0),))},
+    *PARAMS[:3],
+    {"temperature": 1.0, "shaping": Shaping(frequency_penalty=0.5, presence_penalty=0.5, min_tokens=5, banned=(3,))},
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +75,12 @@ def opened(path: Path, **options: Any) -> Iterator[Parts]:
     try:
         yield parts
     finally:
-        parts.runner.close()
+        parts.own.close()
 
 
 def driver(runner: Runner) -> GraphDriver:
-    assert runner._graphs is not None, runner.explain()
-    return runner._graphs
+    assert runner._main._graphs is not None, runner.explain()
+    return runner._main._graphs
 
 
 def warm(runner: Runner) -> None:
@@ -95,7 +102,7 @@ def requests(count: int, seed: int) -> list[tuple[int, Request]]:
 
 def serve(parts: Parts, asked: list[tuple[int, Request]], aborts: dict[int, int]) -> dict[int, list[int]]:
     """Answer requests that come at their steps, two flights in the air; `aborts` has keys and when they are ended."""
-    planner, runner = parts.planner, parts.runner
+    planner, runner = parts.planner, parts.own
     answers: dict[int, list[int]] = {request.key: [] for _, request in asked}
 
     async def run() -> None:
@@ -120,15 +127,17 @@ def serve(parts: Parts, asked: list[tuple[int, Request]], aborts: dict[int, int]
     return answers
 
 
-def prefilled(parts: Parts, rows: int, prompt: Ints | None = None) -> StepPlan:
+def prefilled(
+    parts: Parts, rows: int, prompt: Ints | None = None, params: tuple[dict[str, Any], ...] = PARAMS
+) -> StepPlan:
     """Run some prompts (all different unless one is given); return the plan of the decode step behind, not launched."""
-    planner, runner = parts.planner, parts.runner
+    planner, runner = parts.planner, parts.own
     for key in range(rows):
         if prompt is not None:
             planner.submit(Request(key=key, front=0, prompt=prompt, limit=99))
             continue
         own = np.arange(7 * key, 10 * key + 20, dtype=np.int32)
-        planner.submit(Request(key=key, front=0, prompt=own, limit=99, seed=key, **PARAMS[key % len(PARAMS)]))
+        planner.submit(Request(key=key, front=0, prompt=own, limit=99, seed=key, **params[key % len(params)]))
 
     async def run() -> StepPlan:
         while True:
@@ -147,34 +156,48 @@ class State:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         torch.cuda.synchronize()
-        self._rows = {name: getattr(runner._rows, name).clone() for name in SlotRows.__slots__}
+        rows, shapes = runner._rows, runner._rows.shapes.rows
+        self._columns = [getattr(rows, name) for name in SlotRows.COLUMNS]
+        if shapes is not None:  # padding counts its tokens for the scratch slot, which nobody reads
+            self._columns += [getattr(shapes, name)[:-1] for name in ShapeRows.__slots__]
+        self._rows = [column.clone() for column in self._columns]
         self._kv = runner._kv.clone()
 
     def restore(self) -> None:
         with torch.inference_mode():
-            for name, column in self._rows.items():
-                getattr(self._runner._rows, name).copy_(column)
+            for column, before in zip(self._columns, self._rows, strict=True):
+                column.copy_(before)
             self._runner._kv.copy_(self._kv)
         torch.cuda.synchronize()
 
     def equals(self, other: State) -> bool:
-        same = all(torch.equal(column, other._rows[name]) for name, column in self._rows.items())
+        same = all(torch.equal(mine, theirs) for mine, theirs in zip(self._rows, other._rows, strict=True))
         return same and torch.equal(self._kv, other._kv)
+
+
+def finish(blocks: Generator[None, None, Tensor]) -> Tensor:
+    """Run a forward in blocks to its end."""
+    try:
+        while True:
+            next(blocks)
+    except StopIteration as end:
+        hidden: Tensor = end.value
+        return hidden
 
 
 def on_stream(runner: Runner, call: Callable[[], Any]) -> Any:
     """Call something in the runner's stream, wait for it, and raise what it raised."""
     results: list[Any] = []
-    runner._stream.launch("test", lambda: results.append(call()))
+    runner._main._stream.launch("test", lambda: results.append(call()))
     torch.cuda.synchronize()
-    asyncio.run(runner._stream.wait_reached(runner._stream.mark()))
+    asyncio.run(runner._main._stream.wait_reached(runner._main._stream.mark()))
     return results[0]
 
 
 def compare_with_a_graph(parts: Parts, plan: StepPlan, kind: SampleKind, size: int) -> None:
     """Run a decode step by its calls, capture it, run it by the graph; compare tokens, slots and KV."""
-    runner, rows, place = parts.runner, plan.num_rows, plan.number % DEPTH
-    graphs, lane, shape = driver(runner), runner._lane, Shape(kind, size)
+    runner, rows, place = parts.own, plan.num_rows, plan.number % DEPTH
+    graphs, lane, shape = driver(runner), runner._main._lane, Shape(kind, size)
     landed, before = lane.mail.landed_words[place], State(runner)
 
     def eager() -> None:
@@ -202,22 +225,27 @@ def test_a_graph_does_bit_for_bit_what_its_calls_do_when_they_are_made_one_by_on
 ) -> None:
     with opened(small) as parts:
         plan = prefilled(parts, rows)
-        pack(plan, parts.runner._lane.mail.plan_words[plan.number % DEPTH])
+        pack(plan, parts.own._main._lane.mail.plan_words[plan.number % DEPTH])
         kinds: tuple[SampleKind, ...] = ("greedy", "sampled", "truncated")
         for kind in kinds:
             compare_with_a_graph(parts, plan, kind, size)
+    with opened(small) as parts:
+        plan = prefilled(parts, rows, params=SHAPED)
+        assert plan.shaped
+        pack(plan, parts.own._main._lane.mail.plan_words[plan.number % DEPTH])
+        compare_with_a_graph(parts, plan, "shaped", size)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_pieces_give_the_hidden_states_of_the_same_padded_forward_bit_for_bit(small: Path, dtype: str) -> None:
     with opened(small, dtype=dtype) as parts:
-        runner, planner = parts.runner, parts.planner
+        runner, planner = parts.own, parts.planner
         for key, length in enumerate((20, 1, 33)):
             planner.submit(Request(key=key, front=0, prompt=np.arange(length, dtype=np.int32) + key, limit=5))
         plan = planner.plan()
         assert plan is not None
         assert plan.num_tokens == 54
-        graphs, lane, shape = driver(runner), runner._lane, Shape("pieces", 64)
+        graphs, lane, shape = driver(runner), runner._main._lane, Shape("pieces", 64)
         layout = pack(plan, lane.mail.plan_words[0])
         assert on_stream(runner, lambda: graphs.capture(shape)), runner.explain()
 
@@ -235,13 +263,14 @@ def test_pieces_give_the_hidden_states_of_the_same_padded_forward_bit_for_bit(sm
                     chunk_pages=plan.chunk_pages,
                 )
             )
-            in_pieces = graphs.run_pieces(shape, plan.num_tokens).clone()
+            in_pieces = finish(graphs.run_pieces(shape, plan.num_tokens)).clone()
             kv = lane.kv.clone()
             forward = lane.program.forward(lane.batch(inputs))
             answer = torch.zeros(64, 9 * 64, dtype=lane.kv.dtype, device="cuda")
             try:
                 joint = next(forward)
                 while True:
+                    assert isinstance(joint, Attend)
                     answer = torch.zeros_like(answer)
                     lane.attention.attend(joint.layer, joint.q_THD[: plan.num_tokens], answer[: plan.num_tokens])
                     joint = forward.send(answer)
@@ -261,7 +290,7 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
     answers, statistics = [], []
     for replays in (True, False):
         with opened(small, kv_cache=1000) as parts:  # few pages: some requests are preempted
-            runner, graphs = parts.runner, driver(parts.runner)
+            runner, graphs = parts.own, driver(parts.own)
             warm(runner)
 
             def eager(shape: Shape, place: int, num_rows: int, graphs: GraphDriver = graphs) -> bool:
@@ -292,8 +321,8 @@ def test_in_float32_graphs_change_no_token_of_a_whole_engine(small: Path) -> Non
         with opened(small, dtype="float32", kv_cache=1000, graphs=graphs) as parts:
             answers.append(serve(parts, requests(48, 2), {5: 30}))
             if graphs:
-                assert parts.runner.statistics().piecewise_replays > 20, parts.runner.explain()
-                assert "takes its sizes from the host" in parts.runner.explain()[0]
+                assert parts.own.statistics().piecewise_replays > 20, parts.own.explain()
+                assert "takes its sizes from the host" in parts.own.explain()[0]
     assert answers[0] == answers[1]
 
 
@@ -329,10 +358,10 @@ class Listening:
 def test_tokens_drawn_under_a_graph_have_the_exact_probabilities(small: Path, kind: SampleKind) -> None:
     rounds, rows, top_k, size = 200, 32, 30, 512
     with opened(small, token_budget=2048, prefix_cache=False) as parts:
-        runner = parts.runner
+        runner = parts.own
         plan = prefilled(parts, rows, prompt=np.arange(1, 40, dtype=np.int32))
         assert (plan.starts == 39).all(), "all are in the same place of the same text"
-        lane, graphs, place = runner._lane, driver(runner), plan.number % DEPTH
+        lane, graphs, place = runner._main._lane, driver(runner), plan.number % DEPTH
         pack(plan, lane.mail.plan_words[place])
         with torch.inference_mode():
             lane.rows.last_token.fill_(int(lane.rows.last_token[int(plan.slots[0])]))
@@ -374,7 +403,7 @@ def test_tokens_drawn_under_a_graph_have_the_exact_probabilities(small: Path, ki
 
 def test_nothing_between_plan_and_launch_waits_for_the_device_not_even_a_capture(small: Path) -> None:
     with opened(small) as parts:
-        runner: Any = parts.runner
+        runner: Any = parts.own
         launch, warm_up_one = runner.launch, runner.warm_up_one
 
         def watched(call: Any, *arguments: Any) -> Any:
@@ -413,6 +442,7 @@ class Stumbling:
         forward: Forward = self._program.forward(batch)
         joint = next(forward)
         while True:
+            assert isinstance(joint, Attend)
             if torch.cuda.is_current_stream_capturing():
                 torch.cuda.synchronize()
             answer = yield joint
@@ -427,7 +457,7 @@ def test_a_capture_that_fails_leaves_the_engine_eager_and_able_to_capture_others
     with opened(small, graphs=False) as parts:
         expected = serve(parts, requests(8, 6), {})
     with opened(small) as parts:
-        runner, graphs = parts.runner, driver(parts.runner)
+        runner, graphs = parts.own, driver(parts.own)
         lane = graphs._lane
         graphs._lane = replace(lane, program=Stumbling(lane.program))
         for _ in range(2):  # a third failure would end the captures of this kind
@@ -465,7 +495,7 @@ async def test_idle_moments_capture_everything_and_disturb_neither_requests_nor_
                 pass
             assert len(out.token_ids) == 6, "the first answer does not wait for the captures"
             for _ in range(600):
-                if runner._graphs.policy.next_idle() is None:
+                if runner._main._graphs.policy.next_idle() is None:
                     break
                 await asyncio.sleep(0.1)
             before = runner.statistics()
@@ -486,9 +516,9 @@ def test_graphs_give_their_memory_back(small: Path) -> None:
     levels = []
     for _ in range(4):
         with opened(small, kv_cache=65536, max_rows=64, token_budget=1024) as parts:
-            warm(parts.runner)
+            warm(parts.own)
             serve(parts, requests(8, 7), {})
-            pool = parts.runner.statistics().pool_bytes
+            pool = parts.own.statistics().pool_bytes
             assert pool > 0
         del parts
         gc.collect()

@@ -15,10 +15,13 @@ from overlap.ops import activation, norm, rope
 from overlap.ops.attention import Attention, AttentionRows, TorchAttention, choose_attention
 from overlap.sample import philox
 from overlap.sample.sampler import sample
+from overlap.sample.shaping import shape_logits, told_words
 from overlap.schedule.plan import Admission, StepPlan
+from overlap.schedule.shaping import Shaped, Shaping
 from overlap.state.inputs import StepInputs, build_inputs, settle_tokens
 from overlap.state.packing import capacity, pack
 from overlap.state.rows import SlotRows
+from overlap.state.shapes import ShapeRows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -214,7 +217,7 @@ def test_inputs_and_rows_are_those_of_the_cpu_bit_for_bit() -> None:
         settle_tokens(host, expected.emit_slots, tokens.cpu())
         for name in StepInputs.__slots__:
             assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), name
-        for name in SlotRows.__slots__:
+        for name in SlotRows.COLUMNS:
             assert torch.equal(getattr(device, name).cpu(), getattr(host, name)), name
 
 
@@ -246,7 +249,7 @@ def test_sampled_tokens_are_those_of_the_cpu_alone_and_in_a_batch_and_nothing_wa
         host.min_p[slot] = (0.0, 0.0, 0.0, 0.0, 0.02)[slot % 5]
         host.seed_lo[slot] = slot * 77
     device = SlotRows(num_rows, 1, "cuda")
-    for name in SlotRows.__slots__:
+    for name in SlotRows.COLUMNS:
         getattr(device, name).copy_(getattr(host, name))
     slots = torch.arange(num_rows, dtype=torch.int32)
     sampled = torch.tensor([slot for slot in range(num_rows) if slot % 3], dtype=torch.int32)
@@ -266,3 +269,37 @@ def test_sampled_tokens_are_those_of_the_cpu_alone_and_in_a_batch_and_nothing_wa
         tokens = sample(broken, device, there[1], there[1], there[2], True)
         assert torch.equal(tokens[6:], got[6:])
         assert bool(((tokens >= 0) & (tokens < vocabulary)).all())
+
+
+def test_shaped_logits_and_log_probabilities_are_those_of_the_cpu() -> None:
+    torch.manual_seed(7)
+    vocabulary, slots = 5000, torch.tensor([2, 0, 1], dtype=torch.int32)
+    positions = torch.tensor([9, 40, 3], dtype=torch.int32)
+    logits, mask = torch.randn(3, vocabulary) * 4, torch.randint(-(2**31), 2**31, (3, 157)).int()
+    drafted = torch.tensor([[5, 5], [-1, -1], [7, -1]], dtype=torch.int32)
+    shapings = (
+        Shaping(repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-0.3),
+        Shaping(logit_bias=tuple((token, token / 50) for token in range(1000)), min_tokens=4, banned=(5, 7)),
+        None,
+    )
+    tokens = np.arange(40, dtype=np.int32) % 7
+    shaped = [None if one is None else Shaped(shaping=one, tokens=tokens, made=30) for one in shapings]
+    admissions = [
+        Admission(slot=slot, start=0, temperature=0, top_k=0, top_p=1, min_p=0, seed=0, shaped=one)
+        for slot, one in enumerate(shaped)
+    ]
+    results = []
+    for device in ("cpu", "cuda"):
+        shapes = ShapeRows(3, vocabulary, torch.device(device))
+        shapes.admit(admissions)
+        shapes.note(slots.to(device), torch.tensor([1, 2, 3], device=device))
+        out = shape_logits(
+            logits.to(device), shapes, slots.to(device), positions.to(device),
+            drafted_NK=drafted.to(device), allowed_NB=mask.to(device),
+        )  # fmt: skip
+        told = told_words(logits.to(device), slots.to(device))
+        results.append((out.cpu(), told.cpu()))
+    (cpu, cpu_told), (cuda, cuda_told) = results
+    torch.testing.assert_close(cuda, cpu, rtol=1e-6, atol=1e-6)
+    assert torch.equal(cuda_told[:, 1:21], cpu_told[:, 1:21])
+    torch.testing.assert_close(cuda_told[:, 21:].view(torch.float32), cpu_told[:, 21:].view(torch.float32))

@@ -22,12 +22,12 @@ from overlap.graphs.driver import GraphDriver
 from overlap.graphs.lane import decode_step, part
 from overlap.graphs.pieces import rehearse
 from overlap.graphs.policy import Policy, Shape
-from overlap.models.program import Batch
+from overlap.models.program import Attend, Batch
 from overlap.ops.attention import Attention
 from overlap.schedule.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 PARAMS: tuple[dict[str, Any], ...] = (
     {}, {"temperature": 0.8}, {"temperature": 1.1, "top_k": 40}, {}, {"temperature": 1.0, "top_p": 0.9}, {},
@@ -53,11 +53,13 @@ class RepeatedPieces:
         self._driver = driver
         self._batch = batch
 
-    def run(self, attention: Attention, num_tokens: int) -> Tensor:
+    def run(self, attention: Attention, num_tokens: int, block: int | None = None) -> Generator[None, None, Tensor]:
+        yield from ()
         forward = self._driver._lane.program.forward(self._batch)
         try:
             joint = next(forward)
             while True:
+                assert isinstance(joint, Attend)
                 answer_TX = torch.zeros(joint.q_THD.shape[0], joint.q_THD[0].numel())
                 attention.attend(joint.layer, joint.q_THD[:num_tokens], answer_TX[:num_tokens])
                 joint = forward.send(answer_TX)
@@ -108,20 +110,20 @@ def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096) -> Iterator[
     """Parts on the CPU; `whole` says whether decode steps get graphs of their own, None means no graphs at all."""
     options: dict[str, Any] = {"max_rows": 8, "token_budget": 64, "kv_cache": kv_cache}
     parts = assemble(EngineConfig(model=str(path), device="cpu", dtype="float32", **options))
-    runner = parts.runner
+    runner = parts.own
     try:
         if whole is not None:
             policy = Policy(row_buckets(8) if whole else (), token_buckets(64, smallest=16 if whole else 1))
-            runner._graphs = RepeatingDriver(runner._lane, policy, max_tokens=64, max_rows=8)
+            runner._main._graphs = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
         yield parts
     finally:
-        parts.runner.close()
+        parts.own.close()
 
 
 def serve(parts: Parts, seed: int, *, warm: bool = False) -> dict[int, list[int]]:
     """Answer requests that come and go, with two flights in the air as in the loop."""
     chance = random.Random(seed)
-    planner, runner = parts.planner, parts.runner
+    planner, runner = parts.planner, parts.own
     arrivals: dict[int, list[Request]] = {}
     answers: dict[int, list[int]] = {}
     for key in range(20):
@@ -164,37 +166,37 @@ def test_answers_are_those_of_eager_steps_while_requests_come_go_and_are_preempt
     for whole, warm in ((True, False), (True, True), (False, False)):
         with opened(tiny_llama_dir, whole=whole, kv_cache=320) as parts:
             assert serve(parts, seed, warm=warm) == expected
-            statistics = parts.runner.statistics()
-            assert statistics.capture_failures == 0, parts.runner.explain()
+            statistics = parts.own.statistics()
+            assert statistics.capture_failures == 0, parts.own.explain()
             assert (statistics.full_replays > 10) == whole
             assert statistics.piecewise_replays > 3
             assert statistics.eager_steps > 0
             assert statistics.padded_tokens > 0
-            assert any("first use of its size" in line for line in parts.runner.explain())
+            assert any("first use of its size" in line for line in parts.own.explain())
 
 
 def test_graphs_that_cannot_be_captured_or_are_lost_change_no_answer(tiny_llama_dir: Path) -> None:
     with opened(tiny_llama_dir, whole=None) as parts:
         expected = serve(parts, 3)
     with opened(tiny_llama_dir, whole=True) as parts:
-        driver: Any = parts.runner._graphs
+        driver: Any = parts.own._main._graphs
         driver.refuses = (Shape("truncated", 4), Shape("truncated", 8))
         driver.loses = (Shape("sampled", 8),)
         assert serve(parts, 3, warm=True) == expected
-        explained = "\n".join(parts.runner.explain())
-        assert parts.runner.statistics().capture_failures > 0
+        explained = "\n".join(parts.own.explain())
+        assert parts.own.statistics().capture_failures > 0
         assert "CaptureError: no" in explained
         assert "steps without a graph" in explained
 
 
 def test_every_graph_is_captured_in_idle_moments_and_then_nothing_is_left(tiny_llama_dir: Path) -> None:
     with opened(tiny_llama_dir, whole=True) as parts:
-        runner, count = parts.runner, 0
-        driver: Any = runner._graphs
+        runner, count = parts.own, 0
+        driver: Any = runner._main._graphs
         while driver.policy.next_idle() is not None:
             before = runner.statistics().captures
             assert runner.warm_up_one()
-            asyncio.run(runner._stream.wait_reached(runner._stream.mark()))
+            asyncio.run(runner._main._stream.wait_reached(runner._main._stream.mark()))
             count += 1
             assert runner.statistics().captures == before + 1
         assert count == 2 * len(row_buckets(8)) + len(token_buckets(64))

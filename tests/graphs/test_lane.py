@@ -18,9 +18,11 @@ from overlap.graphs.pieces import answer_buffers, rehearse
 from overlap.graphs.policy import decode_kind
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.request import Request
+from overlap.schedule.shaping import Shaping
 from overlap.state.mail import DEPTH, EMPTY
 from overlap.state.packing import pack
 from overlap.state.rows import SlotRows
+from overlap.state.shapes import ShapeRows
 
 ASKED: tuple[dict[str, Any], ...] = (
     {},
@@ -28,6 +30,12 @@ ASKED: tuple[dict[str, Any], ...] = (
     {"temperature": 1.2, "top_k": 9, "seed": 4},
     {"temperature": 1.0, "top_p": 0.8, "min_p": 0.01, "seed": 5},
     {},
+)
+SHAPED: tuple[dict[str, Any], ...] = (
+    {"shaping": Shaping(repetition_penalty=1.4, logit_bias=((7, 9.0),))},
+    *ASKED[1:3],
+    {"temperature": 0.9, "seed": 8, "shaping": Shaping(frequency_penalty=1.5, presence_penalty=0.5)},
+    {"shaping": Shaping(min_tokens=9, banned=(1, 7, 30), logit_bias=((30, 50.0),)), "stop_ids": (30,)},
 )
 
 
@@ -39,9 +47,9 @@ class Replaying:
     """Runs the decode steps of a runner by `decode_step`, with `padding` more rows than they have."""
 
     def __init__(self, parts: Parts, padding: int) -> None:
-        self._runner = parts.runner
+        self._runner = parts.own
         self._padding = padding
-        self._inputs = self._runner._lane.static_inputs(64, 64)
+        self._inputs = self._runner._main._lane.static_inputs(64, 64)
         self.replayed = 0
 
     async def run(self, plan: StepPlan) -> Ints:
@@ -49,7 +57,7 @@ class Replaying:
         if kind is None or kind == "pieces":
             return await self._runner.launch(plan).wait_landed()
         self.replayed += 1
-        lane, place = self._runner._lane, plan.number % DEPTH
+        lane, place = self._runner._main._lane, plan.number % DEPTH
         pack(plan, lane.mail.plan_words[place])
         lane.mail.turn.fill_(place)
         size = plan.num_rows + self._padding
@@ -70,7 +78,7 @@ def answer(parts: Parts, asked: tuple[dict[str, Any], ...], padding: int) -> tup
             plan = parts.planner.plan()
             assert plan is not None
             if padding < 0:
-                tokens = await parts.runner.launch(plan).wait_landed()
+                tokens = await parts.own.launch(plan).wait_landed()
             else:
                 tokens = await replaying.run(plan)
             settled = parts.planner.settle(plan, tokens)
@@ -81,17 +89,17 @@ def answer(parts: Parts, asked: tuple[dict[str, Any], ...], padding: int) -> tup
     return answers, replaying.replayed
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("asked", [ASKED[:1], ASKED[:2], ASKED, SHAPED])
 def test_a_replayed_step_gives_the_tokens_of_a_launched_one_whatever_its_padding(
-    tiny_llama_dir: Path, count: int
+    tiny_llama_dir: Path, asked: tuple[dict[str, Any], ...]
 ) -> None:
     expected = None
     for padding in (-1, 0, 1, 7):
         parts = opened(tiny_llama_dir)
         try:
-            answers, replayed = answer(parts, ASKED[:count], padding)
+            answers, replayed = answer(parts, asked, padding)
         finally:
-            parts.runner.close()
+            parts.own.close()
         expected = expected or answers
         assert answers == expected
         assert (replayed > 15) == (padding >= 0)
@@ -100,28 +108,32 @@ def test_a_replayed_step_gives_the_tokens_of_a_launched_one_whatever_its_padding
 def test_a_run_with_nothing_but_padding_changes_no_slot_and_no_page(tiny_llama_dir: Path) -> None:
     parts = opened(tiny_llama_dir)
     try:
-        lane = parts.runner._lane
-        answer(parts, ASKED, -1)
-        before = {name: getattr(lane.rows, name).clone() for name in SlotRows.__slots__}
+        lane = parts.own._main._lane
+        answer(parts, SHAPED, -1)
+        shapes = lane.rows.shapes.rows
+        assert shapes is not None
+        columns = {name: getattr(lane.rows, name) for name in SlotRows.COLUMNS}
+        columns |= {name: getattr(shapes, name)[:-1] for name in ShapeRows.__slots__}
+        before = {name: column.clone() for name, column in columns.items()}
         kv = lane.kv.clone()
         inputs = lane.static_inputs(16, 16)
-        for kind in ("greedy", "sampled", "truncated"):
+        for kind in ("greedy", "sampled", "truncated", "shaped"):
             lane.mail.turn.fill_(EMPTY)
             decode_step(lane, part(inputs, 8, 8, 8), kind)
         inputs.kv_index.fill_(-1)
         rehearse(lane.program, lane.batch(inputs), answer_buffers(lane.program, 16, lane.kv))
         assert torch.equal(lane.kv, kv)
         for name, column in before.items():
-            assert torch.equal(getattr(lane.rows, name), column), name
+            assert torch.equal(columns[name], column), name
     finally:
-        parts.runner.close()
+        parts.own.close()
 
 
 def test_a_cpu_engine_has_no_graphs_and_says_so(tiny_llama_dir: Path) -> None:
     parts = opened(tiny_llama_dir)
     try:
-        assert parts.runner.explain() == ("graphs: none on a CPU",)
-        assert parts.runner.warm_up_one() is False
-        assert parts.runner.statistics().full_replays == 0
+        assert parts.own.explain() == ("graphs: none on a CPU",)
+        assert parts.own.warm_up_one() is False
+        assert parts.own.statistics().full_replays == 0
     finally:
-        parts.runner.close()
+        parts.own.close()

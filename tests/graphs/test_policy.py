@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from overlap.cache.pages import Ints
@@ -39,6 +41,8 @@ def test_the_kind_of_a_decode_step_is_what_its_rows_ask_for_at_most() -> None:
     assert decode_kind(plan(3)) == "greedy"
     assert decode_kind(plan(3, sampled=1)) == "sampled"
     assert decode_kind(plan(3, sampled=2, truncated=True)) == "truncated"
+    assert decode_kind(replace(plan(3, sampled=2, truncated=True), shaped=True)) == "shaped"
+    assert decode_kind(replace(plan(3), logprobs=True)) is None
     assert decode_kind(plan(3, prompt=4)) is None
     assert decode_kind(plan(3, admits=True)) is None
 

@@ -86,7 +86,7 @@ def compare_kernels(chance: random.Random) -> None:
         kind.settle_decode(mail, rows, torch.arange(100, 100 + size))
         results.append((rows, mail, out))
     (rows, mail, out), (other_rows, other_mail, other_out) = results
-    for name in SlotRows.__slots__:
+    for name in SlotRows.COLUMNS:
         assert torch.equal(getattr(rows, name), getattr(other_rows, name)), name
     for name in ("packed", "landings", "turn"):
         assert torch.equal(getattr(mail, name), getattr(other_mail, name)), name
@@ -130,7 +130,7 @@ def test_a_replayed_step_does_what_a_launched_one_does_and_its_padding_does_noth
         for name in StepInputs.__slots__:
             if name != "emit_tokens":  # every row emits
                 assert torch.equal(getattr(out, name)[:num_rows], getattr(expected, name)), name
-        for name in SlotRows.__slots__:
+        for name in SlotRows.COLUMNS:
             assert torch.equal(getattr(own, name), getattr(rows, name)), name
         padding = slice(num_rows, size)
         assert (out.kv_index[padding] == -1).all()
@@ -150,7 +150,7 @@ def test_the_empty_plan_changes_nothing_but_the_turn() -> None:
     replay.take_plan(mail, rows)
     replay.build_decode_inputs(mail.packed, rows, out)
     replay.settle_decode(mail, rows, torch.arange(8))
-    for name in SlotRows.__slots__:
+    for name in SlotRows.COLUMNS:
         assert torch.equal(getattr(rows, name), getattr(before, name)), name
     assert (out.kv_index == -1).all()
     assert mail.landings.count_nonzero() == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -67,19 +68,28 @@ class PagePool:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """`slot` and `pages` may be used again once `step` has been settled, and `node` of the prefix tree let go."""
+    """`slot` and `pages` may be used again once `step` has been settled, and `node` of the prefix tree let go.
+
+    `side` is a step of the other lane that has to be settled too; 0 for none.
+    """
 
     step: int
     slot: int
     pages: Ints
     node: Node | None = None
+    side: int = 0
 
 
 class Fences:
-    """What waits for a step to be settled, in the order of those steps."""
+    """What waits for a step to be settled, in the order of those steps.
+
+    Steps of one lane are settled in order, steps of two lanes are not: a fence that waits for both waits for the main
+    lane's first, then for the side lane's.
+    """
 
     def __init__(self) -> None:
         self._fifo: deque[Fence] = deque()
+        self._side_fifo: deque[Fence] = deque()
         self._num_pages = 0
 
     @property
@@ -88,21 +98,28 @@ class Fences:
         return self._num_pages
 
     def __len__(self) -> int:
-        return len(self._fifo)
+        return len(self._fifo) + len(self._side_fifo)
 
     def __iter__(self) -> Iterator[Fence]:
-        return iter(self._fifo)
+        return chain(self._fifo, self._side_fifo)
 
     def put(self, fence: Fence) -> None:
-        """Let slot and pages wait until `fence.step` has been settled."""
+        """Let slot and pages wait until `fence.step`, and `fence.side` if there is one, have been settled."""
         if self._fifo and fence.step < self._fifo[-1].step:
             raise InternalError(f"a fence at step {fence.step} was put behind one at step {self._fifo[-1].step}")
         self._fifo.append(fence)
         self._num_pages += len(fence.pages)
 
-    def pass_step(self, settled: int) -> Iterator[Fence]:
-        """Hand out, once each, the fences whose step is no later than `settled`."""
+    def pass_step(self, settled: int, side_settled: int = 0) -> Iterator[Fence]:
+        """Hand out, once each, the fences whose steps are no later than what is settled in the two lanes."""
         while self._fifo and self._fifo[0].step <= settled:
             fence = self._fifo.popleft()
+            if fence.side > side_settled:
+                self._side_fifo.append(fence)
+                continue
+            self._num_pages -= len(fence.pages)
+            yield fence
+        while self._side_fifo and self._side_fifo[0].side <= side_settled:
+            fence = self._side_fifo.popleft()
             self._num_pages -= len(fence.pages)
             yield fence

@@ -104,9 +104,9 @@ class PageStore:
         """Let a slot, its own pages and what it reads wait until the fence's step has been settled."""
         self._fences.put(fence)
 
-    def pass_step(self, settled: int) -> Iterator[int]:
-        """Take back what waited for a step up to `settled`; yield each slot that is free now."""
-        for fence in self._fences.pass_step(settled):
+    def pass_step(self, settled: int, side_settled: int = 0) -> Iterator[int]:
+        """Take back what waited for steps up to those of the two lanes; yield each slot that is free now."""
+        for fence in self._fences.pass_step(settled, side_settled):
             self._pool.give(fence.pages)
             self.release(fence.node)
             yield fence.slot

@@ -8,7 +8,8 @@ launched while step N runs, by the same graph too. What the host writes and read
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class GraphStatistics:
     capture_seconds: float = 0.0
     pool_bytes: int = 0
     """Device memory of the graphs' pool."""
+
+    def __add__(self, other: GraphStatistics) -> GraphStatistics:
+        """Return the figures of two lanes together."""
+        return GraphStatistics(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
 class GraphDriver:
@@ -91,11 +96,14 @@ class GraphDriver:
         """Return where the inputs of a step in pieces are to be built."""
         return part(self._inputs, shape.size, num_rows, num_emits)
 
-    def run_pieces(self, shape: Shape, num_tokens: int) -> Tensor:
-        """Enqueue a forward in pieces; return the hidden states [num_tokens, C], to be used before the next step."""
+    def run_pieces(self, shape: Shape, num_tokens: int, block: int | None = None) -> Generator[None, None, Tensor]:
+        """Enqueue a forward in pieces; return the hidden states [num_tokens, C], to be used before the next step.
+
+        Pauses behind each `block` joints; nothing else of this driver may be launched meanwhile.
+        """
         self._piecewise += 1
         self._padded_tokens += shape.size - num_tokens
-        return self._pieces[shape].run(self._lane.attention, num_tokens)
+        return self._pieces[shape].run(self._lane.attention, num_tokens, block)
 
     @torch.inference_mode()
     def capture(self, shape: Shape) -> bool:

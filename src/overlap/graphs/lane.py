@@ -80,4 +80,6 @@ def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
     else:
         logits_EV = lane.program.logits(hidden_TC)
         tokens = sample_all(logits_EV, lane.rows, inputs.emit_slots, inputs.emit_positions, kind)
+    if kind == "shaped" and lane.rows.shapes.rows is not None:
+        lane.rows.shapes.rows.note(inputs.emit_slots, tokens)
     settle_decode(lane.mail, lane.rows, tokens)

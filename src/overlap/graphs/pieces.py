@@ -7,12 +7,14 @@ will be. Two such buffers take turns, for attention may start to write while the
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from overlap.graphs.capture import Graph, Place, Recorder
+from overlap.graphs.eager import next_attend
 from overlap.models.program import Batch, Program
 from overlap.ops.attention import Attention
 
@@ -33,10 +35,15 @@ class Pieces:
         """The bucket."""
         return self.hidden_TC.shape[0]
 
-    def run(self, attention: Attention, num_tokens: int) -> Tensor:
-        """Enqueue a forward whose first `num_tokens` tokens are real; return their hidden states."""
+    def run(self, attention: Attention, num_tokens: int, block: int | None = None) -> Generator[None, None, Tensor]:
+        """Enqueue a forward whose first `num_tokens` tokens are real; return their hidden states.
+
+        Pauses behind each `block` joints but the last; None for no pause.
+        """
         last = len(self.joints)
-        for graph, (layer, q_THD, answer_TX) in zip(self.graphs[:last], self.joints, strict=True):
+        for number, (graph, (layer, q_THD, answer_TX)) in enumerate(zip(self.graphs[:last], self.joints, strict=True)):
+            if block is not None and number and number % block == 0:
+                yield
             graph.launch()
             attention.attend(layer, q_THD[:num_tokens], answer_TX[:num_tokens])
         self.graphs[last].launch()
@@ -64,9 +71,10 @@ def rehearse(program: Program, batch: Batch, answers: tuple[Tensor, Tensor]) -> 
     forward = program.forward(batch)
     number = 0
     try:
-        next(forward)
+        joint = next(forward)
         while True:
-            forward.send(answers[number % 2][: len(batch.token_ids)])
+            next_attend(forward, joint)
+            joint = forward.send(answers[number % 2][: len(batch.token_ids)])
             number += 1
     except StopIteration:
         return
@@ -82,14 +90,14 @@ def record(program: Program, batch: Batch, answers: tuple[Tensor, Tensor], recor
         with recorder.recording():
             recorder.begin()
             try:
-                joint = next(forward)
+                attend = next_attend(forward, next(forward))
                 while True:
                     graphs.append(recorder.end())
                     answer_TX = answers[len(joints) % 2][: len(batch.token_ids)]
-                    joints.append((joint.layer, Place(joint.q_THD), answer_TX))
-                    del joint  # the queries' memory is to serve the next layers
+                    joints.append((attend.layer, Place(attend.q_THD), answer_TX))
+                    del attend  # the queries' memory is to serve the next layers
                     recorder.begin()
-                    joint = forward.send(answer_TX)
+                    attend = next_attend(forward, forward.send(answer_TX))
             except StopIteration as end:
                 graphs.append(recorder.end())
                 hidden = Place(end.value)

@@ -17,7 +17,7 @@ from typing import Final, Literal, TypeAlias
 from overlap.graphs.buckets import bucket_for
 from overlap.schedule.plan import StepPlan
 
-Kind: TypeAlias = Literal["greedy", "sampled", "truncated", "pieces"]
+Kind: TypeAlias = Literal["greedy", "sampled", "truncated", "shaped", "pieces"]
 """A whole decode step, by what its rows ask of the sampler (see `sample_all`), or a forward in pieces."""
 SECOND_USE: Final = 2
 PATIENCE: Final = 16
@@ -30,6 +30,7 @@ _SERVES: Final[dict[Kind, tuple[Kind, ...]]] = {
     "greedy": ("greedy", "sampled"),
     "sampled": ("sampled",),
     "truncated": ("truncated",),
+    "shaped": ("shaped",),
     "pieces": ("pieces",),
 }
 """Whose graphs may run a step, the best first; by rows that are greedy a graph that samples gives the same tokens."""
@@ -55,9 +56,11 @@ class Decision:
 
 
 def decode_kind(plan: StepPlan) -> Kind | None:
-    """Return the kind of decode graph that runs a plan; None for a plan with prompt chunks or admissions."""
-    if plan.num_decode != plan.num_rows or plan.admissions:
+    """Return the kind of decode graph that runs a plan; None for prompt chunks, admissions and log-probabilities."""
+    if plan.num_decode != plan.num_rows or plan.admissions or plan.logprobs:
         return None
+    if plan.shaped:
+        return "shaped"
     if not len(plan.sampled):
         return "greedy"
     return "truncated" if plan.truncated else "sampled"
@@ -73,6 +76,7 @@ class Policy:
             "greedy": rows,
             "pieces": tokens,
             "truncated": rows,
+            "shaped": rows,
         }
         self._captured: dict[Kind, list[int]] = {kind: [] for kind in self._buckets}
         self._missed: Counter[Shape] = Counter()
@@ -122,16 +126,16 @@ class Policy:
     def _may_capture(self, shape: Shape) -> bool:
         return shape not in self._failed and sum(failed.kind == shape.kind for failed in self._failed) < GIVE_UP
 
-    def next_idle(self) -> Shape | None:
-        """Return what to capture in an idle moment, or None if all that is of use is there."""
+    def next_idle(self, *, missed_only: bool = False) -> Shape | None:
+        """Return what to capture in an idle moment, or None if all that is of use (or was missed) is there."""
         missed = [shape for shape, _ in self._missed.most_common() if shape.size not in self._captured[shape.kind]]
         wanted = next((shape for shape in missed if self._may_capture(shape)), None)
-        if wanted is not None:
+        if wanted is not None or missed_only:
             return wanted
-        filtered = any(shape.kind == "truncated" for shape in self._missed)
+        asked = {shape.kind for shape in self._missed}
         for kind, sizes in self._buckets.items():
-            if kind == "truncated" and not filtered:
-                continue  # sorting is dear to capture, and few ask for it
+            if kind in ("truncated", "shaped") and kind not in asked:
+                continue  # sorting is dear to capture, and few ask for it; nobody has asked for the memory of shaping
             for size in reversed(sizes):
                 if size not in self._captured[kind] and self._may_capture(Shape(kind, size)):
                     return Shape(kind, size)

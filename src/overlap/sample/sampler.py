@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from overlap.sample.philox import gumbel
+from overlap.sample.shaping import shape_logits
 from overlap.state.rows import SlotRows
 
-SampleKind: TypeAlias = Literal["greedy", "sampled", "truncated"]
-"""What the rows of a step ask for at most: nothing, a temperature, or a filter (top-k, top-p, min-p)."""
+SampleKind: TypeAlias = Literal["greedy", "sampled", "truncated", "shaped"]
+"""What the rows of a step ask for at most: nothing, a temperature, a filter (top-k, top-p, min-p), other logits."""
 COLDEST: Final = 1e-20
 """Temperatures under this act as this: the most likely token wins either way, and nothing divides by 0."""
 _WEIGHT_ONE: Final = 2.0**40
@@ -65,12 +66,15 @@ def sample_all(
 
     The same tokens as `sample`, which looks only at the rows that need it. Here every row takes the path of `kind`, and
     a greedy row (its slot's temperature is 0) its most likely token at the end. `kind` must allow for what the rows
-    ask: "greedy" for greedy rows only, "sampled" also for temperatures, "truncated" for anything.
+    ask: "greedy" for greedy rows only, "sampled" also for temperatures, "truncated" also for filters, "shaped" for
+    anything: it changes the logits first (see `sample.shaping`), for which `rows.shapes` has to be there.
     """
+    if kind == "shaped":
+        logits_EV = shape_logits(logits_EV, rows.shapes.rows, emit_slots, emit_positions)
     most_likely = logits_EV.argmax(dim=-1)
     if kind == "greedy":
         return most_likely
-    drawn = _draw(logits_EV, rows, emit_slots, emit_positions, kind == "truncated")
+    drawn = _draw(logits_EV, rows, emit_slots, emit_positions, kind in ("truncated", "shaped"))
     return torch.where(rows.temperature.index_select(0, emit_slots) > 0, drawn, most_likely)
 
 

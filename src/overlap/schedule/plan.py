@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from overlap.cache.pages import Ints
+from overlap.schedule.shaping import Shaped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,14 @@ class Admission:
     top_p: float
     min_p: float
     seed: int
+    shaped: Shaped | None = None
+    """Penalties and the like, if the request has any."""
+
+
+MAIN: Final = 0
+"""The lane of decode steps, and of steps that run prompt chunks and decode rows together."""
+SIDE: Final = 1
+"""The lane in which prompts are read beside decode steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +50,15 @@ class StepPlan:
     """
 
     number: int
-    """Counts up from 1."""
+    """Counts up from 1, over both lanes."""
+    lane: int = MAIN
+    """MAIN or SIDE."""
+    follows: int = 0
+    """The step of the other lane that has to be over before this one starts; 0 for none."""
+    beside: bool = False
+    """Whether the other lane has something to run at the same time."""
+    share: int = 0
+    """How many SMs of the device are the decode rows' own while both lanes run; 0 lets the lanes compete."""
     slots: Ints
     """[R] the slot of each row."""
     counts: Ints
@@ -58,6 +75,10 @@ class StepPlan:
     """Indices into `emits` of the rows that are not greedy, ascending."""
     truncated: bool
     """Whether any sampled row uses top-k, top-p or min-p."""
+    shaped: bool = False
+    """Whether the logits of any emitting row are changed before a token is drawn (see `Shaping`)."""
+    logprobs: bool = False
+    """Whether log-probabilities of any emitting row's token are asked for."""
     admissions: tuple[Admission, ...]
     """Requests that take their slot with this step, applied before anything else."""
     page_slots: Ints

@@ -8,6 +8,10 @@ at its place in the queue, and runs its prompt and its answer so far once more (
 is spared). The oldest of the highest priority is never preempted for another, so it always ends: there is no deadlock
 at any number of pages that holds one request. A request that waits preempts only those of a lower priority. Noise is
 keyed by absolute position, so a preempted answer goes on as it would have.
+
+While prompts wait and rows decode, a splitter says how the two share the device: in one mixed step, in turn, or in two
+lanes. In two lanes the side lane's steps hold the prompt chunks and the main lane's the decode rows, planned apart and
+settled in any order; a request changes over when the step that reads the end of its prompt has been settled.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ from overlap.cache.pages import PAGE, Ints, pages_for
 from overlap.cache.store import PageStore
 from overlap.errors import InternalError, RequestError
 from overlap.schedule.desk import Desk
+from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
-from overlap.schedule.plan import Admission, StepPlan
+from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
 from overlap.schedule.settled import End, PlannerStatistics, Settled
 from overlap.schedule.slots import Slots, Update
+from overlap.schedule.split import Splitter
 
 NONE: Final = np.empty(0, dtype=np.int32)
 
@@ -45,7 +51,9 @@ class Planner:
         context: int,
         prefix_cache: bool = True,
         max_waiting: int = 2**31,
+        splitter: Splitter | None = None,
     ) -> None:
+        """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always."""
         if token_budget < max_rows + 1:
             raise InternalError(f"a budget of {token_budget} tokens leaves nothing beside {max_rows} decode rows")
         self._token_budget = token_budget
@@ -58,6 +66,7 @@ class Planner:
         self._requests: dict[int, Request] = {}
         self._prefilling: list[Request] = []
         self._planned = self._settled = self._preemptions = 0
+        self._lanes = Lanes(self._slots, splitter, token_budget)
 
         self._decoding: Ints = NONE  # slots of the decode rows, in the order in which they came
         self._decoding_sampled: Ints = NONE
@@ -78,6 +87,20 @@ class Planner:
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._requests)
+
+    @property
+    def wants_side(self) -> bool:
+        """Whether the side lane has something to plan."""
+        return self._lanes.side_tokens > 0
+
+    @property
+    def splitter(self) -> Splitter | None:
+        """What says how prompts and decode rows share the device; None if they always share a step."""
+        return self._lanes.splitter
+
+    def note_time(self, plan: StepPlan, seconds: float) -> None:
+        """Take in what a landed step took on the device."""
+        self._lanes.note_time(plan, seconds)
 
     def refusal(self, num_prompt: int, limit: int) -> str | None:
         """Return why a request of this size could never run, or None if it can."""
@@ -144,20 +167,44 @@ class Planner:
 
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def plan(self) -> StepPlan | None:
-        """Plan the next step, or return None when there is nothing to run before a flight has landed."""
+    def plan(self, lane: int = MAIN) -> StepPlan | None:
+        """Plan a lane's next step, or return None when it has nothing to run before a flight has landed."""
         updates: list[Update] = []
+        if lane == SIDE:
+            return self._plan_side(updates)
         self._preempt_for_pressing()
         self._refresh_decoding()
         decode = self._grow(self._decoding, updates) if len(self._decoding) else NONE
-        admissions = self._admit(updates)
-        chunks = self._cut_chunks(self._token_budget - len(decode))
+        alone, budget = self._lanes.split(self._decoding, len(decode), self._num_prompt())
+        admissions = self._admit(updates, budget + len(decode) - len(self._decoding)) if budget else []
+        chunks = self._cut_chunks(budget, MAIN)
+        if alone and chunks:
+            decode = NONE
         if not len(decode) and not chunks:
             if admissions:
                 raise InternalError("a request was admitted to a step that has no room for it")
             return None
-        self._planned += 1
-        return self._build(decode, chunks, admissions, updates)
+        return self._build(decode, chunks, admissions, updates, MAIN)
+
+    def _plan_side(self, updates: list[Update]) -> StepPlan | None:
+        """Plan prompt chunks beside the decode rows: as many tokens as the splitter wants now."""
+        lanes = self._lanes
+        if lanes.side.flying:
+            lanes.choose(self._decoding, self._num_prompt())
+        budget, lanes.side_tokens = lanes.side_tokens, 0
+        if not budget:
+            return None
+        admissions = self._admit(updates, budget)
+        chunks = self._cut_chunks(budget, SIDE)
+        if not chunks:
+            return None
+        return self._build(NONE, chunks, admissions, updates, SIDE)
+
+    def _num_prompt(self) -> int:
+        """Return the tokens of the prompts that run, and of the one that comes next."""
+        coming = self._queue.first() if len(self._queue) else None
+        waiting = sum(len(request.prompt) - request.chunked for request in self._prefilling)
+        return waiting + (len(coming.prompt) if coming is not None else 0)
 
     def _refresh_decoding(self) -> None:
         """Drop rows that have no more to run, add those whose prompt is through. Costs nothing in a steady step."""
@@ -234,10 +281,10 @@ class Planner:
             if last.priority < pressing.priority:
                 self._preempt(last)
 
-    def _admit(self, updates: list[Update]) -> list[Admission]:
-        """Admit who comes next, while slots, pages and budget last."""
+    def _admit(self, updates: list[Update], budget: int) -> list[Admission]:
+        """Admit who comes next, while slots, pages and a budget of prompt tokens last."""
         admissions: list[Admission] = []
-        budget = self._token_budget - len(self._decoding) - sum(len(r.prompt) - r.chunked for r in self._prefilling)
+        budget -= sum(len(r.prompt) - r.chunked for r in self._prefilling)
         for request, update in self._desk.admit(budget):
             updates.append(update)
             self._prefilling.append(request)
@@ -250,11 +297,12 @@ class Planner:
                     top_p=request.top_p,
                     min_p=request.min_p,
                     seed=request.seed,
+                    shaped=request.shaped,
                 )
             )
         return admissions
 
-    def _cut_chunks(self, budget: int) -> list[tuple[Request, int, int]]:
+    def _cut_chunks(self, budget: int, lane: int) -> list[tuple[Request, int, int]]:
         """Cut this step's prompt chunks, as (request, start, count)."""
         at, chunks = self._slots, []
         for request in self._prefilling:
@@ -270,7 +318,7 @@ class Planner:
             self._prefilling = [r for r in self._prefilling if r.chunked < len(r.prompt)]
             for request in done:
                 at.left[request.slot] -= 1
-                if at.left[request.slot] > 0:
+                if lane == MAIN and at.left[request.slot] > 0:
                     self._joining.append(request.slot)
         return chunks
 
@@ -280,8 +328,11 @@ class Planner:
         chunks: list[tuple[Request, int, int]],
         admissions: list[Admission],
         updates: list[Update],
+        lane: int,
     ) -> StepPlan:
-        at, num_decode = self._slots, len(decode)
+        self._planned += 1
+        self._lanes[lane].note(self._planned)
+        at, num_decode, follows = self._slots, len(decode), 0
         slots, starts, counts = decode, at.next[decode], self._ones[:num_decode]
         emits, sampled, truncated = self._all_rows[:num_decode], self._decoding_sampled, self._decoding_truncates
         if num_decode != len(self._decoding):  # some rows stall
@@ -300,11 +351,16 @@ class Planner:
             slots = np.concatenate([slots, chunk_slots])
             prompt = np.concatenate([request.prompt[start : start + count] for request, start, count in chunks])
             chunk_pages = np.concatenate([at.table[r.slot, : pages_for(begin + count)] for r, begin, count in chunks])
+            follows = self._lanes.note_chunks(chunk_slots, self._planned, lane)
             if last:
                 sampled = np.flatnonzero(at.sampled[slots[emits]]).astype(np.int32)
                 truncated = truncated or bool(at.truncates[chunk_slots[last]].any())
         return StepPlan(
             number=self._planned,
+            lane=lane,
+            follows=follows,
+            share=self._lanes.share(lane),
+            beside=len(self._decoding) > 0 if lane == SIDE else self._lanes.two,
             slots=slots,
             counts=counts,
             starts=starts,
@@ -313,6 +369,8 @@ class Planner:
             emits=emits,
             sampled=sampled,
             truncated=truncated,
+            shaped=at.num_shaped > 0 and bool(at.shaped[slots[emits]].any()),
+            logprobs=at.num_logprobs > 0 and bool(at.logprobs[slots[emits]].any()),
             admissions=tuple(admissions),
             chunk_pages=chunk_pages,
             **_columns(updates),
@@ -321,13 +379,18 @@ class Planner:
     # ── settle ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def settle(self, plan: StepPlan, tokens: Ints) -> Settled:
-        """Take in the tokens [E] that a step emitted: end what ends, and give back what waited for this step."""
+        """Take in the tokens [E] that a step emitted: end what ends, and give back what waited for this step.
+
+        Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each token, then what is told with it.
+        """
+        told = tokens[:, 1:] if plan.logprobs else None
+        tokens = tokens[:, 0] if plan.logprobs else tokens
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
         slots = plan.slots[plan.emits]
         reading = at.reading[slots]
         if not reading.all():
-            slots, tokens = slots[reading], tokens[reading]
+            slots, tokens, told = slots[reading], tokens[reading], None if told is None else told[reading]
         at.note_tokens(slots, tokens)
         stopped = (at.stops[slots] == tokens[:, None]).any(axis=1)
         ended = stopped | (at.made[slots] == at.limit[slots])
@@ -338,7 +401,7 @@ class Planner:
                 self._settle_end(int(slots[i]), bool(stopped[i]), int(tokens[i])) for i in np.flatnonzero(ended)
             )
         self.pass_step(plan)
-        return Settled(keys, fronts, tokens, ends, cached)
+        return Settled(keys, fronts, tokens, ends, cached, told)
 
     def _settle_chunks(self, plan: StepPlan) -> dict[int, int]:
         """Share what the chunks have filled; return the prefix hits of requests whose first token this step brings."""
@@ -351,16 +414,20 @@ class Planner:
             end = int(plan.starts[row] + plan.counts[row])
             at.note_chunk(slot, end)
             self._desk.note_shared(request, end // PAGE)
+            if plan.lane == SIDE and end == len(request.prompt) and at.left[slot] > 0:
+                self._joining.append(slot)
             if end == len(request.prompt) and request.cached and not request.made:
                 cached[request.key] = request.cached
         return cached
 
     def pass_step(self, plan: StepPlan) -> None:
         """Note that a step has landed, well or not: what waited for it behind a fence is free now."""
-        if plan.number != self._settled + 1:
-            raise InternalError(f"step {plan.number} was settled after step {self._settled}")
-        self._settled = plan.number
-        self._slots.open_fences(self._settled)
+        self._lanes[plan.lane].pass_step(plan.number)
+        self._settled += 1
+        self._open_fences()
+
+    def _open_fences(self) -> None:
+        self._slots.open_fences(self._lanes[MAIN].settled, self._lanes[SIDE].settled)
 
     def _settle_end(self, slot: int, stopped: bool, token: int) -> End:
         request = self._slots.owners[slot]
@@ -384,9 +451,9 @@ class Planner:
         if request.chunked < len(request.prompt):
             self._prefilling.remove(request)
         self._desk.note_left(request)
-        self._slots.leave(request, self._planned)
+        self._slots.leave(request, self._lanes[MAIN].planned)
         self._leaving = True
-        self._slots.open_fences(self._settled)
+        self._open_fences()
 
     # ── check ────────────────────────────────────────────────────────────────────────────────────────────────────
 

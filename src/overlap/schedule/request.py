@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from overlap.cache.pages import Ints
 from overlap.schedule.life import Change, Life, after
+from overlap.schedule.shaping import Shaped, Shaping
 
 if TYPE_CHECKING:
     from overlap.cache.tree import Node
@@ -31,6 +32,10 @@ class Request:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answer."""
+    shaping: Shaping | None = None
+    """What is done to its logits before a token is drawn; None for nothing."""
+    logprobs: bool = False
+    """Whether log-probabilities are told with each token."""
 
     priority: int = 0
     """Higher goes first, and is preempted last."""
@@ -65,6 +70,13 @@ class Request:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
+
+    @property
+    def shaped(self) -> Shaped | None:
+        """What the device must know to shape its logits in a stay that begins now."""
+        if self.shaping is None:
+            return None
+        return Shaped(shaping=self.shaping, tokens=self.prompt, made=self.made)
 
     @property
     def truncates(self) -> bool:

@@ -32,6 +32,9 @@ class Settled:
     ends: tuple[End, ...]
     cached: Mapping[int, int] = field(default_factory=dict)
     """For requests whose first token this is: how many of their prompt's tokens came from the prefix cache, if any."""
+    told: Ints | None = None
+    """[n, TOLD_WORDS] if any row of the step asked for log-probabilities: the bits of the token's own (float32), then
+    the ids of the MOST_ALTERNATIVES most likely tokens (-1 past the vocabulary), then the bits of theirs."""
 
     def of_front(self, front: int) -> Settled:
         """Return the entries of one front."""
@@ -39,7 +42,8 @@ class Settled:
         if mine.all():
             return self
         ends = tuple(end for end in self.ends if end.front == front)
-        return Settled(self.keys[mine], self.fronts[mine], self.tokens[mine], ends, self.cached)
+        told = None if self.told is None else self.told[mine]
+        return Settled(self.keys[mine], self.fronts[mine], self.tokens[mine], ends, self.cached, told)
 
 
 @dataclass(frozen=True, kw_only=True)

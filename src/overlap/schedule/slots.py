@@ -56,6 +56,10 @@ class Slots:
         """New tokens in this stay at most."""
         self.filled: Ints = column()
         """Tokens of the prompt whose KV is settled."""
+        self.main_step: Ints = column()
+        """The last step of the main lane that ran a prompt chunk of this slot's."""
+        self.side_step: Ints = column()
+        """The last step of the side lane that this slot has a row in."""
         self.room: Ints = column()
         """Positions that the slot's pages hold."""
         self.table: Ints = np.zeros((max_rows, width), dtype=np.int32)
@@ -63,6 +67,10 @@ class Slots:
         self.reading: Bools = flags(max_rows)
         self.sampled: Bools = flags(max_rows)
         self.truncates: Bools = flags(max_rows)
+        self.shaped: Bools = flags(max_rows)
+        self.logprobs: Bools = flags(max_rows)
+        self.num_shaped = self.num_logprobs = 0
+        """How many running requests have their logits shaped, or their log-probabilities told."""
         self.keys: npt.NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)
         self.fronts: Ints = column()
         self.stops: Ints = np.full((max_rows, 1), -1, dtype=np.int32)
@@ -83,7 +91,7 @@ class Slots:
         self.owners[slot] = request
         self.num_running += 1
         self.next[slot] = self.filled[slot] = request.chunked
-        self.made[slot] = 0
+        self.made[slot] = self.main_step[slot] = self.side_step[slot] = 0
         self.base[slot] = length
         self.left[slot] = self.limit[slot] = request.limit - request.made
         self.room[slot] = len(pages) * PAGE
@@ -93,6 +101,10 @@ class Slots:
         self.reading[slot] = True
         self.sampled[slot] = not request.greedy
         self.truncates[slot] = request.truncates
+        self.shaped[slot] = request.shaping is not None
+        self.num_shaped += request.shaping is not None
+        self.logprobs[slot] = request.logprobs
+        self.num_logprobs += request.logprobs
         self.keys[slot] = request.key
         self.fronts[slot] = request.front
         self._write_stops(slot, request.stop_ids)
@@ -135,18 +147,22 @@ class Slots:
         return self._page_tokens[self.table[slot, : pages_for(length)]].reshape(-1)[:length].copy()
 
     def leave(self, request: Request, step: int) -> None:
-        """Take a slot from its request, and put it with its pages behind the fence of `step`.
+        """Take a slot from its request, and put it with its pages behind the fence of `step`, and of its side step.
 
         The settled full pages stay in the prefix tree, which may give them up once the fence is open.
         """
         slot = request.slot
         self.reading[slot] = False
         self.num_running -= 1
+        self.num_shaped -= request.shaping is not None
+        self.num_logprobs -= request.logprobs
         made = int(self.made[slot])
         filled = int(self.base[slot]) + made - 1 if made else int(self.filled[slot])
         self._keep(request, filled // PAGE)
         pages = self.table[slot, : self.room[slot] // PAGE]
-        self.store.fence(Fence(step, slot, pages[~self.shared[slot, : len(pages)]], request.node))
+        self.store.fence(
+            Fence(step, slot, pages[~self.shared[slot, : len(pages)]], request.node, int(self.side_step[slot]))
+        )
         request.node = None
 
     def _keep(self, request: Request, num_full: int) -> None:
@@ -158,9 +174,9 @@ class Slots:
         request.node, kept = self.store.keep(tokens, pages.copy(), request.salt, request.node)
         self.shared[slot, :num_full] |= kept
 
-    def open_fences(self, settled: int) -> None:
-        """Take back what waited for a step up to `settled`."""
-        for slot in self.store.pass_step(settled):
+    def open_fences(self, settled: int, side_settled: int = 0) -> None:
+        """Take back what waited for steps up to those that are settled in the two lanes."""
+        for slot in self.store.pass_step(settled, side_settled):
             request = self.owners[slot]
             if request is not None and request.life is Life.DRAINING:
                 request.change(Change.LAND)

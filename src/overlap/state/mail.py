@@ -15,6 +15,7 @@ from typing import Final
 import torch
 
 from overlap.cache.pages import Ints
+from overlap.schedule.shaping import TOLD_WORDS
 from overlap.state.packing import HEADER
 
 DEPTH: Final = 3
@@ -26,7 +27,7 @@ EMPTY: Final = DEPTH
 class Mail:
     """The places of one lane, and the device's side of them."""
 
-    __slots__ = ("landed_words", "landings", "packed", "plan_words", "plans", "turn")
+    __slots__ = ("landed_words", "landings", "packed", "plan_words", "plans", "told", "told_words", "turn")
 
     def __init__(self, words: int, max_rows: int, device: torch.device | str) -> None:
         """`words` is the `capacity` of a packed plan; `max_rows` tokens come back at most."""
@@ -38,6 +39,9 @@ class Mail:
         self.landings = torch.zeros((DEPTH + 1, max_rows), dtype=torch.int32, pin_memory=pinned)
         """int32 [DEPTH + 1, max_rows] on the host: the tokens of each flight."""
         self.landed_words: list[Ints] = list(self.landings.numpy())
+        self.told = torch.zeros((DEPTH + 1, max_rows, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH + 1, max_rows, TOLD_WORDS] on the host: what is told with tokens, where it is asked for."""
+        self.told_words: list[Ints] = list(self.told.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
         """int32 [words] on the device: the plan of the step that runs."""
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)

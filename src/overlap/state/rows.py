@@ -7,9 +7,12 @@ apart from a step's inputs, which are made anew from it for every step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from overlap.state.shapes import ShapeRowsOwner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +30,7 @@ class SlotRows:
     Behind the last slot is a row more, the scratch slot: what the padding of a graph reads. It stays zero.
     """
 
-    __slots__ = (
+    COLUMNS: ClassVar = (
         "last_token",
         "min_p",
         "page_table",
@@ -38,6 +41,8 @@ class SlotRows:
         "top_k",
         "top_p",
     )
+    """The names of the tensors that every slot has a row in."""
+    __slots__ = (*COLUMNS, "shapes")
 
     def __init__(self, num_slots: int, max_pages_per_row: int, device: torch.device | str) -> None:
         def column(dtype: torch.dtype, *width: int) -> Tensor:
@@ -57,6 +62,8 @@ class SlotRows:
         """int32 [S]: the bit pattern of the seed's lower half."""
         self.seed_hi = column(torch.int32)
         """int32 [S]: the bit pattern of the seed's upper half."""
+        self.shapes = ShapeRowsOwner(num_slots)
+        """Penalties, bias and token counts, once a request has asked for any."""
 
     @property
     def scratch(self) -> int:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from overlap.errors import InternalError
 from overlap.streams.stream import Busy
@@ -101,6 +105,32 @@ class _Clock:
 _Item = Callable[[], object] | _CpuMark | _Follow
 
 
+def use_cores(count: int) -> bool:
+    """Let torch's operations on this thread run on `count` cores from now on; False where that cannot be said.
+
+    It is OpenMP's own setting of the calling thread, and no other thread's; torch's function for this changes what
+    threads made later begin with.
+    """
+    library = _openmp()
+    if library is None:
+        return False
+    library.omp_set_num_threads(count)
+    return True
+
+
+@lru_cache(maxsize=1)
+def _openmp() -> Any:
+    """Return the OpenMP that torch brought, if it did."""
+    import torch
+
+    for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*")):
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(str(path))
+            library.omp_set_num_threads.argtypes = (ctypes.c_int,)
+            return library
+    return None
+
+
 class CpuStream:
     """Runs its work in order on one daemon thread of its own."""
 
@@ -124,6 +154,10 @@ class CpuStream:
     def follow(self, mark: Mark) -> None:
         """Let the worker wait for a mark of another worker before it goes on."""
         self._put(_Follow(_own(mark)))
+
+    def reached(self, mark: Mark) -> bool:
+        """Return whether the worker has passed `mark`."""
+        return _own(mark).reached.is_set()
 
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the worker has passed `mark`; raise what the work before it raised."""

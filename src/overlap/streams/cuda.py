@@ -174,6 +174,11 @@ class CudaStream:
             self.stream.wait_event(own.end)
             self._clock.hold()
 
+    def reached(self, mark: Mark) -> bool:
+        """Ask the device whether it has passed `mark`."""
+        own = _own(mark)
+        return own.busy is not None or bool(own.end.query())  # type: ignore[no-untyped-call]
+
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the device has passed `mark`; raise what the work before it raised."""
         own = _own(mark)

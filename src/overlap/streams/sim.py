@@ -131,6 +131,10 @@ class SimStream:
         """Start what is launched next no sooner than `mark`."""
         self._free_at = max(self._free_at, _own(mark).time)
 
+    def reached(self, mark: Mark) -> bool:
+        """Return whether the host's clock is past `mark`."""
+        return _own(mark).time <= self._device.now
+
     async def wait_reached(self, mark: Mark) -> None:
         """Let the host's clock go on to `mark`."""
         own = _own(mark)

@@ -52,6 +52,9 @@ class Stream(Protocol):
     def follow(self, mark: Mark) -> None:
         """Let what is launched next start no sooner than `mark`: the device waits, the host does not."""
 
+    def reached(self, mark: Mark) -> bool:
+        """Return whether the device has passed `mark`. Never waits."""
+
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the device has passed `mark`; raise what the work before it raised."""
 

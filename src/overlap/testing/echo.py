@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from overlap.cache.pages import PAGE, Ints, pages_for
-from overlap.schedule.plan import StepPlan, broken_rules
+from overlap.schedule.plan import SIDE, StepPlan, broken_rules
 from overlap.streams.stream import Busy, Mark, Stream
 
 _PRIME = 1_000_003
@@ -45,6 +45,17 @@ class EchoModel:
         return tokens[len(prompt) :]
 
 
+@dataclass(frozen=True, slots=True)
+class _Touched:
+    """What a step read and wrote, and when."""
+
+    plan: StepPlan
+    busy: Busy
+    slots: set[int]
+    pages: set[int]
+    written: set[int]
+
+
 @dataclass(slots=True)
 class SimFlight:
     """A plan in the simulated air."""
@@ -53,6 +64,16 @@ class SimFlight:
     stream: Stream
     mark: Mark
     tokens: list[int]
+
+    blocks_left = 0
+
+    def launch_block(self) -> None:
+        """Do nothing: a simulated step is one block."""
+
+    @property
+    def landed(self) -> bool:
+        """Whether the simulated device is done."""
+        return self.stream.reached(self.mark)
 
     async def wait_landed(self) -> Ints:
         """Return the tokens once the simulated device is done."""
@@ -68,7 +89,8 @@ class SimRunner:
     """Runs plans with an EchoModel on any stream, over state kept as a device would keep it.
 
     It holds the planner to its word: a row begins where the row before it ended, writes to no page that another row of
-    the step reads, to none behind its prefix hit, and to none of `shared()`.
+    the step reads, to none behind its prefix hit, and to none of `shared()`. Steps of two lanes that run at the same
+    time share no slot, and neither writes to a page of the other's.
 
     `fault(plan)` may raise, to fail a step before its rows run but after its admissions and page updates have been
     applied; `row_fault(plan, row)` may raise before a row runs. As on a device, what was launched behind a failed step
@@ -84,9 +106,15 @@ class SimRunner:
         fault: Callable[[StepPlan], None] | None = None,
         row_fault: Callable[[StepPlan, int], None] | None = None,
         shared: Callable[[], Ints] | None = None,
+        side: Stream | None = None,
     ) -> None:
-        """`shared` returns the ids of the pages that must not be written to now: those of the prefix tree."""
-        self._stream = stream
+        """`shared` returns the ids of the pages that must not be written to now: those of the prefix tree.
+
+        `side` is the side lane's stream, of the same device.
+        """
+        self._streams = (stream, side)
+        self._marks: dict[int, Mark] = {}
+        self._touched: list[_Touched] = []
         self._model = model
         self._fault = fault
         self._row_fault = row_fault
@@ -105,8 +133,33 @@ class SimRunner:
         assert not broken, f"step {plan.number}: not true that {'; '.join(broken)}"
         self.plans.append(plan)
         tokens: list[int] = []
-        self._stream.launch("step", lambda: self._run(plan, tokens), tokens=plan.num_tokens)
-        return SimFlight(plan, self._stream, self._stream.mark(), tokens)
+        stream = self._streams[plan.lane]
+        assert stream is not None, f"step {plan.number} is for the side lane, and there is none"
+        if plan.follows:
+            stream.follow(self._marks[plan.follows])
+        work = "step" if self._streams[SIDE] is None else "prompts" if plan.lane == SIDE else "rows"
+        stream.launch(work, lambda: self._run(plan, tokens), tokens=plan.num_tokens)
+        mark = self._marks[plan.number] = stream.mark()
+        if self._streams[SIDE] is not None:
+            self._check_beside(plan, stream.busy(mark))
+        return SimFlight(plan, stream, mark, tokens)
+
+    def _check_beside(self, plan: StepPlan, busy: Busy) -> None:
+        """Hold the step against those of the other lane that run at the same time."""
+        slots = plan.slots.tolist()
+        pages = {slot: [self._table[slot][i] for i in range(pages_for(self._length[slot]))] for slot in slots}
+        first = dict(zip(slots, (plan.starts // PAGE).tolist(), strict=True))
+        written = {page for slot, own in pages.items() for page in own[first[slot] :]}
+        mine = _Touched(plan, busy, set(slots), {page for own in pages.values() for page in own}, written)
+        self._touched = [one for one in self._touched if one.busy.end > busy.start - 1000][-64:]
+        for other in self._touched:
+            if other.plan.lane == plan.lane or other.busy.end <= busy.start or busy.end <= other.busy.start:
+                continue
+            both = f"steps {other.plan.number} and {plan.number} run at the same time"
+            assert not mine.slots & other.slots, f"{both} on slots {mine.slots & other.slots}"
+            torn = (mine.written & other.pages) | (mine.pages & other.written)
+            assert not torn, f"{both}, and one writes to pages {torn} of the other"
+        self._touched.append(mine)
 
     def usable(self) -> bool:
         """Return True: a simulated device does not break."""

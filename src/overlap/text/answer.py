@@ -15,21 +15,41 @@ class AnswerText:
     Without a tokenizer (random weights made from a configuration alone) the text stays empty.
     """
 
-    __slots__ = ("_detokenizer", "_stops")
+    __slots__ = ("_detokenizer", "_includes_stops", "_stops", "_unstopped")
 
     def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         self._detokenizer = (
             tokenizer.detokenizer(prompt_ids, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
         )
         self._stops = StopStrings(params.stop_strings)
+        self._unstopped = params.min_tokens  # so many tokens are still to come in whose text no stop is looked for
+        self._includes_stops = params.include_stop_str_in_output
 
     def push(self, token: int) -> tuple[str, str | None]:
         """Take in a token; return the text that may be shown now, and the stop string that ends the answer, if any."""
-        return ("", None) if self._detokenizer is None else self._stops.push(self._detokenizer.push(token))
+        if self._detokenizer is None:
+            return "", None
+        text = self._detokenizer.push(token)
+        if self._unstopped:
+            self._unstopped -= 1
+            return text, None
+        return self._searched(text)
+
+    @property
+    def includes_stops(self) -> bool:
+        """Whether what ends the answer is part of its text."""
+        return self._includes_stops
+
+    def _searched(self, text: str) -> tuple[str, str | None]:
+        emit, matched = self._stops.push(text)
+        return (emit + matched if matched is not None and self._includes_stops else emit), matched
 
     def end(self) -> tuple[str, str | None]:
         """Return the rest of the text, and the stop string that it runs into, if any. Nothing is pushed afterwards."""
         if self._detokenizer is None:
             return "", None
-        emit, matched = self._stops.push(self._detokenizer.flush())
+        rest = self._detokenizer.flush()
+        if self._unstopped:
+            return rest, None
+        emit, matched = self._searched(rest)
         return (emit, matched) if matched is not None else (emit + self._stops.flush(), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -37,6 +38,11 @@ class PromptEncoder:
             raise RequestError(f"{self._model!r} has no tokenizer. Give token ids as the prompt.")
         return self._tokenizer
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text of the model's chat template."""
+        return None if self._template is None else self._template.source
+
     def close(self) -> None:
         """Let the thread end."""
         self._thread.shutdown(wait=False)
@@ -44,26 +50,34 @@ class PromptEncoder:
     async def encode(self, prompt: Prompt) -> Ints:
         """Return the token ids of any kind of prompt. Raises RequestError for what is none."""
         if isinstance(prompt, str):
-            return np.array(await self._encode_text(prompt, special=True), dtype=np.int32)
+            return np.array(await self.encode_text(prompt, special=True), dtype=np.int32)
         parts: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # numpy arrays, tensors
         if isinstance(parts, (bytes, bytearray)) or not isinstance(parts, Sequence):
             raise RequestError(f"A prompt is text, token ids or chat messages, not {type(prompt).__name__}.")
         if parts and all(isinstance(part, Mapping) for part in parts):
-            return await self._encode_chat(parts)
+            return np.array(await self.encode_chat(parts), dtype=np.int32)
         for token in parts:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._vocab_size:
                 raise RequestError(f"A token id is an integer from 0 to {self._vocab_size - 1}, not {token!r:.80}.")
         return np.array(parts, dtype=np.int32)
 
-    async def _encode_chat(self, messages: Sequence[ChatMessage]) -> Ints:
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the token ids of `messages` in the model's chat template. Raises RequestError."""
         template = self._template
         if template is None:
             raise RequestError(f"{self._model!r} has no tokenizer. Give token ids as the prompt.")
-        loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(self._thread, lambda: template.render(messages))
-        return np.array(await self._encode_text(text, special=False), dtype=np.int32)
+        render = partial(template.render, messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        text = await asyncio.get_running_loop().run_in_executor(self._thread, render)
+        return await self.encode_text(text, special=False)
 
-    async def _encode_text(self, text: str, *, special: bool) -> list[int]:
+    async def encode_text(self, text: str, *, special: bool) -> list[int]:
+        """Return the token ids of `text`; see `Tokenizer.encode` for `special`. Raises RequestError."""
         tokenizer = self.tokenizer
         if len(text) < _LONG_TEXT:
             return tokenizer.encode(text, special=special)

@@ -1,0 +1,291 @@
+"""What steps cost: measured times by kind and size of step, and a guess where nothing was measured. Imports no torch.
+
+What is kept of a size is not seconds but how a step compares with what the model's bytes and operations would take at a
+nominal speed of the device. So one measurement serves the whole bucket that a size falls into, and its neighbours. A
+size is, in this order: measured; between measured neighbours; like others of its kind; put together from the decode
+step and the prompt step that it does the work of; nominal. `Guess.slack` says by how much that may be off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+
+Kind: TypeAlias = Literal["decode", "prefill", "mixed", "decode beside", "prefill beside"]
+"""A step of decode rows, of prompt chunks, or of both; "beside": while the other lane ran too."""
+Size: TypeAlias = tuple[str, int, int, int, int]
+"""Kind, bucket of decode rows, of tokens in KV a row, of prompt tokens, and SMs of the decode rows' own."""
+VERSION: Final = 2
+FIRM: Final = 3
+"""Measurements of a size from which on it is known."""
+_WEIGHT: Final = 1 / 16
+"""Of a new measurement, once many were taken."""
+_CLIP: Final = 1.5
+"""A step that takes so many times what is known, or more, counts as so many times: a hiccup turns nothing over."""
+_FAR: Final = 1.25
+_LONGER: Final = 4
+_SHORTER: Final = 2
+"""So many in a row that are far off what is known are the new truth."""
+_REACH: Final = 2
+"""How many buckets away a neighbour may be."""
+_BESIDE: Final = 1.3
+"""How much longer a step is guessed to take while the other lane runs."""
+_SLACK_FEW: Final = 0.05
+_SLACK_NEAR: Final = 0.08
+_SLACK_KIND: Final = 0.2
+_SLACK_PARTS: Final = 0.35
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Nominal:
+    """What a step would take if nothing were lost, as far as a first guess needs it. Seconds."""
+
+    weights_s: float
+    """To read all weights once."""
+    kv_token_s: float
+    """To read the KV of one token."""
+    token_s: float
+    """To compute one token."""
+    step_s: float
+    """What any step takes besides."""
+
+    def seconds(self, rows: int, context: int, tokens: int) -> float:
+        """Return the guess for `rows` decode rows over `context` tokens of KV and `tokens` prompt tokens."""
+        compute = (rows + tokens) * self.token_s
+        return self.step_s + max(self.weights_s, compute) + context * self.kv_token_s
+
+
+class Guess(NamedTuple):
+    """What a step takes, as far as is known."""
+
+    seconds: float
+    slack: float
+    """The share by which it may be less than that; 0 for what was measured often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A step to measure."""
+
+    kind: Kind
+    rows: int
+    context: int
+    """Tokens in KV of all rows together."""
+    tokens: int
+    """Prompt tokens."""
+    share: int = 0
+
+
+class _Known(msgspec.Struct):
+    """What is known of one size."""
+
+    times: float
+    """Its time as a multiple of the nominal one."""
+    count: int
+    streak: int = 0
+    """How many of the newest in a row were far above (or, below 0, far below) what is known."""
+    bound: float = 0.0
+    """The one of them that is nearest to it; until it is firm, the higher one of two."""
+
+
+class _Saved(msgspec.Struct):
+    """A cost model on disk."""
+
+    version: int
+    machine: str
+    kinds: dict[str, _Known]
+    sizes: list[tuple[Size, _Known]]
+
+
+def size_bucket(count: int) -> int:
+    """Return `count` rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24 ...: two sizes for each doubling. 0 stays 0."""
+    if count <= 4:
+        return count
+    low = 1 << (count - 1).bit_length() - 1
+    return low + low // 2 if count <= low + low // 2 else 2 * low
+
+
+def near_bucket(bucket: int, steps: int) -> int:
+    """Return the bucket that is so many steps up (or down, below 0) from another; 1 is the least, and 0 stays 0."""
+    for _ in range(abs(steps) if bucket else 0):
+        if steps > 0:
+            bucket = size_bucket(bucket + 1)
+        else:
+            bucket = bucket * 2 // 3 if bucket % 3 == 0 else max(1, bucket * 3 // 4)
+    return bucket
+
+
+class CostModel:
+    """Keeps what steps took. `note` costs some look-ups in dictionaries; `guess` some more where little is known."""
+
+    def __init__(self, nominal: Nominal, machine: str = "") -> None:
+        """`machine` names model, type and device: what is saved for another one is not read."""
+        self._nominal = nominal
+        self._machine = machine
+        self._kinds: dict[str, _Known] = {}
+        self._sizes: dict[Size, _Known] = {}
+        self.note_on_file = "nothing was measured before"
+
+    def note(self, kind: Kind, rows: int, context: int, tokens: int, seconds: float, share: int = 0) -> None:
+        """Take in what a step took. `rows` and `context` of a prompt step are those of the step it ran beside."""
+        if not seconds > 0:
+            return  # a clock that did not move has nothing to say
+        times = seconds / self._nominal_s(kind, rows, context, tokens)
+        _learn(self._kinds, kind, times)
+        _learn(self._sizes, _size(kind, rows, context, tokens, share), times)
+
+    def seconds(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> float:
+        """Return what such a step takes, as far as is known."""
+        return self.guess(kind, rows, context, tokens, share).seconds
+
+    def guess(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> Guess:
+        """Return what such a step takes, and how well that is known."""
+        size = _size(kind, rows, context, tokens, share)
+        nominal_s = self._nominal_s(kind, rows, context, tokens)
+        known = self._sizes.get(size)
+        if known is not None:
+            return Guess(known.times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
+        if (near := self._near(size)) is not None:
+            return Guess(near * nominal_s, _SLACK_NEAR)
+        of_kind = self._kinds.get(kind)
+        if of_kind is not None:
+            return Guess(of_kind.times * nominal_s, _SLACK_KIND)
+        return Guess(self._from_parts(kind, rows, context, tokens, nominal_s), _SLACK_PARTS)
+
+    def count(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> int:
+        """Return how often such a step was measured."""
+        known = self._sizes.get(_size(kind, rows, context, tokens, share))
+        return 0 if known is None else known.count
+
+    def _nominal_s(self, kind: Kind, rows: int, context: int, tokens: int) -> float:
+        if kind in ("prefill", "prefill beside"):
+            return self._nominal.seconds(0, 0, tokens)
+        return self._nominal.seconds(rows, context, tokens if kind == "mixed" else 0)
+
+    def _near(self, size: Size) -> float | None:
+        """Return the mean of the measured neighbours, the nearest on either side of each of the three axes."""
+        total = weights = 0.0
+        buckets = [size[1], size[2], size[3]]
+        for axis in range(3):
+            for way in (-1, 1):
+                for steps in range(1, _REACH + 1):
+                    moved = list(buckets)
+                    moved[axis] = near_bucket(buckets[axis], way * steps)
+                    known = self._sizes.get((size[0], moved[0], moved[1], moved[2], size[4]))
+                    if known is not None and moved != buckets:
+                        total += known.times / steps
+                        weights += 1 / steps
+                        break
+        return total / weights if weights else None
+
+    def _from_parts(self, kind: Kind, rows: int, context: int, tokens: int, nominal_s: float) -> float:
+        if kind == "decode beside":
+            return _BESIDE * self.seconds("decode", rows, context, 0)
+        if kind == "prefill beside":
+            return _BESIDE * self.seconds("prefill", 0, 0, tokens)
+        if kind == "mixed" and self._kinds:
+            apart_s = self.seconds("decode", rows, context, 0) + self.seconds("prefill", 0, 0, tokens)
+            nominal = self._nominal
+            return apart_s * nominal_s / (nominal.seconds(rows, context, 0) + nominal.seconds(0, 0, tokens))
+        other = self._kinds.get("prefill" if kind == "decode" else "decode")
+        return nominal_s * (other.times if other is not None else 1.0)
+
+    # ── on disk ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self, path: Path) -> None:
+        """Write what is known, whole or not at all. Raises OSError."""
+        saved = _Saved(VERSION, self._machine, self._kinds, list(self._sizes.items()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(msgspec.json.encode(saved))
+        part.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Read what was known; `note_on_file` says whether that could be used. Never raises for a file's content."""
+        try:
+            saved = msgspec.json.decode(path.read_bytes(), type=_Saved)
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.MsgspecError, ValueError) as failure:
+            self.note_on_file = f"{path} could not be read ({failure}); measuring anew"
+            return
+        if (saved.version, saved.machine) != (VERSION, self._machine):
+            self.note_on_file = f"{path} was measured on {saved.machine!r}; measuring anew"
+            return
+        if not all(
+            known.times > 0 and known.count > 0 for known in (*saved.kinds.values(), *dict(saved.sizes).values())
+        ):
+            self.note_on_file = f"{path} has times that no step can take; measuring anew"
+            return
+        self._sizes, self._kinds = dict(saved.sizes), saved.kinds
+        self.note_on_file = f"{len(self._sizes)} sizes of steps were measured before ({path})"
+
+
+def cost_path(folder: Path, machine: str) -> Path:
+    """Return where the cost model of a machine is kept in the cache directory `folder`."""
+    return folder / "costs" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+
+
+def calibration(*, max_rows: int, token_budget: int, context: int, shares: tuple[int, ...] = ()) -> tuple[Shape, ...]:
+    """Return a few steps that tell the most about all others: a small and a large one of each kind.
+
+    `context` is a typical number of tokens in KV of a row; "beside" steps are measured in pairs, one in each lane.
+    """
+    rows, tokens = max(1, max_rows // 2), max(1, token_budget // 2)
+    corners = dict.fromkeys([(max(1, rows // 8), max(1, tokens // 8)), (rows, tokens)])
+    shapes = []
+    for few, chunk in corners:
+        held = few * context
+        shapes += [Shape("decode", few, held, 0), Shape("prefill", 0, 0, chunk), Shape("mixed", few, held, chunk)]
+        for share in (0, *shares):
+            shapes += [
+                Shape("decode beside", few, held, chunk, share),
+                Shape("prefill beside", few, held, chunk, share),
+            ]
+    return tuple(shapes)
+
+
+def _learn(known: dict[K, _Known], key: K, times: float) -> None:
+    """Take the median of the first three, then a moving mean that no single measurement moves far.
+
+    What disturbs a step makes it longer, so two much shorter ones in a row are believed, and only four longer ones.
+    """
+    old = known.get(key)
+    if old is None:
+        known[key] = _Known(times, 1)
+        return
+    old.count += 1
+    if old.count == 2:
+        old.times, old.bound = min(old.times, times), max(old.times, times)
+    elif old.count == FIRM:
+        old.times = min(max(times, old.times), old.bound)
+    elif times > old.times * _FAR:
+        old.bound = min(times, old.bound) if old.streak > 0 else times
+        old.streak = max(0, old.streak) + 1
+        _move(old, times, believed=old.streak >= _LONGER)
+    elif times * _FAR < old.times:
+        old.bound = max(times, old.bound) if old.streak < 0 else times
+        old.streak = min(0, old.streak) - 1
+        _move(old, times, believed=old.streak <= -_SHORTER)
+    else:
+        old.streak = 0
+        _move(old, times, believed=False)
+
+
+def _move(old: _Known, times: float, *, believed: bool) -> None:
+    if believed:
+        old.times, old.streak = old.bound, 0
+        return
+    weight = max(_WEIGHT, 1 / old.count)
+    old.times += weight * (min(max(times, old.times / _CLIP), old.times * _CLIP) - old.times)
+
+
+def _size(kind: Kind, rows: int, context: int, tokens: int, share: int) -> Size:
+    return kind, size_bucket(rows), size_bucket(context // rows if rows else 0), size_bucket(tokens), share

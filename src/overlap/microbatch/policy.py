@@ -1,0 +1,280 @@
+"""Which way a step takes: prompts and decode rows mixed, in turn, or in two lanes. Imports no torch.
+
+The ways are compared by what reading a prompt token costs beyond the decode steps that pass meanwhile. With d and p
+what a decode step and a chunk of c tokens take alone:
+
+    in turn    p / c                      each chunk delays the rows by p
+    mixed      (m - d) / c                one step of m does the work of a chunk and of a decode step
+    lanes      P (1 - d / D) / c          during the P of a chunk, at least a step of D passes, where d would do
+
+Then all work takes (decode steps) * d + (prompt tokens) * that, so the least wins, whatever the mix of work. With a
+target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the largest
+chunk that keeps it; if none does, those that come nearest.
+
+**Trials.** A way whose cost is badly known is tried if it would win where it is as good as it may be; what is known of
+neighbouring sizes counts, so a new size is rarely tried. What was measured long ago is tried again, the more rarely the
+worse it was. Trials are a few to begin with, and one choice in a hundred in the long run. **Hysteresis.** What was
+chosen for a size stays until another way is better by more than noise, several looks in a row.
+
+There is no clock and no chance in it: what is chosen depends on what it was told, and on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+from overlap.microbatch.cost import FIRM, CostModel, size_bucket
+from overlap.schedule.split import Choice, Mode, Outlook, Ran
+
+Route: TypeAlias = tuple[Mode, int]
+"""A mode and a share of SMs."""
+LOOK: Final = 16
+"""Choices of a size between two looks at the costs."""
+BETTER: Final = 0.01
+"""By how much all work has to take less another way, for as many looks in a row as STEADY says."""
+STEADY: Final = 3
+SOON: Final = 32
+"""The least number of choices of a size before a way that was not chosen is tried again; doubled with each trial."""
+WORTH: Final = 0.002
+"""How much longer all work may take for trying again what was slower."""
+FIRST_TRIALS: Final = 48
+"""Choices that may be trials to begin with, and..."""
+TRIAL_SHARE: Final = 0.01
+"""...the share of all choices that may be in the long run."""
+_TRIAL_CHOICES: Final = 12
+"""The longest trial: a lane may have to run empty before the other way shows."""
+_SECOND_OPINIONS: Final = 2
+_TARGET_MARGIN: Final = 0.95
+_LEAST_CHUNK: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to do the work at hand."""
+
+    route: Route
+    tokens: int
+    """Prompt tokens of one chunk."""
+    total_s: float
+    """A decode step, and all prompt tokens of the outlook."""
+    slack_s: float
+    """By how much that may be less."""
+    between_s: float
+    """Time between two tokens of a running answer."""
+    samples: int
+    """Of what is particular to it."""
+
+
+@dataclass(slots=True)
+class _Size:
+    """What was chosen for one size of work."""
+
+    route: Route | None = None
+    choice: Choice | None = None
+    left: int = 0
+    """Choices until the next look."""
+    chosen: int = 0
+    steady: int = 0
+    trial: Route | None = None
+    trial_left: int = 0
+    trial_samples: int = 0
+    why: str = ""
+    """What was chosen and why, trials apart."""
+    seen: dict[Route, int] = field(default_factory=dict)
+    """When each way was last chosen or tried, in choices."""
+    trials: dict[Route, int] = field(default_factory=dict)
+    """How often each was tried."""
+
+
+class SplitPolicy:
+    """A splitter that learns."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        token_budget: int,
+        target_itl_s: float | None = None,
+        shares: tuple[int, ...] = (),
+        two_lanes: bool = True,
+    ) -> None:
+        """`shares` are the numbers of SMs that decode rows can have to themselves; none without such hardware.
+
+        `two_lanes` False leaves mixed and serial to choose from.
+        """
+        self.cost = cost
+        self.choices: Counter[str] = Counter()
+        """How many steps were planned each way: "mixed", "serial", "lanes", or "lanes sm:N"."""
+        self.trials = 0
+        """How many of them were trials."""
+        self._budget = token_budget
+        self._target_s = target_itl_s
+        lanes: tuple[Route, ...] = tuple(("lanes", share) for share in (0, *shares)) if two_lanes else ()
+        self._routes: tuple[Route, ...] = (("mixed", 0), *lanes, ("serial", 0))
+        self._sizes: dict[tuple[int, int, int], _Size] = {}
+        self._total = 0
+        self._last: Route | None = None
+        self._beside = Outlook(0, 0, 0, side_busy=False)
+
+    def choose(self, outlook: Outlook) -> Choice:
+        """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
+        rows = outlook.num_decode
+        tokens = max(1, min(outlook.prefill_tokens, self._budget - rows))
+        key = size_bucket(rows), size_bucket(outlook.decode_context // rows if rows else 0), size_bucket(tokens)
+        size = self._sizes.get(key)
+        if size is None:
+            size = self._sizes[key] = _Size(route=self._last)
+        size.chosen += 1
+        self._total += 1
+        choice = size.choice
+        if size.left and choice is not None:
+            size.left -= 1
+        else:
+            choice = size.choice = self._look(size, rows, outlook.decode_context, tokens)
+        self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
+        if choice.mode == "lanes":
+            self._beside = outlook
+        return choice
+
+    def note(self, ran: Ran) -> None:
+        """Take in what a step took."""
+        cost, rows, context, tokens = self.cost, ran.num_decode, ran.decode_context, ran.prefill_tokens
+        if rows and tokens:
+            if not ran.beside:
+                cost.note("mixed", rows, context, tokens, ran.seconds)
+        elif rows:
+            if ran.beside:
+                waiting = min(self._beside.prefill_tokens, self._budget)
+                cost.note("decode beside", rows, context, waiting, ran.seconds, ran.share)
+            else:
+                cost.note("decode", rows, context, 0, ran.seconds)
+        elif ran.beside:
+            beside = self._beside
+            cost.note("prefill beside", beside.num_decode, beside.decode_context, tokens, ran.seconds, ran.share)
+        else:
+            cost.note("prefill", 0, 0, tokens, ran.seconds)
+
+    # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
+
+    def _look(self, size: _Size, rows: int, context: int, tokens: int) -> Choice:
+        ways = {route: self._way(route, rows, context, tokens) for route in self._routes}
+        if size.trial is not None:
+            way = ways[size.trial]
+            if size.trial_left and way.samples < size.trial_samples + FIRM:
+                size.trial_left -= 1
+                self.trials += 1
+                return _choice(way, "a trial of " + _name(way.route))
+            size.seen[size.trial], size.trial = size.chosen, None
+        chosen = self._pick(size, ways)
+        size.seen[chosen.route] = size.chosen
+        size.left, self._last = LOOK - 1, chosen.route
+        size.why = _why(chosen, ways, self._target_s)
+        if self.trials < FIRST_TRIALS + TRIAL_SHARE * self._total:
+            for way in sorted(ways.values(), key=lambda each: each.total_s - each.slack_s):
+                if way.route != chosen.route and self._is_worth_a_trial(size, way, chosen):
+                    size.trial, size.trial_left, size.trial_samples = way.route, _TRIAL_CHOICES - 1, way.samples
+                    size.trials[way.route] = size.trials.get(way.route, 0) + 1
+                    size.left = 0
+                    self.trials += 1
+                    return _choice(way, "a trial of " + _name(way.route))
+        return _choice(chosen, size.why)
+
+    def _pick(self, size: _Size, ways: dict[Route, _Way]) -> _Way:
+        """Return the best way, or the one in use while the best is not better by more than noise."""
+        allowed_s = self._allowed_s(ways)
+        best = min(ways.values(), key=lambda way: (max(0.0, way.between_s - allowed_s), way.total_s))
+        current = ways.get(size.route) if size.route is not None else None
+        if current is not None and best is not current and current.between_s <= allowed_s:
+            better = best.total_s < current.total_s * (1 - BETTER)
+            size.steady = size.steady + 1 if better else 0
+            if size.steady < STEADY and best.total_s > current.total_s * (1 - 10 * BETTER):
+                return current
+        size.steady, size.route = 0, best.route
+        return best
+
+    def _allowed_s(self, ways: dict[Route, _Way]) -> float:
+        """Return the time between tokens that is aimed at: the target, or near what is possible."""
+        if self._target_s is None:
+            return float("inf")
+        return max(self._target_s, 1.05 * min(way.between_s for way in ways.values()))
+
+    def _is_worth_a_trial(self, size: _Size, way: _Way, chosen: _Way) -> bool:
+        if way.between_s * (1 - way.slack_s / way.total_s) > self._allowed_s({chosen.route: chosen}):
+            return False
+        trials = size.trials.get(way.route, 0)
+        waited = size.chosen - size.seen.get(way.route, 0)
+        if way.slack_s and way.total_s - way.slack_s < chosen.total_s:
+            return not trials or waited >= SOON << min(trials, 10)
+        loss = way.total_s / chosen.total_s - 1
+        if trials < _SECOND_OPINIONS and way.samples < 3 * FIRM:
+            return waited >= SOON << trials  # its first steps may have been slow for what was built meanwhile
+        return waited >= max(SOON << min(trials, 10), loss * _TRIAL_CHOICES / WORTH)
+
+    # ── the ways ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _way(self, route: Route, rows: int, context: int, tokens: int) -> _Way:
+        """Return what a way costs, with the largest chunk that keeps the target."""
+        way = self._way_with(route, rows, context, tokens, tokens)
+        if self._target_s is None:
+            return way
+        chunk = size_bucket(tokens)
+        while way.between_s > self._target_s * _TARGET_MARGIN and chunk > _LEAST_CHUNK and route[0] != "lanes":
+            chunk = size_bucket(chunk * 2 // 3)
+            way = self._way_with(route, rows, context, min(chunk, tokens), tokens)
+        return way
+
+    def _way_with(self, route: Route, rows: int, context: int, chunk: int, tokens: int) -> _Way:
+        (mode, share), cost = route, self.cost
+        decode_s, decode_slack = cost.guess("decode", rows, context, 0)
+        if mode == "mixed":
+            between_s, slack = cost.guess("mixed", rows, context, chunk)
+            token_s = max(0.0, between_s - decode_s) / chunk
+            samples, spread_s = cost.count("mixed", rows, context, chunk), between_s / chunk
+        elif mode == "serial":
+            prompt_s, slack = cost.guess("prefill", 0, 0, chunk)
+            between_s, token_s, spread_s = prompt_s + decode_s, prompt_s / chunk, prompt_s / chunk
+            samples = min(cost.count("prefill", 0, 0, chunk), cost.count("decode", rows, context, 0))
+        else:
+            prompt_s, slack = cost.guess("prefill beside", rows, context, chunk, share)
+            between_s, slack_beside = cost.guess("decode beside", rows, context, tokens, share)
+            slack = max(slack, slack_beside)
+            token_s = max(prompt_s, between_s) * max(0.0, 1 - decode_s / between_s) / chunk
+            samples = cost.count("prefill beside", rows, context, chunk, share)
+            samples = min(samples, cost.count("decode beside", rows, context, tokens, share))
+            spread_s = prompt_s / chunk
+        slack = max(slack, decode_slack)
+        return _Way(route, chunk, decode_s + token_s * tokens, slack * spread_s * tokens, between_s, samples)
+
+    # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def explain(self) -> tuple[str, ...]:
+        """Return what was chosen and why, a sentence each."""
+        aim = "most tokens a second" if self._target_s is None else f"{self._target_s * 1e3:g} ms between tokens"
+        lines = [f"lanes: chosen for each step, aiming at {aim}; {self.cost.note_on_file}"]
+        if self.choices:
+            counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
+            lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
+        often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
+        for (rows, context, tokens), size in often:
+            if size.why:
+                lines.append(f"lanes: {rows} rows of {context} tokens beside {tokens} prompt tokens: {size.why}")
+        return tuple(lines)
+
+
+def _name(route: Route) -> str:
+    return route[0] if not route[1] else f"lanes sm:{route[1]}"
+
+
+def _choice(way: _Way, why: str) -> Choice:
+    return Choice(way.route[0], way.tokens, way.route[1], why)
+
+
+def _why(chosen: _Way, ways: dict[Route, _Way], target_s: float | None) -> str:
+    def told(way: _Way) -> str:
+        between = "" if target_s is None else f" ({way.tokens} at once, {way.between_s * 1e3:.1f} ms between tokens)"
+        return f"{_name(way.route)} {way.total_s * 1e3:.2f} ms{between}"
+
+    others = ", ".join(told(way) for way in ways.values() if way is not chosen)
+    return f"{told(chosen)} for a decode step and the prompts, against {others}"

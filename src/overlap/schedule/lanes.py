@@ -1,0 +1,111 @@
+"""The two lanes as the planner sees them: what is in the air in each, and how prompts and decode rows share them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from overlap.cache.pages import Ints
+from overlap.errors import InternalError
+from overlap.schedule.plan import MAIN, SIDE, StepPlan
+from overlap.schedule.slots import Slots
+from overlap.schedule.split import Outlook, Ran, Splitter
+
+
+class Lane:
+    """The steps of one lane that are in the air."""
+
+    __slots__ = ("flying", "planned", "settled")
+
+    def __init__(self) -> None:
+        self.flying: deque[int] = deque()
+        self.planned = 0
+        """Its last step."""
+        self.settled = 0
+        """The last one that has landed."""
+
+    def note(self, number: int) -> None:
+        """A step was planned."""
+        self.planned = number
+        self.flying.append(number)
+
+    def pass_step(self, number: int) -> None:
+        """Its first step has landed."""
+        if not self.flying or self.flying[0] != number:
+            raise InternalError(f"step {number} was settled after step {self.settled}")
+        self.settled = self.flying.popleft()
+
+
+class Lanes:
+    """Asks the splitter, and keeps what it said until the side lane is planned."""
+
+    def __init__(self, slots: Slots, splitter: Splitter | None, token_budget: int) -> None:
+        """`splitter` None runs everything in the main lane, prompts and decode rows in one step."""
+        self.main: Final = Lane()
+        self.side: Final = Lane()
+        self.splitter: Final = splitter
+        self.side_tokens = 0
+        """How many prompt tokens the side lane's next step may have; 0 while it has nothing to plan."""
+        self._slots = slots
+        self._token_budget = token_budget
+        self._share = 0
+        self._prompts_turn = False
+
+    def __getitem__(self, lane: int) -> Lane:
+        return self.side if lane == SIDE else self.main
+
+    def split(self, decoding: Ints, num_decode: int, num_prompt: int) -> tuple[bool, int]:
+        """Say what the main lane's next step holds: whether prompts go without the decode rows, and their budget.
+
+        `decoding` are the slots that decode, `num_decode` of which have a page to go on; `num_prompt` counts the tokens
+        of the prompts that could run now.
+        """
+        room = self._token_budget - num_decode
+        if self.side.flying:
+            return False, 0
+        if self.splitter is None or not num_decode or not num_prompt:
+            return False, room
+        mode, tokens = self.choose(decoding, num_prompt)
+        if mode == "lanes":
+            return False, 0
+        if mode == "mixed":
+            return False, min(room, tokens)
+        self._prompts_turn = not self._prompts_turn
+        return self._prompts_turn, min(room, tokens) if self._prompts_turn else 0
+
+    def choose(self, decoding: Ints, num_prompt: int) -> tuple[str, int]:
+        """Ask the splitter; return its mode, and how many prompt tokens to run at once."""
+        self.side_tokens = 0
+        if self.splitter is None or not num_prompt:
+            return "mixed", self._token_budget
+        choice = self.splitter.choose(
+            Outlook(len(decoding), int(self._slots.next[decoding].sum()), num_prompt, bool(self.side.flying))
+        )
+        tokens = max(1, min(choice.prefill_tokens, self._token_budget))
+        self._share = choice.share
+        if choice.mode == "lanes":
+            self.side_tokens = tokens
+        return choice.mode, tokens
+
+    @property
+    def two(self) -> bool:
+        """Whether both lanes have something in the air, or are about to."""
+        return bool(self.side_tokens or self.side.flying)
+
+    def share(self, lane: int) -> int:
+        """Return how many SMs are the decode rows' own during the step that is planned now for `lane`."""
+        return self._share if lane == SIDE or self.two else 0
+
+    def note_chunks(self, slots: Ints, number: int, lane: int) -> int:
+        """Note that step `number` runs chunks of these slots; return the step of the other lane it has to follow."""
+        at = self._slots
+        steps, others = (at.main_step, at.side_step) if lane == MAIN else (at.side_step, at.main_step)
+        steps[slots] = number
+        before = int(others[slots].max())
+        return before if before > self[1 - lane].settled else 0
+
+    def note_time(self, plan: StepPlan, seconds: float) -> None:
+        """Tell the splitter what a landed step took on the device."""
+        if self.splitter is not None:
+            context = int(plan.starts[: plan.num_decode].sum())
+            self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), plan.beside, seconds, plan.share))

@@ -1,0 +1,80 @@
+"""What the planner tells a splitter of the next step, and what it is told to do. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+Mode: TypeAlias = Literal["mixed", "serial", "lanes"]
+"""Prompt chunks and decode rows in one step; in steps of their own, in turn; or at the same time, in two lanes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What there is to run: rows that decode, and prompts that wait."""
+
+    num_decode: int
+    decode_context: int
+    """Tokens in KV of all decode rows together."""
+    prefill_tokens: int
+    """Tokens of prompts that run or wait."""
+    side_busy: bool
+    """Whether the side lane has a step in the air."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How to run it."""
+
+    mode: Mode
+    prefill_tokens: int
+    """The most prompt tokens of one step. >= 1."""
+    share: int = 0
+    """SMs that are the decode rows' own while both lanes run; 0 lets them compete."""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that was run, and what it took on the device."""
+
+    num_decode: int
+    decode_context: int
+    """Tokens in KV of its decode rows together."""
+    prefill_tokens: int
+    beside: bool
+    """Whether the other lane ran too."""
+    seconds: float
+    share: int = 0
+    """SMs that were the decode rows' own."""
+
+
+class Splitter(Protocol):
+    """Decides how prompts and decode rows share the device. Asked once a step while both are there."""
+
+    def choose(self, outlook: Outlook) -> Choice:
+        """Return how to run the next step. Fast: it is on the way between two steps."""
+
+    def note(self, ran: Ran) -> None:
+        """Take in what a step took."""
+
+    def explain(self) -> tuple[str, ...]:
+        """Return what is chosen and why, a sentence each."""
+
+
+class Always:
+    """A splitter that was told what to do."""
+
+    def __init__(self, mode: Mode, *, prefill_tokens: int = 2**31, share: int = 0) -> None:
+        self._choice = Choice(mode, prefill_tokens, share, "as asked")
+
+    def choose(self, outlook: Outlook) -> Choice:  # noqa: ARG002 - the promise's
+        """Return it."""
+        return self._choice
+
+    def note(self, ran: Ran) -> None:
+        """Learn nothing."""
+
+    def explain(self) -> tuple[str, ...]:
+        """Return what it was told."""
+        return (f"lanes: {self._choice.mode}, as asked",)

@@ -1,0 +1,152 @@
+"""The cost model: what it makes of measurements, what it guesses between them, and what it keeps on disk."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from overlap.microbatch.cost import CostModel, Kind, Nominal, calibration, cost_path, near_bucket, size_bucket
+
+NOMINAL = Nominal(weights_s=1e-4, kv_token_s=1e-9, token_s=1e-6, step_s=5e-4)
+
+
+def test_sizes_are_rounded_up_to_two_for_each_doubling() -> None:
+    sizes = [size_bucket(n) for n in (0, 1, 3, 4, 5, 6, 7, 9, 13, 16, 17, 100)]
+    assert sizes == [0, 1, 3, 4, 6, 6, 8, 12, 16, 16, 24, 128]
+
+
+def test_neighbours_of_a_bucket_are_buckets_and_up_undoes_down() -> None:
+    for count in range(1, 5000):
+        bucket = size_bucket(count)
+        assert size_bucket(bucket) == bucket
+        assert near_bucket(near_bucket(bucket, 1), -1) == bucket
+        assert near_bucket(bucket, -1) == size_bucket(near_bucket(bucket, -1)) <= bucket
+    assert (near_bucket(0, 2), near_bucket(1, -2), near_bucket(24, -2), near_bucket(24, 2)) == (0, 1, 12, 48)
+
+
+def test_the_median_of_the_first_three_and_then_a_mean_that_a_hiccup_hardly_moves() -> None:
+    cost = CostModel(NOMINAL)
+    for seconds in (9.0, 0.002, 0.0021):
+        cost.note("decode", 8, 4000, 0, seconds)
+    assert cost.seconds("decode", 8, 4000, 0) == pytest.approx(0.0021)
+    for _ in range(60):
+        cost.note("decode", 8, 4000, 0, 0.002)
+    cost.note("decode", 8, 4000, 0, 5.0)
+    assert cost.seconds("decode", 8, 4000, 0) < 0.0021
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_a_lasting_change_is_believed_within_a_few_steps(factor: float) -> None:
+    cost = CostModel(NOMINAL)
+    for _ in range(1000):
+        cost.note("decode", 8, 4000, 0, 0.002)
+    for _ in range(6):
+        cost.note("decode", 8, 4000, 0, 0.002 * factor)
+    assert cost.seconds("decode", 8, 4000, 0) == pytest.approx(0.002 * factor, rel=0.05)
+
+
+def test_what_is_measured_comes_out_again_whatever_the_noise() -> None:
+    for seed in range(10):
+        chance, cost = random.Random(seed), CostModel(NOMINAL)
+        for _ in range(300):
+            cost.note(
+                "mixed", 32, 3200, 900, 0.01 * chance.lognormvariate(0, 0.05) * (8 if chance.random() < 0.03 else 1)
+            )
+        assert cost.seconds("mixed", 32, 3200, 900) == pytest.approx(0.01, rel=0.06)
+
+
+def test_a_size_that_was_never_measured_is_guessed_the_better_the_more_is_known() -> None:
+    cost, slacks = CostModel(NOMINAL), []
+
+    def guess() -> float:
+        seconds, slack = cost.guess("prefill", 0, 0, 2000)
+        slacks.append(slack)
+        return seconds / NOMINAL.seconds(0, 0, 2000)
+
+    assert guess() == 1.0
+    cost.note("decode", 8, 4000, 0, 2 * NOMINAL.seconds(8, 4000, 0))
+    assert guess() == pytest.approx(2)
+    cost.note("prefill", 0, 0, 100, 3 * NOMINAL.seconds(0, 0, 100))
+    assert guess() == pytest.approx(3)
+    cost.note("prefill", 0, 0, 1500, 4 * NOMINAL.seconds(0, 0, 1500))
+    assert guess() == pytest.approx(4)
+    for _ in range(3):
+        cost.note("prefill", 0, 0, 2000, 5 * NOMINAL.seconds(0, 0, 2000))
+    assert guess() == pytest.approx(5)
+    assert slacks[0] == slacks[1] > slacks[2] > slacks[3] > slacks[4] == 0
+
+
+def test_steps_that_were_never_run_are_put_together_from_their_parts() -> None:
+    cost = CostModel(NOMINAL)
+    for tokens in (1000, 2000):
+        cost.note("prefill", 0, 0, tokens, 10 * NOMINAL.seconds(0, 0, tokens))
+    cost.note("decode", 8, 4000, 0, 10 * NOMINAL.seconds(8, 4000, 0))
+    assert cost.seconds("mixed", 8, 4000, 2000) == pytest.approx(10 * NOMINAL.seconds(8, 4000, 2000))
+    for kind, alone in (("decode beside", "decode"), ("prefill beside", "prefill")):
+        assert cost.seconds(kind, 8, 4000, 2000) > cost.seconds(alone, 8, 4000, 2000)  # type: ignore[arg-type]
+
+
+def test_more_work_is_never_guessed_to_be_cheaper_by_more_than_noise() -> None:
+    kinds: tuple[Kind, ...] = ("decode", "prefill", "mixed")
+    for seed in range(5):
+        chance, cost = random.Random(seed), CostModel(NOMINAL)
+        for _ in range(2000):
+            kind, rows, tokens = chance.choice(kinds), chance.randint(1, 256), chance.randint(1, 4096)
+            true_s = 3 * NOMINAL.seconds(0 if kind == "prefill" else rows, 0, 0 if kind == "decode" else tokens)
+            cost.note(kind, rows, 0, tokens if kind != "decode" else 0, true_s * chance.lognormvariate(0, 0.05))
+        for kind in kinds:
+            sizes = [n * (kind != "decode") for n in range(1, 4096, 97)], list(range(1, 257, 15))
+            along_tokens = [cost.seconds(kind, 64, 0, tokens) for tokens in sizes[0]]
+            along_rows = [cost.seconds(kind, rows * (kind != "prefill"), 0, sizes[0][9]) for rows in sizes[1]]
+            for guesses in (along_tokens, along_rows):
+                assert all(later > 0.8 * max(guesses[: i + 1]) for i, later in enumerate(guesses))
+
+
+def test_a_clock_that_did_not_move_teaches_nothing() -> None:
+    cost = CostModel(NOMINAL)
+    cost.note("decode", 1, 1, 0, 0.0)
+    cost.note("decode", 1, 1, 0, -1.0)
+    assert cost.count("decode", 1, 1, 0) == 0
+
+
+def test_what_was_measured_is_kept_on_disk_and_a_strange_file_is_left_alone(tmp_path: Path) -> None:
+    path = cost_path(tmp_path, "this model on this device")
+    cost = CostModel(NOMINAL, "this model on this device")
+    for _ in range(3):
+        cost.note("decode beside", 8, 4000, 300, 0.002, 56)
+    cost.save(path)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    again = CostModel(NOMINAL, "this model on this device")
+    again.load(path)
+    assert again.seconds("decode beside", 8, 4000, 300, 56) == pytest.approx(0.002)
+    assert again.guess("decode beside", 8, 4000, 300, 56).slack == 0
+    assert again.seconds("decode", 8, 4000, 0) == cost.seconds("decode", 8, 4000, 0)
+    assert "1 sizes of steps" in again.note_on_file
+
+    other = CostModel(NOMINAL, "another")
+    other.load(path)
+    assert other.count("decode beside", 8, 4000, 300, 56) == 0
+    assert "measuring anew" in other.note_on_file
+    whole = path.read_bytes()
+    for broken in (b"", b"{", b'{"version":1}', b"\xff", whole[:-20], whole.replace(b'"times":', b'"times":-')):
+        path.write_bytes(broken)
+        again = CostModel(NOMINAL, "this model on this device")
+        again.load(path)
+        assert "measuring anew" in again.note_on_file
+        assert again.count("decode beside", 8, 4000, 300, 56) == 0
+    CostModel(NOMINAL).load(tmp_path / "none.json")
+
+
+def test_machines_have_files_of_their_own(tmp_path: Path) -> None:
+    assert cost_path(tmp_path, "a") != cost_path(tmp_path, "b")
+    assert cost_path(tmp_path, "a") == cost_path(tmp_path, "a")
+
+
+def test_a_calibration_is_short_and_within_limits() -> None:
+    shapes = calibration(max_rows=256, token_budget=4096, context=500, shares=(56,))
+    assert len(shapes) == 14
+    assert {shape.kind for shape in shapes} == {"decode", "prefill", "mixed", "decode beside", "prefill beside"}
+    assert all(shape.rows + shape.tokens <= 4096 and shape.rows <= 256 for shape in shapes)
+    assert len(calibration(max_rows=1, token_budget=2, context=1)) == 5

@@ -1,0 +1,97 @@
+"""Two lanes on a CPU: they really run at the same time, and change no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overlap import AsyncEngine, RequestAborted, SamplingParams
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_rows": 6, "kv_cache": 2048, "token_budget": 48}
+PARAMS = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+
+
+async def tokens(engine: AsyncEngine, prompt: list[int], params: SamplingParams = PARAMS) -> list[int]:
+    seen: list[int] = []
+    async for output in engine.generate(prompt, params):
+        seen = output.token_ids
+    return seen
+
+
+async def test_a_decode_step_and_a_prompt_run_at_the_same_time(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, lanes="streams", **OPTIONS) as engine:
+        runner: Any = engine._core._loop._runner  # type: ignore[union-attr]
+        decode_runs, prompt_runs = threading.Event(), threading.Event()
+        met: list[str] = []
+        for lane, mine, other in ((0, decode_runs, prompt_runs), (1, prompt_runs, decode_runs)):
+            attention = runner._lanes[lane]._attention
+
+            def attend(
+                *args: Any, lane: int = lane, mine: Any = mine, other: Any = other, run: Any = attention.attend
+            ) -> Any:
+                if prompt_runs.is_set() or lane == 1:
+                    mine.set()
+                    if other.wait(20):
+                        met.append(f"lane {lane}")
+                return run(*args)
+
+            attention.attend = attend
+        short = asyncio.create_task(tokens(engine, [5, 6, 7]))
+        await asyncio.sleep(0.05)
+        await tokens(engine, list(range(3, 200)), SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        await short
+        assert {"lane 0", "lane 1"} <= set(met), "one lane waited for the other to end"
+        assert engine.statistics().side_steps > 0
+
+
+@pytest.mark.parametrize("lanes", ["streams", "auto", "serial"])
+async def test_answers_do_not_change_while_requests_come_go_and_are_aborted_in_either_lane(
+    tiny_llama_dir: Path, lanes: str
+) -> None:
+    draw = random.Random(7)
+    shared = [draw.randrange(3, 512) for _ in range(40)]
+    prompts = [
+        shared[: draw.choice([0, 20, 40])] + [draw.randrange(3, 512) for _ in range(draw.choice([2, 30, 150]))]
+        for _ in range(12)
+    ]
+    asked = [
+        SamplingParams(max_tokens=40, temperature=draw.choice([0, 1.0]), top_p=0.9, seed=n, ignore_eos=True)
+        for n in range(12)
+    ]
+    async with AsyncEngine(tiny_llama_dir, prefix_cache=False, **OPTIONS) as engine:
+        alone = [await tokens(engine, prompt, params) for prompt, params in zip(prompts, asked, strict=True)]
+    target = {"target_itl_ms": 3.0} if lanes == "auto" else {}
+    async with AsyncEngine(tiny_llama_dir, lanes=lanes, **target, **{**OPTIONS, "kv_cache": 640}) as engine:
+
+        async def one(n: int) -> None:
+            await asyncio.sleep(draw.random() * 0.2)
+            which, leaves = n % 12, draw.random() < 0.3
+            seen: list[int] = []
+            try:
+                async for output in engine.generate(prompts[which], asked[which], request_id=f"r{n}"):
+                    seen = output.token_ids
+                    assert seen == alone[which][: len(seen)]
+                    if leaves and len(seen) > 5:
+                        await engine.abort(f"r{n}")
+                assert seen == alone[which]
+            except RequestAborted:
+                assert leaves
+
+        await asyncio.gather(*(one(n) for n in range(30)))
+        await asyncio.wrap_future(engine._core.idle())
+        await asyncio.wrap_future(engine._core.call(engine._core.parts[0].check_idle))
+        assert (engine.statistics().side_steps > 0) >= (lanes == "streams")
+        assert "lanes" in engine.explain()
+
+
+async def test_what_steps_have_taken_is_kept_for_the_next_engine(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "target_itl_ms": 5.0, "cache_dir": tmp_path}
+    for said in ("nothing was measured before", "sizes of steps were measured before"):
+        async with AsyncEngine(tiny_llama_dir, **options) as engine:
+            assert said in engine.explain()
+            await asyncio.gather(tokens(engine, [5, 6, 7]), tokens(engine, list(range(3, 150))))

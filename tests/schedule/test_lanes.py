@@ -1,0 +1,225 @@
+"""Two lanes on the simulated device: prompts are read beside decode steps, and no answer changes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from overlap.loop import Loop
+from overlap.schedule.plan import MAIN, SIDE, StepPlan
+from overlap.schedule.planner import Planner
+from overlap.schedule.request import Request
+from overlap.schedule.settled import Settled
+from overlap.schedule.split import Always, Choice, Outlook, Splitter
+from overlap.testing import EchoModel, SimDevice, SimRunner, SimTimeline
+
+MODEL = EchoModel()
+
+
+class Drawn(Always):
+    """A splitter that chooses at random."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__("mixed")
+        self._draw = draw
+
+    def choose(self, outlook: Outlook) -> Choice:
+        assert outlook.num_decode >= 0
+        assert outlook.prefill_tokens > 0
+        mode = self._draw.choice(["mixed", "serial", "lanes", "lanes"])
+        return Choice(mode, self._draw.choice([1, 7, 40, 1000]))  # type: ignore[arg-type]
+
+
+@dataclass
+class Rig:
+    """A planner, a simulated device with two streams, and a loop."""
+
+    splitter: Splitter | None
+    max_rows: int = 8
+    num_pages: int = 400
+    token_budget: int = 64
+    cost: Callable[[str, int], float] = lambda work, tokens: 1.0
+    costs: dict[str, float] = field(default_factory=dict)
+    fault: Callable[[StepPlan], None] | None = None
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        self.answers: dict[int, list[int]] = {}
+        self.ends: dict[int, str] = {}
+        self.failures: dict[int, BaseException] = {}
+        self.on_settled: Callable[[], None] = lambda: None
+        self.device = SimDevice(self.cost)
+        self.planner = Planner(
+            max_rows=self.max_rows,
+            num_pages=self.num_pages,
+            token_budget=self.token_budget,
+            prefill_chunk=self.token_budget,
+            context=4096,
+            splitter=self.splitter,
+        )
+        self.runner = SimRunner(
+            self.device.stream("main"),
+            MODEL,
+            num_pages=self.num_pages,
+            fault=self.fault,
+            side=self.device.stream("side"),
+        )
+        self.loop = Loop(
+            self.planner, self.runner, self, timeline=SimTimeline(self.device, self.costs), overlap=self.overlap
+        )
+
+    def tell_settled(self, settled: Settled) -> None:
+        for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
+            assert key not in self.ends, f"request {key} got a token after its end"
+            assert key not in self.failures
+            self.answers.setdefault(key, []).append(token)
+        for end in settled.ends:
+            self.ends[end.key] = end.reason
+        self.on_settled()
+
+    def tell_failed(self, key: int, front: int, failure: BaseException) -> None:
+        assert key not in self.ends
+        self.failures[key] = failure
+
+    async def serve(self, *requests: Request) -> None:
+        for one in requests:
+            self.loop.submit(one)
+        self.loop.when_idle(self.loop.close)
+        await self.loop.run()
+        self.planner.check_idle()
+
+    def of_lane(self, lane: int) -> list[StepPlan]:
+        return [plan for plan in self.runner.plans if plan.lane == lane]
+
+
+def request(key: int, prompt: list[int], limit: int, **more: object) -> Request:
+    return Request(key=key, front=0, prompt=np.array(prompt, dtype=np.int32), limit=limit, **more)  # type: ignore[arg-type]
+
+
+def step_cost(work: str, tokens: int) -> float:
+    return 64.0 if work == "prompts" else 4.0
+
+
+async def test_decode_steps_keep_their_pace_while_a_long_prompt_is_read() -> None:
+    alone = Rig(Always("lanes"), cost=step_cost)
+    await alone.serve(request(0, [1, 2, 3], 200))
+    pace = alone.device.now
+    rig = Rig(Always("lanes"), cost=step_cost)
+    ends: list[float] = []
+    rig.on_settled = lambda: ends.append(rig.device.now) if 0 in rig.ends and not ends else None
+    await rig.serve(request(0, [1, 2, 3], 200), request(1, [5] * 640, 4))
+    assert rig.answers[0] == alone.answers[0]
+    assert rig.answers[1] == MODEL.answer([5] * 640, 4)
+    assert ends[0] <= pace * 1.25, "the first step reads the long prompt's first chunk too; no other one waits for it"
+    assert len(rig.of_lane(SIDE)) >= 9
+    assert all(plan.num_decode == plan.num_rows for plan in rig.of_lane(MAIN)[1:])
+
+
+async def test_one_lane_hides_behind_the_other_and_neither_idles_while_it_has_work() -> None:
+    rig = Rig(Always("lanes"), cost=lambda work, tokens: 8.0, costs={"plan": 0.5, "launch": 0.5, "settle": 1.0})
+    # 16 requests of one chunk each, one after the other beside 40 decode steps
+    await rig.serve(request(0, [1], 40), *(request(key, [key] * 64, 1) for key in range(1, 17)))
+    assert rig.device.hidden("side", behind="main") > 0.9
+    assert rig.device.bubble("main") == 0
+    assert rig.device.bubble("side") == 0
+
+
+async def test_a_chunk_in_the_side_lane_waits_for_the_chunk_before_it_in_the_main_lane() -> None:
+    modes = iter(["mixed"] * 3)
+
+    class Late(Always):
+        def choose(self, outlook: Outlook) -> Choice:
+            return Choice(next(modes, "lanes"), 16)  # type: ignore[arg-type]
+
+    rig = Rig(Late("mixed"), cost=lambda work, tokens: 4.0)
+    await rig.serve(request(0, [1, 2], 60), request(1, [3] * 300, 3))
+    assert rig.answers[1] == MODEL.answer([3] * 300, 3)
+    first = rig.of_lane(SIDE)[0]
+    assert first.follows > 0
+    assert first.follows < first.number
+    assert rig.of_lane(SIDE)[-1].follows == 0
+
+
+async def test_prompts_and_decode_rows_take_turns_when_told_to() -> None:
+    rig = Rig(Always("serial"))
+    await rig.serve(request(0, [1, 2, 3], 30), request(1, [5] * 200, 4))
+    assert rig.answers[1] == MODEL.answer([5] * 200, 4)
+    mixed = [plan for plan in rig.runner.plans if 0 < plan.num_decode < plan.num_rows]
+    assert not mixed
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("seed", range(30))
+async def test_every_answer_is_what_it_would_have_been_alone_in_any_lane(seed: int, overlap: bool) -> None:
+    draw = random.Random(seed)
+    rig = Rig(
+        draw.choice([Always("lanes"), Drawn(draw)]),
+        max_rows=draw.choice([2, 3, 8]),
+        num_pages=draw.choice([9, 14, 60]),
+        token_budget=draw.choice([10, 16, 40, 200]),
+        cost=lambda work, tokens: draw.choice([1.0, 1.0, 20.0]),
+        overlap=overlap,
+    )
+    requests, expected = [], {}
+    shared = [draw.randrange(97) for _ in range(48)]
+    for key in range(draw.randint(1, 25)):
+        prompt = shared[: draw.choice([0, 0, 16, 40])] + [draw.randrange(97) for _ in range(draw.randint(1, 60))]
+        limit = draw.randint(1, 9 * 16 - len(prompt))
+        stops = tuple(draw.sample(range(97), draw.choice([0, 0, 1, 3])))
+        requests.append(request(key, prompt, limit, stop_ids=stops, priority=draw.choice([0, 0, 1])))
+        expected[key] = MODEL.answer(prompt, limit, stop_ids=stops)
+    await rig.serve(*requests)
+    assert rig.answers == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_arrivals_aborts_and_failed_steps_in_either_lane_lose_nothing(seed: int) -> None:
+    draw = random.Random(1000 + seed)
+
+    def fault(plan: StepPlan) -> None:
+        if draw.random() < 0.03:
+            raise MemoryError(f"step {plan.number}")
+
+    rig = Rig(
+        draw.choice([Always("lanes"), Drawn(draw)]),
+        max_rows=draw.choice([2, 5]),
+        num_pages=draw.choice([9, 14, 40]),
+        token_budget=32,
+        fault=fault,
+        cost=lambda work, tokens: draw.choice([1.0, 2.0, 30.0]),
+    )
+    submitted: dict[int, tuple[list[int], int]] = {}
+    aborted: dict[int, int] = {}
+
+    def happen() -> None:
+        rig.planner.check()
+        if len(submitted) < 40 and draw.random() < 0.5:
+            key = len(submitted)
+            prompt = [draw.randrange(97) for _ in range(draw.randint(1, 80))]
+            submitted[key] = (prompt, draw.randint(1, 60))
+            rig.loop.submit(request(key, *submitted[key]))
+        if submitted and draw.random() < 0.25:
+            key = draw.choice(list(submitted))
+            if rig.loop.end(key):
+                aborted[key] = len(rig.answers.get(key, []))
+
+    async def storm() -> None:
+        while len(submitted) < 40:
+            happen()
+            await asyncio.sleep(0)
+        rig.loop.when_idle(rig.loop.close)
+
+    rig.on_settled = happen
+    await asyncio.gather(rig.loop.run(), storm())
+    rig.planner.check_idle()
+    for key, (prompt, limit) in submitted.items():
+        alone, got = MODEL.answer(prompt, limit), rig.answers.get(key, [])
+        assert sum([key in rig.ends, key in rig.failures, key in aborted]) == 1
+        assert got == (alone if key in rig.ends else alone[: len(got)])
+        if key in aborted:
+            assert len(got) == aborted[key], "a token came after the abort"
