@@ -47,8 +47,7 @@ class Server:
         self.family = psutil.Process(self.program.pid).children(recursive=True)
 
     def children(self, module: str) -> list[psutil.Process]:
-        alive = psutil.Process(self.program.pid).children()
-        return [child for child in alive if module in child.cmdline()]
+        return [child for child in psutil.Process(self.program.pid).children() if module in command_of(child)]
 
     def socket_path(self) -> str:
         (path,) = self.scratch.glob("overlap-*/engine")
@@ -57,6 +56,14 @@ class Server:
     def nothing_is_left(self) -> bool:
         _, alive = psutil.wait_procs(self.family, timeout=10)
         return not alive and not list(self.scratch.glob("overlap-*"))
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; empty for one that has ended, whether or not its parent has read that."""
+    try:
+        return process.cmdline()
+    except (psutil.ZombieProcess, psutil.NoSuchProcess):
+        return []
 
 
 @contextmanager
