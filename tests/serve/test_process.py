@@ -61,7 +61,8 @@ class Server:
 def command_of(process: psutil.Process) -> list[str]:
     """Its command line; empty for one that has ended, whether or not its parent has read that."""
     try:
-        return process.cmdline()
+        command: list[str] = process.cmdline()
+        return command
     except (psutil.ZombieProcess, psutil.NoSuchProcess):
         return []
 
