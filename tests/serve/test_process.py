@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,10 @@ class Server:
 
 def command_of(process: psutil.Process) -> list[str]:
     """Its command line; empty for one that has ended, whether or not its parent has read that."""
-    try:
+    with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
         command: list[str] = process.cmdline()
         return command
-    except (psutil.ZombieProcess, psutil.NoSuchProcess):
-        return []
+    return []
 
 
 @contextmanager
