@@ -14,4 +14,4 @@ test-gpu:
 bench:
 	@./dev bench
 test-clients:
-	@tests/clients/run
+	@./dev test-clients

@@ -7,8 +7,9 @@ them from `overlap serve`. One JSON line a figure; the last has the ratio. Token
 has them. TTFT is from sending a request to its first event, ITL the time between the events of a stream over the tokens
 that the later one brings (one event may bring several). Clients share this machine's cores with the server, so on a
 small machine the ratio is a lower bound. `health` is one GET /health after another, while the load is on. With
-`--leave` every second client leaves in the middle of its answer. `--soak SECONDS` repeats the load for so long and
-shows each process' memory over time.
+`--leave` every second client leaves in the middle of its answer. `--soak-minutes M` repeats the load for so long, with
+a line each round; the last line says how each process' memory went. `cpu_s` is what each process computed for during
+a round: on a machine where they share cores, it says who took them.
 """
 
 from __future__ import annotations
@@ -191,26 +192,36 @@ async def load(address: str, asked: argparse.Namespace, first: int) -> tuple[See
     return total, seconds, await watching
 
 
+def family(program: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """Return the processes of the server, by what they are."""
+    first = psutil.Process(program.pid)
+    each = (first, *sorted(first.children(), key=lambda child: child.pid))
+    return {f"{one.cmdline()[2].rpartition('.')[2]}:{one.pid}": one for one in each}
+
+
 def memory(program: subprocess.Popen[str]) -> dict[str, float]:
-    """Return the MiB that each process of the server holds, by what it is."""
-    found = {}
-    family = psutil.Process(program.pid)
-    for process in (family, *family.children()):
-        name = process.cmdline()[2].rpartition(".")[2]
-        found[f"{name}:{process.pid}"] = round(process.memory_info().rss / 2**20, 1)
-    return found
+    """Return the MiB that each process of the server holds."""
+    return {name: round(one.memory_info().rss / 2**20, 1) for name, one in family(program).items()}
+
+
+def computed(program: subprocess.Popen[str]) -> dict[str, float]:
+    """Return the seconds that each process of the server has computed for."""
+    return {name: sum(one.cpu_times()[:2]) for name, one in family(program).items()}
 
 
 async def serve(asked: argparse.Namespace, offline_rate: float) -> None:
     """Load a server and print what came of it."""
     program, address = start(asked)
     try:
-        until, first = time.monotonic() + asked.soak, 10 * asked.streams
+        first, lost, held = 10 * asked.streams, 0, []
         await load(address, argparse.Namespace(**{**vars(asked), "leave": False}), first)  # warms up
+        began = time.monotonic()
         while True:
             first += asked.streams
+            before = computed(program)
             seen, seconds, health = await load(address, asked, first)
             rate = seen.tokens / seconds
+            after = computed(program)
             await asyncio.sleep(0.5)
             async with aiohttp.ClientSession() as http, http.get(f"{address}/live") as response:
                 live = await response.json()
@@ -221,9 +232,18 @@ async def serve(asked: argparse.Namespace, offline_rate: float) -> None:
                 "ttft_p99_ms": percentile(seen.ttft_s, 0.99), "itl_p50_ms": percentile(seen.itl_s, 0.5),
                 "itl_p99_ms": percentile(seen.itl_s, 0.99), "health_p99_ms": percentile(health, 0.99),
                 "running_at_end": live["running"], "kv_usage_at_end": live["kv_usage"], "memory_mib": memory(program),
+                "cpu_s": {name: round(value - before[name], 2) for name, value in after.items()},
             }), flush=True)  # fmt: skip
-            if time.monotonic() > until:
-                return
+            lost += seen.lost
+            held.append(memory(program))
+            if time.monotonic() > began + 60 * asked.soak_minutes:
+                break
+        tail = held[len(held) // 4 :]
+        print(json.dumps({
+            "bench": "serve soak", "minutes": round((time.monotonic() - began) / 60, 1), "rounds": len(held),
+            "lost": lost, "memory_mib_first": held[0], "memory_mib_after_a_quarter": tail[0],
+            "memory_mib_last": held[-1],
+        }), flush=True)  # fmt: skip
     finally:
         program.terminate()
         program.wait()
@@ -239,7 +259,7 @@ def main() -> None:
     parser.add_argument("--fronts", type=int, default=2)
     parser.add_argument("--clients", type=int, default=2, help="processes of clients")
     parser.add_argument("--leave", action="store_true", help="every second client leaves in the middle")
-    parser.add_argument("--soak", type=float, default=0.0, metavar="SECONDS", help="repeat for so long")
+    parser.add_argument("--soak-minutes", type=float, default=0.0, metavar="M", help="repeat for so long")
     for name in ("device", "dtype", "load-format", "kv-cache"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--max-rows", type=int)

@@ -4,7 +4,7 @@ The public API is what this module exports. Importing it imports no torch.
 """
 
 from overlap.config import EngineConfig
-from overlap.engine import AsyncEngine, Health, Statistics
+from overlap.engine import AsyncEngine, Health
 from overlap.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -18,6 +18,7 @@ from overlap.errors import (
     RequestError,
     RequestFailed,
 )
+from overlap.figures import Statistics
 from overlap.generation import Generation
 from overlap.messages import ChatMessage, FinishReason, Output, Prompt, SamplingParams, Terms, Usage
 

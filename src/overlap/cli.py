@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from overlap import AsyncEngine, EngineConfig, Output, SamplingParams, __version__
-from overlap.cli_options import add_engine, add_sampling
+from overlap.cli_options import add_engine, add_sampling, add_serving
 from overlap.errors import OverlapError, RequestError
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
@@ -244,6 +244,7 @@ def _serve_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "cors_origins": arguments.cors_origin or [],
         "log": arguments.log_requests or arguments.log_prompts,
         "log_prompts": arguments.log_prompts,
+        **_given(arguments, ("model_name", "body_seconds", "stall_seconds", "deadline_seconds")),
     }
 
 
@@ -331,30 +332,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve a model to OpenAI clients", allow_abbrev=False)
     _add_model(serve)
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
-    serve.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: OVERLAP_API_KEY, if set)")
-    serve.add_argument(
-        "--cors-origin",
-        metavar="ORIGIN",
-        action="append",
-        help="let pages of this origin ask from a browser, such as https://example.org; may be given again",
-    )
-    serve.add_argument("--log-requests", action="store_true", help="write a JSON line about each request to stderr")
-    serve.add_argument("--log-prompts", action="store_true", help="the same, and prompts with it")
-    serve.add_argument(
-        "--fronts",
-        type=_count,
-        metavar="N",
-        help="processes for HTTP and text beside the engine's; 0: all in one process (default: one for four cores)",
-    )
-    serve.add_argument(
-        "--drain-seconds",
-        type=_seconds,
-        default=30.0,
-        metavar="S",
-        help="how long answers may go on after SIGTERM or Ctrl-C; a second one ends at once (default: %(default)g)",
-    )
+    add_serving(serve)
     add_engine(serve)
     serve.set_defaults(run=_serve)
 
@@ -395,25 +373,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help="a known name, a GGUF file, a Hugging Face directory or a repo id (default: %(default)s)",
     )
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) > 256:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 256, not {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= (seconds := float(text)) < float("inf"):
-            return seconds
-    raise argparse.ArgumentTypeError(f"a number of seconds, 0 or more, not {text!r}")
 
 
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -63,6 +63,54 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
 
 
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `overlap serve` beside the engine's."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
+    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: MODEL)")
+    parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: OVERLAP_API_KEY, if set)")
+    parser.add_argument(
+        "--cors-origin",
+        metavar="ORIGIN",
+        action="append",
+        help="let pages of this origin ask from a browser, such as https://example.org; may be given again",
+    )
+    parser.add_argument("--log-requests", action="store_true", help="write a JSON line about each request to stderr")
+    parser.add_argument("--log-prompts", action="store_true", help="the same, and prompts with it")
+    parser.add_argument(
+        "--fronts",
+        type=_count,
+        metavar="N",
+        help="processes for HTTP and text beside the engine's; 0: all in one process (default: one for four cores)",
+    )
+    for name, default, text in (
+        ("drain", 30.0, "how long answers may go on after SIGTERM or Ctrl-C; a second one ends at once (default: 30)"),
+        ("body", None, "how long a client may take to send a body (default: 60)"),
+        ("stall", None, "how long a client may read nothing of its stream before it is cut off (default: 60)"),
+        ("deadline", None, "the longest that an answer may take, waiting included (default: no limit)"),
+    ):
+        parser.add_argument(f"--{name}-seconds", type=_seconds, default=default, metavar="S", help=text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > 256:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 256, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError(f"a number of seconds, 0 or more, not {text!r}")
+
+
 def _number(text: str) -> int | float | str:
     """Read a number as a number, and leave anything else to EngineConfig, which knows what it may be."""
     for kind in (int, float):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import numpy as np
 
 from overlap.errors import EngineClosed, EngineDead, OverlapError
+from overlap.figures import Statistics, statistics_of
 from overlap.front import Front, dead
 from overlap.loop import Loop
 
@@ -110,6 +111,11 @@ class Core:
             raise self._ended()
 
     @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    @property
     def close_asked(self) -> bool:
         """Whether `close` was called."""
         return self._close_asked
@@ -184,6 +190,14 @@ class Core:
         if self._planner is None:
             raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
         return self._planner, self._live_loop
+
+    def statistics(self) -> Statistics:
+        """Return the figures of this moment. Raises EngineClosed, EngineDead."""
+        planner, loop = self.parts
+        runner = self._runner
+        if runner is None:
+            raise EngineClosed("The engine has just ended.")
+        return statistics_of(planner, loop, runner.statistics())
 
     def close(self) -> Future[None]:
         """End every request and let the thread give everything back. Idempotent."""

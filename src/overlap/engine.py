@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
 from overlap.errors import EngineClosed, EngineDead, RequestError
+from overlap.figures import Statistics
 from overlap.front import Answer, Front
 from overlap.generation import Generation
-from overlap.loop import LoopStatistics
 from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
 from overlap.observe.trace import Trace, Tracing
 from overlap.schedule.request import Request
-from overlap.schedule.settled import PlannerStatistics
 from overlap.text.answer import AnswerText
 from overlap.text.prompts import PromptEncoder
 
@@ -34,17 +33,19 @@ if TYPE_CHECKING:
     from overlap.text import Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Statistics(PlannerStatistics, LoopStatistics):
-    """An engine's figures at one moment. Counters count from the start."""
-
-
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether an engine can serve; if not, why."""
+    """Whether an engine lives, and whether it takes requests; if not, why."""
 
     ok: bool
     reason: str
+    draining: bool = False
+    """Whether it ends what it has begun, and begins nothing new."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes new requests."""
+        return self.ok and not self.draining
 
 
 class AsyncEngine:
@@ -257,8 +258,7 @@ class AsyncEngine:
 
     def statistics(self) -> Statistics:
         """Return the figures of this moment."""
-        planner, loop = self._core.parts
-        return Statistics(**asdict(planner.statistics()), **asdict(loop.statistics()))
+        return self._core.statistics()
 
     def health(self) -> Health:
         """Return whether the engine can serve, and if not why."""
@@ -269,6 +269,8 @@ class AsyncEngine:
             return Health(ok=False, reason=str(error))
         if (late := self._core.late()) is not None:
             return Health(ok=False, reason=late)
+        if self._core.draining:
+            return Health(ok=True, reason="It is ending: it finishes what it has begun.", draining=True)
         return Health(ok=True, reason="serving")
 
     def trace(self, path: str | os.PathLike[str]) -> Tracing:

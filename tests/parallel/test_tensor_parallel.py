@@ -124,6 +124,21 @@ async def test_aborts_leave_the_ranks_in_step(engines: dict[int, AsyncEngine], s
     assert await answer(engine, PROMPTS[2], PARAMS[2]) == await answer(engines[1], PROMPTS[2], PARAMS[2])
 
 
+def left_behind() -> set[str]:
+    """Return what an engine of several ranks could leave: processes, shared memory, and the file in which they meet."""
+    names = [("/dev/shm", "nccl*"), ("/dev/shm", "torch*"), ("/dev/shm", "gloo*"), (tempfile.gettempdir(), "overlap-*")]
+    files = {str(path) for folder, pattern in names for path in Path(folder).glob(pattern)}
+    return files | {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
+
+
+async def test_an_engine_of_several_ranks_that_closes_leaves_nothing(model: Path) -> None:
+    before = left_behind()
+    async with AsyncEngine(model, **OPTIONS, tensor_parallel=2) as engine:
+        assert len(await answer(engine, [5, 6, 7], PARAMS[0])) == 40
+        assert left_behind() > before
+    assert left_behind() <= before
+
+
 async def ended(engine: AsyncEngine) -> str:
     """Wait until an engine is dead; return why."""
     for _ in range(1000):
@@ -135,6 +150,7 @@ async def ended(engine: AsyncEngine) -> str:
 
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
 async def test_a_killed_rank_ends_the_engine_with_the_reason_and_no_process_stays(model: Path, busy: bool) -> None:
+    before = left_behind()
     engine = AsyncEngine(model, **OPTIONS, tensor_parallel=3)
     await engine.start()
     followers = processes_of(engine)
@@ -142,18 +158,22 @@ async def test_a_killed_rank_ends_the_engine_with_the_reason_and_no_process_stay
     if busy:
         await anext(generation)
     followers[0].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
     if busy:
         with pytest.raises(EngineDead, match=r"rank 1 .* was ended by signal 9 \(SIGKILL\)"):
             async for _ in generation:
                 pass
     assert "rank 1" in await ended(engine)
+    assert time.monotonic() - killed < 30, "the others wait for a rank that is gone"
     await engine.aclose()
     assert not any(process.is_running() for process in followers)
+    assert left_behind() <= before
 
 
 async def test_an_exception_in_one_rank_ends_the_engine_with_its_message(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = left_behind()
     async with AsyncEngine(model, **OPTIONS, tensor_parallel=2) as engine:
         followers = processes_of(engine)
         runner = engine._core._runner
@@ -167,6 +187,7 @@ async def test_an_exception_in_one_rank_ends_the_engine_with_its_message(
         with pytest.raises(EngineDead, match=r"rank 1 .* failed: IndexError"):
             await answer(engine, [5, 6, 7], PARAMS[0])
     assert not any(process.is_running() for process in followers)
+    assert left_behind() <= before
 
 
 async def test_a_model_that_cannot_be_cut_starts_no_process(model: Path) -> None:

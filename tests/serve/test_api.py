@@ -247,7 +247,11 @@ async def test_the_openapi_document_describes_what_is_taken(http: aiohttp.Client
     text = json.dumps(document)
     for name in document["components"]["schemas"]:
         assert name in text
-    assert "logit_bias" in document["components"]["schemas"]["ChatRequest"]["properties"]
+    chat = document["components"]["schemas"]["ChatRequest"]
+    assert "logit_bias" in chat["properties"]
+    assert chat["properties"]["model"]["enum"] == ["tiny", None]
+    assert chat["properties"]["temperature"]["maximum"] == 2
+    assert chat["additionalProperties"] is False
 
 
 HOSTILE: list[tuple[str, Any]] = [

@@ -1,7 +1,7 @@
 """The page, used in headless Chromium as a person would use it.
 
-Skipped where Playwright's Python package or a Chromium is missing: `pip install playwright` and a `chromium` or
-`google-chrome` on the PATH are enough.
+Skipped where Playwright's Python package or a Chromium is missing: `pip install playwright`, and a `chromium` or
+`google-chrome` on the PATH or what `playwright install chromium-headless-shell` fetches, are enough.
 """
 
 from __future__ import annotations
@@ -66,10 +66,13 @@ async def browser() -> AsyncIterator[Any]:
     playwright = pytest.importorskip("playwright.async_api", reason="Playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("no Chromium is installed")
     async with playwright.async_playwright() as started:
-        browser = await started.chromium.launch(executable_path=path, args=["--no-sandbox"])  # for root, in containers
+        try:
+            browser = await started.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root, in containers
+        except playwright.Error as error:
+            if path is not None or "playwright install" not in str(error):
+                raise  # there is one, and it does not start
+            pytest.skip("no Chromium is installed: `playwright install chromium-headless-shell` fetches one")
         yield browser
         await browser.close()
 

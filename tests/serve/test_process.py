@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ SOON = 60.0
 class Server:
     """`overlap serve` with fronts."""
 
-    def __init__(self, model: Path, scratch: Path) -> None:
+    def __init__(self, model: Path, scratch: Path, more: Sequence[str] = ()) -> None:
         self.scratch = scratch
-        command = [sys.executable, "-m", "overlap", "serve", str(model), "--port", "0", "--fronts", "2"]
+        command = [sys.executable, "-m", "overlap", "serve", str(model), "--port", "0", "--fronts", "2", *more]
         self.program = subprocess.Popen(
             [*command, "--device", "cpu", "--dtype", "float32", "--max-rows", "8"],
             stderr=subprocess.PIPE,
@@ -67,8 +67,8 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 @contextmanager
-def served(model: Path, scratch: Path) -> Iterator[Server]:
-    server = Server(model, scratch)
+def served(model: Path, scratch: Path, *more: str) -> Iterator[Server]:
+    server = Server(model, scratch, more)
     try:
         yield server
     finally:
@@ -166,7 +166,9 @@ async def test_hostile_bytes_on_the_engines_socket_end_that_connection_only(
 
 
 async def test_a_killed_front_gives_its_pages_back_and_comes_again(server: Server, http: aiohttp.ClientSession) -> None:
+    before = await served_so_far(http, server)
     readers = [await begin(http, server) for _ in range(4)]
+    await asyncio.sleep(1)  # a front tells the others four times a second
     victim, other = server.children(FRONT)
     victim.kill()
     await until(lambda: asyncio.sleep(0, len(server.children(FRONT)) == 2 and victim not in server.children(FRONT)))
@@ -176,6 +178,21 @@ async def test_a_killed_front_gives_its_pages_back_and_comes_again(server: Serve
     await until(lambda: is_idle(http, server))
     for _ in range(8):  # by both
         assert (await (await begin(http, server, max_tokens=4)).content.read()).endswith(b"data: [DONE]\n\n")
+    await asyncio.sleep(1)
+    assert before[0] >= 1
+    after = await served_so_far(http, server)
+    assert after[0] >= before[0] + 8, "what the dead front had counted is still there"
+    assert after[1] == 2, "and it is not among the fronts"
+
+
+async def served_so_far(http: aiohttp.ClientSession, server: Server) -> tuple[float, float]:
+    """Return how many completions were answered, and how many fronts count."""
+    async with http.get(f"{server.address}/metrics") as response:
+        text = await response.text()
+    answered = re.search(r'http_responses_total\{route="/v1/completions",status="200"\} (\S+)', text)
+    fronts = re.search(r"^overlap_http_fronts (\S+)", text, re.MULTILINE)
+    assert fronts
+    return float(answered[1]) if answered else 0.0, float(fronts[1])
 
 
 async def test_sigterm_lets_answers_end(server: Server, http: aiohttp.ClientSession) -> None:
@@ -185,6 +202,29 @@ async def test_sigterm_lets_answers_end(server: Server, http: aiohttp.ClientSess
     assert (await reader.content.read()).endswith(b"data: [DONE]\n\n")
     assert await asyncio.to_thread(server.program.wait, SOON) == 0
     assert server.nothing_is_left()
+
+
+async def test_every_front_has_the_options_of_the_command_line(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    more = ["--model-name", "tiny", "--api-key", "k", "--cors-origin", "https://a.example", "--log-requests",
+            "--deadline-seconds", "0.2", "--body-seconds", "0.2"]  # fmt: skip
+    with served(tiny_llama_dir, tmp_path, *more) as server:
+        keyed = {"Authorization": "Bearer k", "Origin": "https://a.example"}
+        for number in range(8):  # each on a connection of its own: both fronts get some
+            connector = aiohttp.TCPConnector(force_close=True)
+            async with aiohttp.ClientSession(server.address, connector=connector) as http:
+                assert (await http.get("/v1/models")).status == 401
+                response = await http.get("/v1/models", headers={**keyed, "X-Request-Id": f"mine-{number}"})
+                assert response.headers["Access-Control-Allow-Origin"] == "https://a.example"
+                assert [model["id"] for model in (await response.json())["data"]] == ["tiny"]
+                late = {**long_answer(server, model="tiny", n=8), "stream": False}
+                response = await http.post("/v1/completions", json=late, headers=keyed)
+                assert (await response.json())["error"]["code"] == "deadline_exceeded"
+        server.program.terminate()
+        assert server.program.stderr is not None
+        logged = [json.loads(line) for line in server.program.stderr if line.startswith("{")]
+        named = {line["request_id"] for line in logged if line["status"] == 200}
+        assert named == {f"mine-{number}" for number in range(8)}
+        assert await asyncio.to_thread(server.program.wait, SOON) == 0
 
 
 async def test_an_engine_that_dies_is_an_error_to_all_and_the_end(

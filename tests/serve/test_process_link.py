@@ -35,7 +35,7 @@ from overlap.serve.link import (
     submit_of,
 )
 
-PLANNERS_OWN = {"life", "slot", "made", "chunked", "node", "num_hit", "coming", "cached"}
+PLANNERS_OWN = {"queued_at", "life", "slot", "made", "chunked", "node", "num_hit", "coming", "cached"}
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 

@@ -8,8 +8,9 @@ launched while step N runs, by the same graph too. What the host writes and read
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Generator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class GraphStatistics:
     capture_seconds: float = 0.0
     pool_bytes: int = 0
     """Device memory of the graphs' pool."""
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """Eager steps by why they had no graph."""
 
     def __add__(self, other: GraphStatistics) -> GraphStatistics:
         """Return the figures of two lanes together."""
@@ -170,6 +173,7 @@ class GraphDriver:
             padded_tokens=self._padded_tokens,
             capture_seconds=self._seconds,
             pool_bytes=self._recorder.pool_bytes if self._recorder is not None else 0,
+            fallbacks=self.policy.fallbacks,
         )
 
     def explain(self) -> tuple[str, ...]:

@@ -141,6 +141,11 @@ class Policy:
                     return Shape(kind, size)
         return None
 
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Steps without a graph, by why."""
+        return Counter(self._reasons)
+
     def captured(self, shape: Shape) -> None:
         """Take in that a graph is there now."""
         insort(self._captured[shape.kind], shape.size)

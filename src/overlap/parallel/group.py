@@ -50,6 +50,7 @@ class Group:
 
             options = ProcessGroupNCCL.Options()
             options._timeout = timeout
+            options.is_high_priority_stream = True  # a sum needs few SMs, but not when a product has left them all
             self._backend = ProcessGroupNCCL(store, rank, size, options)
         else:
             gloo: Any = ProcessGroupGloo

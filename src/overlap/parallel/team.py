@@ -53,6 +53,8 @@ START_S: Final = 300.0
 """Seconds that a rank may take to start, load and join."""
 STOP_S: Final = 10.0
 """Seconds that a follower may take to end before it is killed."""
+CAUSE_S: Final = 1.0
+"""Seconds for which a rank that says it has failed is not blamed: if another has died, that is the reason."""
 ADDRESS_KEY: Final = "overlap/address"
 
 
@@ -64,11 +66,11 @@ class _Follower:
         rank: int,
         connection: socket.socket,
         process: subprocess.Popen[bytes] | None,
-        lost: Callable[[str], None],
+        lost: Callable[[str, bool], None],
         *,
         hello: Hello | None = None,
     ) -> None:
-        """`hello` is what was heard of it already."""
+        """`lost` is told why it is gone, and whether it said so itself. `hello` is what was heard of it already."""
         self.rank = rank
         self._connection = connection
         self._process = process
@@ -112,7 +114,7 @@ class _Follower:
             self._reports.put(report)
         if not self._stopping:
             self.end = f"rank {self.rank} (process {self._pid}) {self._end(why)}"
-            self._lost(self.end)
+            self._lost(self.end, bool(why))
         self._reports.put(None)
 
     def _end(self, why: str) -> str:
@@ -152,6 +154,8 @@ class Team:
         self._followers: list[_Follower] = []
         self._meeting: Path | None = None
         self._why: str | None = None
+        self._told = False
+        """Whether a rank has said that it failed."""
         self._lock = threading.Lock()
         self._lost = threading.Event()
         self._when_lost: Callable[[], None] | None = None
@@ -306,7 +310,14 @@ class Team:
                 self._lose(f"rank {follower.rank} is gone ({failure})")
                 raise EngineDead(self.why()) from failure
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str, told: bool = False) -> None:
+        """Note why the ranks are not complete. The first reason stays, but one that was `told` waits for a better."""
+        if told:
+            with self._lock:
+                late, self._told = self._told, True
+            if late:  # it met the end of the one that told before it
+                return
+            self._lost.wait(CAUSE_S)
         with self._lock:
             if self._why is not None or self._closed:
                 return

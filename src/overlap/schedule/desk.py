@@ -11,6 +11,7 @@ of those with a lower priority (`pressing`).
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from overlap.cache.pages import PAGE, pages_for
 from overlap.cache.store import Hit, PageStore
 from overlap.errors import QueueFull
+from overlap.observe.metrics import SECONDS, Histogram
 from overlap.schedule.life import Life
 from overlap.schedule.queue import Queue
 from overlap.schedule.request import Request
@@ -40,6 +42,8 @@ class Desk:
         self._pressing: Request | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.queue_seconds: Final = Histogram(SECONDS)
+        """How long requests waited for their first slot."""
 
     def submit(self, request: Request) -> None:
         """Queue a new request; raises QueueFull if too many wait."""
@@ -49,6 +53,7 @@ class Desk:
                 "Send it again later, or open the engine with a higher max_waiting."
             )
         self.queue.join(request)
+        request.queued_at = time.monotonic()
 
     def pressing(self) -> Request | None:
         """Return who comes next and found no room at the last plan, with nothing about to come free. Asked once."""
@@ -88,6 +93,7 @@ class Desk:
         self.cached_tokens += request.chunked
         if request.cached is None:  # later stays may hit what the request computed itself
             request.cached = request.chunked
+            self.queue_seconds.observe(time.monotonic() - request.queued_at)
         self._expect(request, hit.node, len(hit.pages))
 
     def _is_coming(self, request: Request, hit: Hit) -> bool:

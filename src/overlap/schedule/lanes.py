@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from typing import Final
 
 from overlap.cache.pages import Ints
@@ -46,6 +46,8 @@ class Lanes:
         self.splitter: Final = splitter
         self.side_tokens = 0
         """How many prompt tokens the side lane's next step may have; 0 while it has nothing to plan."""
+        self.choices: Final[Counter[str]] = Counter()
+        """What the splitter said, how often: "mixed", "serial", "lanes", or "lanes sm:N"."""
         self._slots = slots
         self._token_budget = token_budget
         self._share = 0
@@ -83,6 +85,7 @@ class Lanes:
         )
         tokens = max(1, min(choice.prefill_tokens, self._token_budget))
         self._share = choice.share
+        self.choices[choice.mode if not choice.share else f"{choice.mode} sm:{choice.share}"] += 1
         if choice.mode == "lanes":
             self.side_tokens = tokens
         return choice.mode, tokens

@@ -16,6 +16,7 @@ settled in any order; a request changes over when the step that reads the end of
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from overlap.cache.pages import PAGE, Ints, pages_for
 from overlap.cache.store import PageStore
 from overlap.errors import InternalError, RequestError
+from overlap.observe.metrics import Histogram
 from overlap.schedule.desk import Desk
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
@@ -97,6 +99,16 @@ class Planner:
     def splitter(self) -> Splitter | None:
         """What says how prompts and decode rows share the device; None if they always share a step."""
         return self._lanes.splitter
+
+    @property
+    def lane_choices(self) -> Counter[str]:
+        """How often the splitter chose which way."""
+        return self._lanes.choices
+
+    @property
+    def queue_seconds(self) -> Histogram:
+        """How long requests waited for their first slot."""
+        return self._desk.queue_seconds
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Take in what a landed step took on the device."""

@@ -47,6 +47,8 @@ class Request:
     """When it has to have ended, in `time.monotonic` seconds."""
 
     life: Life = field(default=Life.WAITING)
+    queued_at: float = 0.0
+    """When it came, in `time.monotonic` seconds. For figures only."""
     slot: int = -1
     """The slot of this stay; -1 while waiting."""
     made: int = 0

@@ -24,6 +24,7 @@ from overlap.serve.access import (
     logging_requests,
     marking_responses,
 )
+from overlap.serve.connection import Runner
 from overlap.serve.endpoint import Endpoint
 from overlap.serve.errors import to_api_error
 from overlap.serve.metrics import add_metrics
@@ -95,9 +96,12 @@ async def serving(
 
 
 def make_runner(app: web.Application, **more: Any) -> web.AppRunner:
-    """Return what runs `app` as the endpoint must be run: a client that leaves ends its handler, idle ones are cut."""
+    """Return what runs `app` as the endpoint must be run.
+
+    A client that leaves ends its handler, idle ones are cut, and what is no HTTP gets an error object.
+    """
     settings = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": SHUTDOWN_SECONDS}
-    return web.AppRunner(app, **{**settings, "keepalive_timeout": IDLE_SECONDS, **more})
+    return Runner(app, **{**settings, "keepalive_timeout": IDLE_SECONDS, **more})
 
 
 def _with(options: ServeOptions | None, model_name: str | None, api_key: str | None) -> ServeOptions:

@@ -44,7 +44,7 @@ class Endpoint:
         """Return what can be asked."""
         return [
             web.get("/health", self.health, name="health"),
-            web.get("/ready", self.health),
+            web.get("/ready", self.ready),
             web.get("/openapi.json", self.openapi),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{model:.+}", self.model),
@@ -58,15 +58,22 @@ class Endpoint:
     # ---------------------------------------------------------------- what there is
 
     async def health(self, _: web.Request) -> web.Response:
-        """200 while the engine can answer, 503 when it cannot."""
+        """200 while the engine lives, even if it is ending; 503 once whatever runs it should start it again."""
         health = self._door.health()
         if health.ok:
             return _json({"status": "ok"})
         return _json({"status": "failed", "reason": health.reason}, status=503)
 
+    async def ready(self, _: web.Request) -> web.Response:
+        """200 while new requests are taken, else 503 and why not."""
+        health = self._door.health()
+        if health.ready:
+            return _json({"status": "ok"})
+        return _json({"status": "ending" if health.ok else "failed", "reason": health.reason}, status=503)
+
     async def openapi(self, _: web.Request) -> web.Response:
         """Describe the routes."""
-        return _json(document(keys=bool(self._options.api_keys)))
+        return _json(document(keys=bool(self._options.api_keys), model_name=self._model_name))
 
     async def models(self, _: web.Request) -> web.Response:
         """List the one model."""

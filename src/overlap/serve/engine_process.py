@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from overlap.config import EngineConfig, cache_directory, package_index
 from overlap.core import Core, Opened
-from overlap.engine import Statistics
 from overlap.errors import ConfigError, EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.front import Front
 from overlap.observe.metrics import FrontFigures, engine_figures
@@ -170,8 +171,7 @@ class Hub:
         ill = self._core.late()
         figures = {}
         try:
-            planner, loop = self._core.parts
-            figures = dict(engine_figures(Statistics(**asdict(planner.statistics()), **asdict(loop.statistics()))))
+            figures = dict(engine_figures(self._core.statistics()))
         except (EngineClosed, EngineDead) as error:
             ill = str(error)
         others = [other.figures for other in self._lines if other is not line and other.figures is not None]
@@ -227,7 +227,8 @@ class Hub:
         self._core.remove_front(line)
         for key in tuple(line.wire_keys):
             self._core.end(key)
-        if line.figures is not None:
+        if line.figures is not None:  # its counters stay; what was open, and it itself, is no more
+            line.figures = msgspec.structs.replace(line.figures, answers_open=0, fronts=0)
             self._left = figures_of_all([line.figures] if self._left is None else [self._left, line.figures])
         line.hang_up()
 

@@ -19,7 +19,7 @@ from overlap.serve.child import FrontOrder, Told, obey, run, tell
 from overlap.serve.metrics import METER
 from overlap.serve.remote import RemoteEngine
 
-SHOW_SECONDS: Final = 1.0
+SHOW_SECONDS: Final = 0.25
 LAST_WORDS_SECONDS: Final = 1.0
 """For clients to be told of the engine's death before the process goes."""
 GONE: Final = 4
@@ -49,6 +49,7 @@ async def serve(order: FrontOrder, drain: asyncio.Event) -> int:
         until = time.monotonic() + order.drain_seconds
         while app[METER].figures().answers_open and time.monotonic() < until:  # noqa: ASYNC110  # nobody sets an event
             await asyncio.sleep(0.02)
+        engine.core.show(app[METER].figures())
         return 0
     finally:
         await runner.cleanup()

@@ -10,7 +10,7 @@ import msgspec
 import overlap
 from overlap.serve.chat import ChatRequest
 from overlap.serve.completions import CompletionRequest
-from overlap.serve.protocol import MEANINGLESS, UNSUPPORTED
+from overlap.serve.protocol import MAX_N, MAX_STOPS, MEANINGLESS, UNSUPPORTED
 from overlap.serve.responses import ResponseRequest
 from overlap.serve.shapes import Answer, ChatChoice, TextChoice
 from overlap.serve.tokens import Detokenized, DetokenizeRequest, TokenizeRequest, Tokens
@@ -53,10 +53,31 @@ _GETS: Final[tuple[tuple[str, Any, str], ...]] = (
 )
 _STREAMED: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _FAILURES: Final = ("400", "401", "404", "408", "413", "429", "500", "503")
+_BOUNDS: Final[Mapping[str, Mapping[str, object]]] = {
+    "temperature": {"minimum": 0, "maximum": 2},
+    "top_k": {"minimum": -1, "maximum": 2**31 - 1},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "presence_penalty": {"minimum": -2, "maximum": 2},
+    "frequency_penalty": {"minimum": -2, "maximum": 2},
+    "repetition_penalty": {"exclusiveMinimum": 0},
+    "n": {"minimum": 1, "maximum": MAX_N},
+    "seed": {"minimum": -(2**63), "maximum": 2**63 - 1},
+    "max_tokens": {"minimum": 1},
+    "max_completion_tokens": {"minimum": 1},
+    "max_output_tokens": {"minimum": 1},
+    "min_tokens": {"minimum": 0},
+    "logprobs": {"minimum": 0, "maximum": 20},
+    "top_logprobs": {"minimum": 0, "maximum": 20},
+    "prompt": {"minLength": 1, "minItems": 1},
+    "messages": {"minItems": 1},
+    "stop": {"minLength": 1, "maxItems": MAX_STOPS},
+}
+"""What the fields' types do not say, for programs that make requests up."""
 
 
-def document(*, keys: bool) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document; `keys` says whether clients need one."""
+def document(*, keys: bool, model_name: str | None = None) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document; `keys` says whether clients need one, `model_name` what they may ask for."""
     kinds: list[Any] = [*(kind for _, kind, _, _ in _POSTS), *(kind for _, _, kind, _ in _POSTS), Status, ErrorObject]
     kinds += [kind for _, kind, _ in _GETS]
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
@@ -66,7 +87,10 @@ def document(*, keys: bool) -> dict[str, Any]:
         paths[path] = {"post": _operation(path, summary, schema_of[str(answered)], body=schema_of[str(asked)])}
     for path, answered, summary in _GETS:
         paths[path] = {"get": _operation(path, summary, schema_of[str(answered)])}
+    for _, kind, _, _ in _POSTS:
+        _bound(components[kind.__name__], model_name)
     for kind in (ChatRequest, CompletionRequest):
+        components[kind.__name__]["additionalProperties"] = False
         properties = components[kind.__name__]["properties"]
         for name in sorted(MEANINGLESS):
             properties[name] = {"description": "Accepted, and has no meaning here."}
@@ -88,12 +112,20 @@ def document(*, keys: bool) -> dict[str, Any]:
     return found
 
 
+def _bound(schema: dict[str, Any], model_name: str | None) -> None:
+    """Say of a request what its struct's types do not."""
+    for name, property_ in schema["properties"].items():
+        property_.update(_BOUNDS.get(name, {}))
+        if name == "model" and model_name is not None:
+            property_["enum"] = [model_name, None]
+
+
 def _operation(
     path: str, summary: str, answered: Mapping[str, Any], body: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": answered}}
     if path in _STREAMED:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {}}  # programs check each event by it
     failure = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorObject"}}}
     operation: dict[str, Any] = {
         "summary": summary,

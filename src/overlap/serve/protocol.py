@@ -131,7 +131,7 @@ def decode(
         raw = msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not a JSON object that can be read: {error}.") from None
-    known = tuple(field.encode_name for field in msgspec.structs.fields(kind))
+    known = kind.__struct_encode_fields__  # `msgspec.structs.fields` takes a third of a millisecond
     given: dict[str, Any] = {}
     for name, value in raw.items():
         if value is None or name in meaningless:

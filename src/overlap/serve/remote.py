@@ -19,9 +19,10 @@ import msgspec
 
 from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
-from overlap.engine import AsyncEngine, Health, Statistics
+from overlap.engine import AsyncEngine
 from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
-from overlap.observe.metrics import EngineFigures, FrontFigures
+from overlap.figures import Statistics
+from overlap.observe.metrics import FrontFigures
 from overlap.schedule.request import Request
 from overlap.serve.link import (
     FROM_ENGINE,
@@ -107,11 +108,6 @@ class RemoteCore(Core):
         """Take no new request from now on."""
         self._draining = True
 
-    @property
-    def draining(self) -> bool:
-        """Whether new requests are refused."""
-        return self._draining
-
     async def look(self) -> Pulse:
         """Ask for the figures of this moment. Raises EngineClosed, EngineDead."""
         self.check_open()
@@ -129,13 +125,12 @@ class RemoteCore(Core):
         with suppress(EngineClosed, EngineDead):
             self._send(Seen(figures))
 
-    @property
-    def figures(self) -> EngineFigures:
-        """The engine's figures, a quarter of a second old at most while it is well."""
+    def statistics(self) -> Statistics:
+        """Return the engine's figures, a quarter of a second old at most while it is well."""
         self.check_open()
         if self._pulse is None:
             raise EngineClosed("The engine's figures have not arrived yet.")
-        return self._pulse.figures
+        return Statistics(**self._pulse.figures)
 
     def late(self) -> str | None:
         """Return what is wrong with the engine, or None."""
@@ -223,16 +218,6 @@ class RemoteEngine(AsyncEngine):
         super().__init__(model)
         self.core = RemoteCore(EngineConfig.from_options(model, {}), path)
         self._core = self.core
-
-    def statistics(self) -> Statistics:
-        """Return the engine's figures as they were a moment ago. Raises EngineClosed, EngineDead."""
-        return Statistics(**self.core.figures)
-
-    def health(self) -> Health:
-        """Return whether requests can be answered; if not, why."""
-        if self.core.draining:
-            return Health(ok=False, reason="The server is ending: it finishes what it has begun.")
-        return super().health()
 
     async def other_fronts(self) -> Sequence[FrontFigures]:
         """Return what the other fronts had counted a moment ago."""

@@ -1,0 +1,42 @@
+"""Statistics: the figures of one engine at one moment, from the parts that count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from overlap.loop import LoopStatistics
+from overlap.schedule.settled import PlannerStatistics
+
+if TYPE_CHECKING:
+    from overlap.graphs.driver import GraphStatistics
+    from overlap.loop import Loop
+    from overlap.schedule.planner import Planner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics(PlannerStatistics, LoopStatistics):
+    """An engine's figures at one moment. Counters count from the start. Plain values, which may cross processes."""
+
+    graphs: Mapping[str, float] = field(default_factory=dict)
+    """What CUDA graphs did, by the names of `GraphStatistics`."""
+    graph_fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Eager steps by why they had no graph."""
+    lane_choices: Mapping[str, int] = field(default_factory=dict)
+    """Steps with prompts beside decode rows by how they were run: "mixed", "serial", "lanes", "lanes sm:N"."""
+    queue_seconds: Mapping[str, Any] = field(default_factory=dict)
+    """How long requests waited for their first slot: a histogram's `bounds`, `counts` and `total`."""
+
+
+def statistics_of(planner: Planner, loop: Loop, graphs: GraphStatistics) -> Statistics:
+    """Return the figures of this moment. From any thread; two figures may be of two moments."""
+    waited = planner.queue_seconds.figures()
+    return Statistics(
+        **asdict(planner.statistics()),
+        **asdict(loop.statistics()),
+        graphs={each.name: getattr(graphs, each.name) for each in fields(graphs) if each.name != "fallbacks"},
+        graph_fallbacks=dict(graphs.fallbacks),
+        lane_choices=dict(planner.lane_choices),
+        queue_seconds={"bounds": waited.bounds, "counts": waited.counts, "total": waited.total},
+    )
