@@ -35,6 +35,9 @@ class ChainDrafter:
         self._attention = attention
         self._context = context
 
+    def remember(self, slot: int, tokens: Tensor) -> None:
+        """Do nothing: its KV of these tokens lies in the pages that the target's does."""
+
     def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:
         """Read the block, then draft K tokens, one forward each; with `Head.ahead` 2 the block says the first."""
         state_TC = self._extend(read)
