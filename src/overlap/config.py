@@ -92,9 +92,9 @@ class EngineConfig:
     """Over how many ranks the model is cut, each on a device (or process) of its own; see `models.shard` for which
     models can be. >= 1."""
     speculative: str | None = None
-    """What drafts tokens for the model to verify, several in one step; answers stay the same. "ngram": what followed the
-    last tokens when they last stood in the text. "eagle": a small head on the model's own states. "draft": a smaller
-    model of the same family. None drafts nothing."""
+    """What drafts tokens for the model to verify, several in one step; answers stay the same. "ngram": what followed
+    the last tokens when they last stood in the text. "eagle": a small head on the model's own states. "draft": a
+    smaller model of the same family. None drafts nothing."""
     draft_model: str | None = None
     """With "eagle" the directory of the head, with "draft" the small model, named as `model` is."""
     num_drafts: int | Literal["auto"] = "auto"
