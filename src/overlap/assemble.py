@@ -31,6 +31,7 @@ from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
 from overlap.ops.attention import choose_attention
 from overlap.runner import Runner
+from overlap.schedule.pace import Pace
 from overlap.schedule.planner import Planner
 from overlap.schedule.split import Always, Splitter
 from overlap.spec.open import drafter_notes, head_page_bytes, open_head, speculation
@@ -203,6 +204,7 @@ def _parts(
         splitter=splitter,
         drafts=resolved.num_drafts,
         drafts_ahead=resolved.num_drafts if head is not None else 0,
+        pace=Pace() if resolved.paces_drafts else None,
     )
     size = num_pages * page_bytes(model, resolved.dtype)
     notes = (

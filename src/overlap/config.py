@@ -98,7 +98,8 @@ class EngineConfig:
     draft_model: str | None = None
     """With "eagle" the directory of the head, with "draft" the small model, named as `model` is."""
     num_drafts: int | Literal["auto"] = "auto"
-    """How many tokens are drafted for a row at most, 1 to 15. "auto": 4."""
+    """How many tokens are drafted for a row at most, 1 to 15. "auto": 4, and none while plain steps bring more tokens a
+    second at this load."""
     overlap: bool = True
     """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
 
@@ -254,6 +255,8 @@ class Resolved:
     draft_model: str | None = None
     num_drafts: int = 0
     """0 without a drafter."""
+    paces_drafts: bool = False
+    """Drafts only while that pays."""
 
 
 def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolved:
@@ -295,6 +298,7 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         speculative=asked.speculative,
         draft_model=asked.draft_model,
         num_drafts=_num_drafts(asked, chose),
+        paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
     )
 
 
@@ -303,7 +307,7 @@ def _num_drafts(asked: EngineConfig, chose: _Chose) -> int:
         return 0
     if asked.num_drafts != "auto":
         return asked.num_drafts
-    return chose("num_drafts", 4, "past four, few drafts are confirmed")
+    return chose("num_drafts", 4, "past four, few drafts are confirmed; none while plain steps bring more")
 
 
 def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:

@@ -16,6 +16,7 @@ from overlap import AsyncEngine, Output, SamplingParams, Statistics
 from overlap.errors import ConfigError, RequestAborted
 
 BASE: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache": 8192}
+FOUR: dict[str, Any] = {"num_drafts": 4}  # and not "auto", which drafts only while that pays
 FEW = dict.fromkeys(range(5, 11), 12.0)
 """A bias towards so few tokens that the answer repeats itself."""
 ASKED: tuple[dict[str, Any], ...] = (
@@ -111,10 +112,10 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_drafter_changes_no_token_in_any_way_of_running(tiny_llama_dir: Path, drafters: Any, way: str) -> None:
     seed = list(WAYS).index(way)
-    jobs = jobs_of(seed, 20)
+    jobs = jobs_of(seed, 14)
     want, _ = await answers(tiny_llama_dir, jobs)
     for name in ("ngram", "near"):
-        got, figures = await answers(tiny_llama_dir, jobs, **drafters[name], **WAYS[way])
+        got, figures = await answers(tiny_llama_dir, jobs, **{**FOUR, **drafters[name], **WAYS[way]})
         assert same(got, want)
         assert figures.drafted_tokens > figures.accepted_tokens > 0
         assert (figures.preemptions > 0) == (way == "short of pages")
@@ -122,9 +123,9 @@ async def test_a_drafter_changes_no_token_in_any_way_of_running(tiny_llama_dir: 
 
 @pytest.mark.parametrize("name", ["itself", "eagle3", "eagle"])
 async def test_every_kind_of_drafter_changes_no_token(tiny_llama_dir: Path, drafters: Any, name: str) -> None:
-    jobs = jobs_of(99, 20)
+    jobs = jobs_of(99, 12)
     want, plain = await answers(tiny_llama_dir, jobs)
-    got, figures = await answers(tiny_llama_dir, jobs, **drafters[name])
+    got, figures = await answers(tiny_llama_dir, jobs, **FOUR, **drafters[name])
     assert same(got, want)
     assert figures.drafted_tokens > 0
     if name == "itself":  # the same logits and the same noise: nearly every draft is right
@@ -144,7 +145,7 @@ async def test_a_stop_string_or_a_stop_token_in_the_middle_of_a_run_ends_the_ans
     asked += [replace(base, stop=whole.text[place : place + 2]) for place in range(0, len(whole.text) - 2, 3)]
     asked += [replace(base, max_tokens=count) for count in range(1, 12)]
     want, _ = await answers(tiny_llama_dir, [(prompt, params) for params in asked])
-    got, figures = await answers(tiny_llama_dir, [(prompt, params) for params in asked], **drafters["itself"])
+    got, figures = await answers(tiny_llama_dir, [(prompt, params) for params in asked], **FOUR, **drafters["itself"])
     assert same(got, want)
     assert figures.accepted_tokens > 100
     assert [len(one.token_ids) for one in got[: len(first)]] == [place + 1 for place in first]
@@ -155,7 +156,7 @@ async def test_aborts_leave_the_others_as_they_are_and_give_all_pages_back(tiny_
     want, _ = await answers(tiny_llama_dir, jobs)
     aborts = {number: 1 + number % 5 for number in range(0, 24, 3)}
     for options in ({}, {"kv_cache": 400}):
-        got, figures = await answers(tiny_llama_dir, jobs, aborts, **drafters["itself"], **options)
+        got, figures = await answers(tiny_llama_dir, jobs, aborts, **FOUR, **drafters["itself"], **options)
         for number, (mine, whole) in enumerate(zip(got, want, strict=True)):
             if number in aborts:
                 assert mine.token_ids == whole.token_ids[: len(mine.token_ids)]
@@ -178,7 +179,7 @@ async def test_a_cached_prefix_is_looked_up_in_too(tiny_llama_dir: Path) -> None
     text = [draw.randrange(3, 500) for _ in range(64)]
     params = SamplingParams(max_tokens=6, temperature=0, logit_bias=FEW, ignore_eos=True)
     drafted = []
-    async with AsyncEngine(tiny_llama_dir, **BASE, speculative="ngram") as engine:
+    async with AsyncEngine(tiny_llama_dir, **BASE, **FOUR, speculative="ngram") as engine:
         answer: list[int] = []
         async for output in engine.generate(text, params):
             answer = output.token_ids
@@ -188,6 +189,16 @@ async def test_a_cached_prefix_is_looked_up_in_too(tiny_llama_dir: Path) -> None
                 assert output.usage.cached_tokens == 64
             drafted.append(engine.statistics().drafted_tokens - before)
     assert max(drafted) > 0
+
+
+async def test_drafting_that_is_turned_down_and_tried_again_changes_no_token(
+    tiny_llama_dir: Path, drafters: Any
+) -> None:
+    jobs = jobs_of(5, 14)
+    want, _ = await answers(tiny_llama_dir, jobs)
+    for name in ("ngram", "itself", "eagle3"):
+        got, _ = await answers(tiny_llama_dir, jobs, **drafters[name])
+        assert same(got, want)
 
 
 async def test_what_drafts_is_explained(tiny_llama_dir: Path, drafters: Any) -> None:
@@ -234,7 +245,11 @@ async def test_smollm2_says_the_same_with_a_drafter(smollm2_path: Path) -> None:
     prompts = ["The capital of France is", "List of numbers: 1, 2, 3, 1, 2, 3, 1, 2, 3,", "She opened the door. " * 6]
     params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
     found: list[list[list[int]]] = []
-    for options in ({}, {"speculative": "ngram"}, {"speculative": "draft", "draft_model": str(smollm2_path)}):
+    for options in (
+        {},
+        {"speculative": "ngram", **FOUR},
+        {"speculative": "draft", "draft_model": str(smollm2_path), **FOUR},
+    ):
         async with AsyncEngine(
             smollm2_path, device="cpu", dtype="float32", kv_cache=1024, context=256, **options
         ) as engine:

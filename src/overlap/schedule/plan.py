@@ -76,6 +76,8 @@ class StepPlan:
     width: int = 1
     """How many positions a decode row runs: 1, or with speculation one more than the drafts that it can verify. A row
     of a wide step lands as `width` numbers: its tokens, REFUSED for each refused draft, UNUSED for the rest."""
+    drafts: bool = False
+    """Whether tokens are drafted for the rows' next step; with a drafter they are read by it in any case."""
     behind: Ints | None = None
     """With a drafter: for each prompt chunk the token of the prompt behind it, -1 where the prompt ends."""
     prompt: Ints

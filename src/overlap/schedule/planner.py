@@ -30,6 +30,7 @@ from overlap.errors import InternalError, RequestError
 from overlap.schedule.desk import Desk
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
+from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
 from overlap.schedule.runs import cut_runs, num_drafted, runs_of
@@ -59,11 +60,13 @@ class Planner:
         splitter: Splitter | None = None,
         drafts: int = 0,
         drafts_ahead: int = 0,
+        pace: Pace | None = None,
     ) -> None:
         """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always.
 
         `drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter. The drafter
-        writes to up to `drafts_ahead` positions behind the last token of a row.
+        writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
+        always drafts.
         """
         if not 0 <= drafts < PAGE or drafts_ahead > drafts:
             raise InternalError(f"{drafts} drafts, {drafts_ahead} ahead: a row would outgrow a page in one step")
@@ -77,6 +80,7 @@ class Planner:
         self._slots = Slots(max_rows, self._context, self._store, ahead)
         self._drafts, self._reach = drafts, drafts + 1 + ahead
         self._drafted = self._accepted = 0
+        self._pace = pace
         self._desk = Desk(self._slots, self._store, max_waiting=max_waiting)
         self._queue = self._desk.queue
         self._requests: dict[int, Request] = {}
@@ -117,6 +121,12 @@ class Planner:
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Take in what a landed step took on the device."""
         self._lanes.note_time(plan, seconds)
+        if self._pace is not None and plan.num_decode == plan.num_rows:
+            self._pace.note_time(plan.num_decode, plan.width, seconds)
+
+    def explain_drafts(self) -> tuple[str, ...]:
+        """Return what drafting brought, as far as that is measured."""
+        return self._pace.explain() if self._pace is not None else ()
 
     def refusal(self, num_prompt: int, limit: int) -> str | None:
         """Return why a request of this size could never run, or None if it can."""
@@ -193,7 +203,7 @@ class Planner:
         self._preempt_for_pressing()
         self._refresh_decoding()
         decode = self._grow(self._decoding, updates) if len(self._decoding) else NONE
-        width = self._width(len(decode)) if self._drafts else 1
+        width = self._width(len(decode)) if self._drafts and len(decode) else 1
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
         stalled = (len(self._decoding) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
@@ -204,12 +214,15 @@ class Planner:
             if admissions:
                 raise InternalError("a request was admitted to a step that has no room for it")
             return None
-        return self._build(decode, chunks, admissions, updates, MAIN, width if len(decode) else 1)
+        return self._build(
+            decode, chunks, admissions, updates, MAIN, width if len(decode) else 1
+        )  # in turn with prompts
 
     def _width(self, num_decode: int) -> int:
         """Return how many positions each decode row of the next step runs."""
         wide = self._drafts + 1
-        return wide if num_decode * wide < self._token_budget else 1
+        fits = num_decode * wide < self._token_budget
+        return wide if fits and (self._pace is None or self._pace.choose(num_decode)) else 1
 
     def _plan_side(self, updates: list[Update]) -> StepPlan | None:
         """Plan prompt chunks beside the decode rows: as many tokens as the splitter wants now."""
@@ -401,6 +414,7 @@ class Planner:
             starts=starts,
             num_decode=num_decode,
             width=width,
+            drafts=self._drafts > 0 and (width > 1 or not num_decode),
             behind=behind,
             prompt=prompt,
             emits=emits,
@@ -455,6 +469,8 @@ class Planner:
         drafted, accepted = num_drafted(runs[:num_decode])
         self._drafted += drafted
         self._accepted += accepted
+        if self._pace is not None and num_decode:
+            self._pace.note_emitted(1 + accepted / num_decode)
         cut = cut_runs(runs, at.stops[slots], at.limit[slots] - at.made[slots])
         at.note_runs(slots, runs, cut.kept)
         at.next[slots[:num_decode]] -= plan.width - cut.emitted[:num_decode]  # what was hoped for and did not come

@@ -70,6 +70,9 @@ class Drafter(Protocol):
     def remember(self, slot: int, tokens: Tensor) -> None:
         """Take in the first tokens (int32) of a slot's new owner whose KV was there already: no step will read them."""
 
+    def take_in(self, read: Read) -> None:
+        """Take in what the target read, and draft nothing."""
+
     def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:
         """Take in what the target read, then draft for each row. `kind` is that of `sampler.sample_all`."""
 

@@ -41,10 +41,14 @@ class NgramDrafter:
         """Keep tokens of the prefix cache, which no step reads."""
         self.history_SL[slot, : len(tokens)].copy_(tokens)
 
-    def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:  # noqa: ARG002 - the interface's
-        """Keep what was read, then look the end of each row up. Rows without a match get no drafts."""
+    def take_in(self, read: Read) -> None:
+        """Keep what was read, and the token behind each."""
         self._keep(read.token_slots, read.positions, read.token_ids)
         self._keep(read.token_slots, read.positions + 1, read.next_tokens)
+
+    def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:  # noqa: ARG002 - the interface's
+        """Keep what was read, then look the end of each row up. Rows without a match get no drafts."""
+        self.take_in(read)
         lengths_R = read.positions.index_select(0, read.last) + 2  # the next token of the last is known, too
         return self.lookup(read.slots, lengths_R)
 

@@ -271,8 +271,12 @@ class Speculation:
             page_table=inputs.page_table,
             longest=int((plan.starts + plan.counts).max()) - 1,
         )
-        drafts = self._drafter.draft(read, self._rows, _kind(plan))
         slots_R = inputs.slots_R.long()
+        if not plan.drafts:
+            self._drafter.take_in(read)
+            self._num_S.index_fill_(0, slots_R, 0)
+            return
+        drafts = self._drafter.draft(read, self._rows, _kind(plan))
         most_R = self._control.choose(inputs.slots_R, DRAFT_COST)
         self._drafts_SK.index_copy_(0, slots_R, drafts.tokens_RK)
         self._num_S.index_copy_(0, slots_R, torch.minimum(drafts.num_R, most_R))
