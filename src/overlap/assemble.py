@@ -31,8 +31,10 @@ from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
 from overlap.ops.attention import choose_attention
 from overlap.runner import Runner
+from overlap.schedule.pace import Pace
 from overlap.schedule.planner import Planner
 from overlap.schedule.split import Always, Splitter
+from overlap.spec.open import drafter_notes, head_page_bytes, open_head, speculation
 from overlap.streams.stream import Stream
 from overlap.text import ChatTemplate, Tokenizer
 
@@ -155,8 +157,10 @@ def _parts(
     """Load and set up memory; with a `team`, this rank's part."""
     model, dtype = shard_config(checkpoint.config, resolved.tensor_parallel), getattr(torch, resolved.dtype)
     program = build(checkpoint, device=device, dtype=dtype, progress=show, ranks=None if team is None else team.group)
+    head = open_head(resolved, program, device=device, dtype=dtype, cache=cache, progress=show)
     free = _free_bytes(device)
-    num_pages = num_kv_pages(resolved, model, free if team is None else team.least_free_bytes(free))
+    least = free if team is None else team.least_free_bytes(free)
+    num_pages = num_kv_pages(resolved, model, least, 0 if head is None else head_page_bytes(head, dtype))
     context = min(resolved.context, num_pages * PAGE)
     if team is not None:
         team.share_memory(num_pages, context)
@@ -181,6 +185,7 @@ def _parts(
         context=context,
         graphs=resolved.graphs,
         side=side,
+        speculate=speculation(resolved, program, head, attention, kv, context),
     )
     runner: Runner | LeadingRunner = own
     if team is not None:
@@ -197,6 +202,9 @@ def _parts(
         prefix_cache=resolved.prefix_cache,
         max_waiting=resolved.max_waiting,
         splitter=splitter,
+        drafts=resolved.num_drafts,
+        drafts_ahead=resolved.num_drafts if head is not None else 0,
+        pace=Pace() if resolved.paces_drafts else None,
     )
     size = num_pages * page_bytes(model, resolved.dtype)
     notes = (
@@ -215,7 +223,7 @@ def _parts(
         planner=planner,
         runner=runner,
         own=own,
-        notes=(*notes, *shared),
+        notes=(*notes, *shared, *drafter_notes(resolved, head)),
         team=team,
         costs=costs,
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 LANES: Final = ("auto", "mixed", "serial", "streams")
+DRAFTERS: Final = ("ngram", "eagle", "draft")
+MOST_DRAFTS: Final = PAGE - 1
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS: Final = {
@@ -89,6 +91,15 @@ class EngineConfig:
     tensor_parallel: int = 1
     """Over how many ranks the model is cut, each on a device (or process) of its own; see `models.shard` for which
     models can be. >= 1."""
+    speculative: str | None = None
+    """What drafts tokens for the model to verify, several in one step; answers stay the same. "ngram": what followed
+    the last tokens when they last stood in the text. "eagle": a small head on the model's own states. "draft": a
+    smaller model of the same family. None drafts nothing."""
+    draft_model: str | None = None
+    """With "eagle" the directory of the head, with "draft" the small model, named as `model` is."""
+    num_drafts: int | Literal["auto"] = "auto"
+    """How many tokens are drafted for a row at most, 1 to 15. "auto": 4, and none while plain steps bring more tokens a
+    second at this load."""
     overlap: bool = True
     """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
 
@@ -128,12 +139,35 @@ class EngineConfig:
         size = self.tensor_parallel
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise refuse("tensor_parallel", "an integer of 1 or more")
+        self._check_speculation()
         for name in ("prefix_cache", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise refuse(name, "True or False")
         if self.graphs != "auto" and not isinstance(self.graphs, bool):
             raise refuse("graphs", 'True, False or "auto"')
         parse_kv_cache(self.kv_cache)
+
+    def _check_speculation(self) -> None:
+        kind, drafts = self.speculative, self.num_drafts
+        if kind is not None and kind not in DRAFTERS:
+            raise ConfigError(f"speculative must be one of {', '.join(DRAFTERS)}, or None, not {kind!r}.")
+        if drafts != "auto" and (
+            not isinstance(drafts, int) or isinstance(drafts, bool) or not 1 <= drafts <= MOST_DRAFTS
+        ):
+            raise ConfigError(f'num_drafts must be an integer from 1 to {MOST_DRAFTS}, or "auto", not {drafts!r}.')
+        if kind in ("eagle", "draft") and not self.draft_model:
+            what = "the directory of an EAGLE head" if kind == "eagle" else "a smaller model of the same family"
+            raise ConfigError(f"speculative={kind!r} needs draft_model, {what}.")
+        if self.draft_model is not None and kind not in ("eagle", "draft"):
+            raise ConfigError(f'draft_model is for speculative="eagle" and "draft"; speculative is {kind!r}.')
+        if kind is None:
+            return
+        if self.lanes == "streams":
+            raise ConfigError('speculative needs one lane: use lanes="auto", "mixed" or "serial", not "streams".')
+        if self.target_itl_ms is not None:
+            raise ConfigError("speculative needs one lane, and target_itl_ms chooses between two: leave out either.")
+        if self.tensor_parallel > 1:
+            raise ConfigError(f"speculative needs tensor_parallel=1 so far, not {self.tensor_parallel}.")
 
     @classmethod
     def from_options(cls, model: str | os.PathLike[str], options: Mapping[str, Any]) -> EngineConfig:
@@ -217,6 +251,12 @@ class Resolved:
     progress: bool | None
     reasons: tuple[str, ...]
     tensor_parallel: int = 1
+    speculative: str | None = None
+    draft_model: str | None = None
+    num_drafts: int = 0
+    """0 without a drafter."""
+    paces_drafts: bool = False
+    """Drafts only while that pays."""
 
 
 def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolved:
@@ -255,7 +295,19 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         progress=asked.progress,
         reasons=tuple(reasons),
         tensor_parallel=asked.tensor_parallel,
+        speculative=asked.speculative,
+        draft_model=asked.draft_model,
+        num_drafts=_num_drafts(asked, chose),
+        paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
     )
+
+
+def _num_drafts(asked: EngineConfig, chose: _Chose) -> int:
+    if asked.speculative is None:
+        return 0
+    if asked.num_drafts != "auto":
+        return asked.num_drafts
+    return chose("num_drafts", 4, "past four, few drafts are confirmed; none while plain steps bring more")
 
 
 def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:
@@ -296,6 +348,8 @@ def _lanes(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Literal["aut
             )
         if asked.lanes == "auto":
             return chose("lanes", "mixed", "ranks sum in one order, so in one lane")
+    if asked.speculative is not None and asked.lanes == "auto":
+        return chose("lanes", "mixed", "a drafter and its verify share one lane with the prompts so far")
     if asked.lanes == "auto" and not on_cuda and asked.target_itl_ms is None:
         return chose("lanes", "mixed", "on a CPU, prompts and decode rows in one step read the weights once")
     return asked.lanes  # type: ignore[return-value]  # EngineConfig refuses any other
@@ -330,9 +384,12 @@ def page_bytes(model: ModelConfig, dtype: str) -> int:
     return 2 * model.num_layers * PAGE * model.num_kv_heads * model.head_dim * _BYTES[dtype]
 
 
-def num_kv_pages(resolved: Resolved, model: ModelConfig, free_bytes: int) -> int:
-    """Turn the KV budget into pages, given the memory that the weights left free. Raises ConfigError if too small."""
-    size = page_bytes(model, resolved.dtype)
+def num_kv_pages(resolved: Resolved, model: ModelConfig, free_bytes: int, drafter_page_bytes: int = 0) -> int:
+    """Turn the KV budget into pages, given the memory that the weights left free. Raises ConfigError if too small.
+
+    `drafter_page_bytes` is what a drafter keeps beside each page.
+    """
+    size = page_bytes(model, resolved.dtype) + drafter_page_bytes
     budget = resolved.kv_budget
     if budget.tokens is not None:
         pages = pages_for(budget.tokens)

@@ -181,7 +181,8 @@ class Core:
         runner, planner = self._runner, self._planner
         if runner is None or planner is None:
             return ()
-        return (*runner.explain(), *(planner.splitter.explain() if planner.splitter is not None else ()))
+        split = planner.splitter.explain() if planner.splitter is not None else ()
+        return (*runner.explain(), *split, *planner.explain_drafts())
 
     @property
     def parts(self) -> tuple[Planner, Loop]:

@@ -196,11 +196,13 @@ class Front:
         for key, cached in settled.cached.items():
             if (answer := self._answers.get(key)) is not None:
                 answer.cached_tokens = cached
-        told = settled.told
-        for row, (key, token) in enumerate(zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True)):
+        told, keys = settled.told, settled.keys.tolist()
+        last = {key: row for row, key in enumerate(keys)} if ends else {}  # of a key there may be several tokens
+        for row, (key, token) in enumerate(zip(keys, settled.tokens.tolist(), strict=True)):
             answer = self._answers.get(key)
             if answer is not None:
-                answer.push(token, ends.get(key), None if told is None else told[row])
+                end = ends.get(key) if last.get(key) == row else None
+                answer.push(token, end, None if told is None else told[row])
                 answer.wake()
                 if answer.ended:
                     del self._answers[key]

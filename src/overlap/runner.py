@@ -8,11 +8,13 @@ rotate: see `state.mail`.
 Two lanes have a stream, a mail, an attention and graphs each; weights, KV and the slots' rows are the same. A step of
 the side lane is launched in blocks of layers, so that the main lane's next step never waits for the host to launch all
 of a long prompt.
+
+With a drafter each step verifies, accepts and drafts again (`spec.step`), in one lane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Final
 
@@ -32,6 +34,7 @@ from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
 from overlap.sample.shaping import shape_logits, told_words
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
+from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
 from overlap.state.mail import DEPTH, Mail
 from overlap.state.packing import Layout, capacity, pack
@@ -115,18 +118,31 @@ class Runner:
         context: int,
         graphs: bool = True,
         side: tuple[Attention, Stream] | None = None,
+        speculate: Callable[[SlotRows], Speculation] | None = None,
     ) -> None:
         """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are.
 
         `side` makes a side lane: a stream of its own, and an attention that shares no workspace with the main lane's.
+        `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane, and graphs.
         """
         self._device = kv.device
         self._kv = kv
         self._rows = SlotRows(max_rows, pages_for(context), kv.device)
 
+        speculation = None if speculate is None else speculate(self._rows)
+
         def lane(attention: Attention, stream: Stream, *, decodes: bool) -> _LaneRunner:
             return _LaneRunner(
-                program, attention, stream, self._rows, kv, max_rows, token_budget, graphs=graphs, decodes=decodes
+                program,
+                attention,
+                stream,
+                self._rows,
+                kv,
+                max_rows,
+                token_budget,
+                graphs=graphs,
+                decodes=decodes,
+                speculation=speculation,
             )
 
         self._main = lane(attention, stream, decodes=True)
@@ -198,6 +214,7 @@ class _LaneRunner:
         *,
         graphs: bool,
         decodes: bool,
+        speculation: Speculation | None,
     ) -> None:
         self._program = program
         self._attention = attention
@@ -208,10 +225,14 @@ class _LaneRunner:
         self._place = 0
         self._cores = torch.get_num_threads()
         self._shares_cores = False
-        self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), max_rows, kv.device)
+        self._speculation = speculation
+        most_landing = max_rows * (1 if speculation is None else speculation.width)
+        self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), most_landing, kv.device)
         self._lane = Lane(program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail)
         self._graphs: GraphDriver | None = None
-        if not graphs:
+        if speculation is not None:
+            self._graph_note = "graphs: none with a drafter yet: its steps are launched kernel by kernel"
+        elif not graphs:
             self._graph_note = "graphs: off, as asked"
         elif not kv.is_cuda:
             self._graph_note = "graphs: none on a CPU"
@@ -251,9 +272,9 @@ class _LaneRunner:
         """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
         place = self._place = (self._place + 1) % DEPTH
         layout = pack(plan, self._mail.plan_words[place])
-        landings = [self._mail.landed_words[place][: layout.num_emits]]
+        landings = [self._mail.landed_words[place][: plan.num_landing]]
         if plan.logprobs:
-            landings.append(self._mail.told_words[place][: layout.num_emits])
+            landings.append(self._mail.told_words[place][: plan.num_landing])
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
             return TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, BLOCK_LAYERS), num_blocks)
@@ -275,10 +296,24 @@ class _LaneRunner:
         """Run a step, pausing behind each `block` layers where it is not one graph."""
         graphs = self._graphs
         shape = graphs.prepare(plan) if graphs is not None else None
-        if graphs is None or shape is None or shape.kind == "pieces":
+        if self._speculation is not None:
+            self._speculate(self._speculation, plan, layout, place)
+        elif graphs is None or shape is None or shape.kind == "pieces":
             yield from self._run(plan, layout, place, shape, block)
         elif not graphs.replay_decode(shape, place, layout.num_rows):
             yield from self._run(plan, layout, place, None, block)
+
+    def _speculate(self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int) -> None:
+        """Run a step with a drafter."""
+        packed = self._mail.plans[place][: layout.used]
+        if self._kv.is_cuda:
+            packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
+        brought = speculation.run(plan, layout, packed)
+        if brought is not None:
+            self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
+            if plan.logprobs:
+                told = told_words(brought.logits_LV, brought.choices_L)
+                self._mail.told[place, : plan.num_landing].copy_(told, non_blocking=True)
 
     def _run(
         self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, block: int | None

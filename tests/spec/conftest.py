@@ -25,7 +25,6 @@ from overlap.spec.drafter import Drafter, Drafts, Head, Read
 from overlap.spec.eagle import load_head
 from overlap.spec.head_files import HeadConfig, head_shapes, write_eagle3
 from overlap.spec.ngram import NgramDrafter
-from overlap.spec.taps import tapped_forward
 from overlap.state.rows import SlotRows
 
 CONTEXT, PAGES_A_ROW = 512, 12
@@ -77,7 +76,7 @@ class Reference:
         batch = Batch(token_ids=token_ids, positions=positions, kv_index=kv_index, kv=self.kv)
         self.attention.plan(rows)
         taps = () if self.drafter is None else self.drafter.taps
-        states = drive(tapped_forward(self.target, batch, taps), self.attention)
+        states = drive(self.target.forward(batch, taps), self.attention)
         hidden_size = self.target.config.hidden_size
         return states[:, :hidden_size], states[:, hidden_size:], kv_index
 

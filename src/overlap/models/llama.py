@@ -77,14 +77,19 @@ class Llama:
         self._rope_table = rope_table
         self._ranks = ranks
 
-    def forward(self, batch: Batch) -> Forward:
+    def forward(self, batch: Batch, taps: tuple[int, ...] = ()) -> Forward:
         """Yield one `Attend` a layer, be sent [T, H * D], and return the hidden states after the final norm, [T, C].
 
-        One of several ranks yields two `Reduce` a layer, too, and is sent [T, C].
+        One of several ranks yields two `Reduce` a layer, too, and is sent [T, C]. With `taps` it returns
+        [T, C + len(taps) * C]: the final states, then for each tap t the residual stream in front of layer t (from 0;
+        `hidden_states[t]` of transformers), the final states once more for t = num_layers.
         """
         eps = self.config.rms_norm_eps
         stream: fused.Stream = (None, embed(batch.token_ids, self._embedding_VC))
+        seen: dict[int, Tensor] = {}
         for index, layer in enumerate(self._layers):
+            if index in taps:
+                seen[index] = fused.whole(stream).to(self.dtype)
             q_THD, residual_TC = fused.norm_qkv(
                 layer.qkv,
                 stream,
@@ -111,7 +116,13 @@ class Llama:
             else:
                 summed_TC = yield Reduce(layer.down(gated_TI), self._ranks)
                 stream = (summed_TC, residual_TC)
-        return fused.norm(stream, self._norm_C, eps, self.dtype)
+        seen[self.num_layers] = final_TC = fused.norm(stream, self._norm_C, eps, self.dtype)
+        return torch.cat([final_TC, *(seen[tap] for tap in taps)], dim=1) if taps else final_TC
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, C], which EAGLE heads share."""
+        return self._embedding_VC
 
     def logits(self, hidden_EC: Tensor) -> Tensor:
         """Return float32 [E, V]. Of several ranks each returns the whole, the same bits on each."""

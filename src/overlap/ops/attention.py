@@ -24,6 +24,9 @@ class AttentionRows:
     """
 
     num_decode: int
+    width: int = 1
+    """Positions of each decode row in this step, the last ones that `seq_lens` counts. With more than one, `seq_lens`
+    may go past the pages of `page_table`: what such positions attend to is of no use, and does no harm."""
     seq_lens: Tensor
     """int32 [R] on the device: tokens of the row in KV, this step's included."""
     page_table: Tensor
@@ -31,7 +34,7 @@ class AttentionRows:
     starts: Ints
     """Host [R]: the position of each row's first token in this step."""
     counts: Ints
-    """Host [R]: tokens of each row in this step, 1 for a decode row."""
+    """Host [R]: tokens of each row in this step, `width` for a decode row."""
     chunk_pages: Ints
     """Host: page ids of the chunk rows, row after row, ceil((start + count) / PAGE) of them each."""
 
@@ -58,6 +61,7 @@ class _Decode:
     """What all layers of a step share for its decode rows."""
 
     num_rows: int
+    width: int
     index_LN: Tensor
     """int64 [L, 2, N * W]: which [PAGE, K, D] block of KV to gather, for keys and for values."""
     keys: Tensor
@@ -66,7 +70,7 @@ class _Decode:
     keys_NKTD: Tensor
     values_NKTD: Tensor
     mask: Tensor | None
-    """Additive, [N, 1, G, W * PAGE]; None if no key has to be hidden."""
+    """Additive, [N, 1, G, W * PAGE] (with J positions a row J * G); None if no key has to be hidden."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ class TorchAttention:
         num_decode, num_rows = rows.num_decode, len(rows.counts)
         self._decode = self._plan_decode(rows) if num_decode else None
         self._chunks = []
-        first = num_decode
+        first = num_decode * rows.width
         for row in range(num_decode, num_rows):
             start, count = int(rows.starts[row]), int(rows.counts[row])
             length = start + count
@@ -126,7 +130,7 @@ class TorchAttention:
             lengths = [int((rows.starts[:num_rows] + rows.counts[:num_rows]).max()), 0]
         else:
             lengths = seq_lens.tolist()
-        longest = max(lengths)
+        longest = min(max(lengths), rows.page_table.shape[1] * PAGE)
         width = -(-longest // PAGE)
         index = self._index(rows.page_table[:num_rows, :width].reshape(-1))
         size = num_rows * width * PAGE * self._num_kv_heads * self._head_dim
@@ -139,11 +143,17 @@ class TorchAttention:
             for side in (keys, values)
         )
         mask = None
-        if min(lengths) < longest:
+        if rows.width > 1:
+            keys_L = torch.arange(longest, device=seq_lens.device)
+            ends_NJ = seq_lens[:, None] + torch.arange(1 - rows.width, 1, device=seq_lens.device)
+            hidden = keys_L[None, None, :] >= ends_NJ[:, :, None]
+            blank = torch.zeros((num_rows, rows.width, longest), dtype=keys.dtype, device=keys.device)
+            mask = blank.masked_fill_(hidden, -torch.inf).repeat_interleave(group, dim=1)[:, None]
+        elif min(lengths) < longest:
             hidden = torch.arange(longest, device=seq_lens.device)[None, :] >= seq_lens[:, None]
             blank = torch.zeros((num_rows, longest), dtype=keys.dtype, device=keys.device)
             mask = blank.masked_fill_(hidden, -torch.inf)[:, None, None, :].expand(-1, 1, group, -1)
-        return _Decode(num_rows, index, keys, values, keys_NKTD, values_NKTD, mask)
+        return _Decode(num_rows, rows.width, index, keys, values, keys_NKTD, values_NKTD, mask)
 
     def _index(self, pages: Tensor) -> Tensor:
         """Return int64 [L, 2, pages]: the rows of `_blocks` that hold these pages' keys and values in each layer."""
@@ -159,12 +169,19 @@ class TorchAttention:
         if decode is None:
             parts = []
         else:
-            q_NKGD = q_THD[: decode.num_rows].view(decode.num_rows, self._num_kv_heads, -1, self._head_dim)
+            num_rows, width = decode.num_rows, decode.width
+            if width == 1:
+                q_NKGD = q_THD[:num_rows].view(num_rows, self._num_kv_heads, -1, self._head_dim)
+            else:  # the positions of a row ride as more queries of its key heads
+                q_NKGD = q_THD[: num_rows * width].view(num_rows, width, self._num_kv_heads, -1, self._head_dim)
+                q_NKGD = q_NKGD.transpose(1, 2).reshape(num_rows, self._num_kv_heads, -1, self._head_dim)
             index_2N = decode.index_LN[layer]
             torch.index_select(self._blocks, 0, index_2N[0], out=decode.keys)
             torch.index_select(self._blocks, 0, index_2N[1], out=decode.values)
             out = F.scaled_dot_product_attention(q_NKGD, decode.keys_NKTD, decode.values_NKTD, attn_mask=decode.mask)
-            parts = [out.reshape(decode.num_rows, -1)]
+            if width > 1:
+                out = out.view(num_rows, self._num_kv_heads, width, -1, self._head_dim).transpose(1, 2)
+            parts = [out.reshape(num_rows * width, -1)]
         for chunk in self._chunks:
             parts.append(self._attend_chunk(layer, q_THD[chunk.tokens], chunk))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

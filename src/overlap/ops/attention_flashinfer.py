@@ -69,8 +69,14 @@ class FlashInferAttention:
 
     def plan(self, rows: AttentionRows) -> None:
         """Keep the decode rows' columns, and plan the chunks from what the host knows."""
-        num_decode = self._num_decode = rows.num_decode
-        if num_decode:
+        num_decode = rows.num_decode
+        self._num_decode = num_decode * rows.width
+        if num_decode and rows.width > 1:  # each position as a row of its own: XQA reads the row's pages once for each
+            within_J = torch.arange(1 - rows.width, 1, dtype=torch.int32, device=self._device)
+            most = rows.page_table.shape[1] * PAGE
+            self._seq_lens = (rows.seq_lens[:num_decode, None] + within_J).clamp_(max=most).view(-1, 1)
+            self._page_table = rows.page_table[:num_decode].repeat_interleave(rows.width, dim=0)
+        elif num_decode:
             self._seq_lens = rows.seq_lens[:num_decode].view(num_decode, 1)
             self._page_table = rows.page_table[:num_decode]
         self._prefill = None

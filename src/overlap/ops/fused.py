@@ -103,6 +103,12 @@ def linear_add(linear: Linear, x_TI: Tensor, residual_TC: Tensor) -> Stream:
     return linear(x_TI), residual_TC
 
 
+def whole(stream: Stream) -> Tensor:
+    """Return the residual stream with nothing left to add, float32 [T, C]."""
+    x_TC, residual_TC = stream
+    return residual_TC if x_TC is None else residual_TC + x_TC
+
+
 def norm(stream: Stream, norm_C: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Return the RMS-normed stream, [T, C], as `dtype`."""
     return _norm(stream, norm_C, eps, dtype)[0]

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from overlap.cache.pages import PAGE, pages_for
+from overlap.cache.pages import PAGE
 from overlap.cache.store import Hit, PageStore
 from overlap.errors import QueueFull
 from overlap.observe.metrics import SECONDS, Histogram
@@ -73,7 +73,7 @@ class Desk:
                 self._pressing = request
                 return
             hit = self._store.find(request.prompt, request.salt)
-            wanted = pages_for(len(request.prompt) + 1) - len(hit.pages)
+            wanted = self._slots.pages_at_first(len(request.prompt)) - len(hit.pages)
             if wanted + self._slots.num_running > self._store.num_available:
                 self._store.release(hit.node)
                 self._blocked, self._pressing = state, request

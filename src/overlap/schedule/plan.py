@@ -34,12 +34,18 @@ class Admission:
     seed: int
     shaped: Shaped | None = None
     """Penalties and the like, if the request has any."""
+    spared: Ints | None = None
+    """The `start` tokens whose KV is there, where a drafter may want them; None for none of them."""
 
 
 MAIN: Final = 0
 """The lane of decode steps, and of steps that run prompt chunks and decode rows together."""
 SIDE: Final = 1
 """The lane in which prompts are read beside decode steps."""
+REFUSED: Final = -1
+"""What lands in place of a token for a draft that was refused."""
+UNUSED: Final = -2
+"""What lands for a position of a wide row that had no draft."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +68,18 @@ class StepPlan:
     slots: Ints
     """[R] the slot of each row."""
     counts: Ints
-    """[R] how many tokens each row runs: 1 for a decode row, the chunk's length for a prompt chunk."""
+    """[R] how many tokens each row runs: `width` for a decode row, the chunk's length for a prompt chunk."""
     starts: Ints
     """[R] the position of each row's first token. Exact without speculation, an upper bound with it."""
     num_decode: int
     """D: the first D rows take their one token from their slot on the device."""
+    width: int = 1
+    """How many positions a decode row runs: 1, or with speculation one more than the drafts that it can verify. A row
+    of a wide step lands as `width` numbers: its tokens, REFUSED for each refused draft, UNUSED for the rest."""
+    drafts: bool = False
+    """Whether tokens are drafted for the rows' next step; with a drafter they are read by it in any case."""
+    behind: Ints | None = None
+    """With a drafter: for each prompt chunk the token of the prompt behind it, -1 where the prompt ends."""
     prompt: Ints
     """[T - D] the tokens of the prompt chunks, row after row."""
     emits: Ints
@@ -98,14 +111,19 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self.num_decode + len(self.prompt)
+        return self.num_decode * self.width + len(self.prompt)
+
+    @property
+    def num_landing(self) -> int:
+        """How many numbers land: one for each emitting chunk, `width` for each decode row."""
+        return len(self.emits) + (self.width - 1) * self.num_decode
 
 
 PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("a step has rows", lambda plan: plan.num_rows > 0),
     ("a slot has one row in a step", lambda plan: len(np.unique(plan.slots)) == plan.num_rows),
     ("a row runs at least one token", lambda plan: bool((plan.counts > 0).all() and (plan.starts >= 0).all())),
-    ("a decode row runs one token", lambda plan: bool((plan.counts[: plan.num_decode] == 1).all())),
+    ("a decode row runs `width` tokens", lambda plan: bool((plan.counts[: plan.num_decode] == plan.width).all())),
     ("the chunks' tokens are all there", lambda plan: int(plan.counts[plan.num_decode :].sum()) == len(plan.prompt)),
     ("a decode row emits", lambda plan: bool((plan.emits[: plan.num_decode] == np.arange(plan.num_decode)).all())),
     ("emitting rows ascend", lambda plan: bool((np.diff(plan.emits) > 0).all())),

@@ -12,6 +12,10 @@ keyed by absolute position, so a preempted answer goes on as it would have.
 While prompts wait and rows decode, a splitter says how the two share the device: in one mixed step, in turn, or in two
 lanes. In two lanes the side lane's steps hold the prompt chunks and the main lane's the decode rows, planned apart and
 settled in any order; a request changes over when the step that reads the end of its prompt has been settled.
+
+With a drafter a decode row runs several positions, and only the device knows how many tokens come of them until the
+step is settled. So `next` is an upper bound then: as if every draft in the air were confirmed. What turns out not to be
+is taken back when the step is settled; pages that were taken for it stay, and hold what comes instead.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ from overlap.observe.metrics import Histogram
 from overlap.schedule.desk import Desk
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
+from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
+from overlap.schedule.runs import cut_runs, num_drafted, runs_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
 from overlap.schedule.slots import Slots, Update
 from overlap.schedule.split import Splitter
@@ -54,15 +60,29 @@ class Planner:
         prefix_cache: bool = True,
         max_waiting: int = 2**31,
         splitter: Splitter | None = None,
+        drafts: int = 0,
+        drafts_ahead: int = 0,
+        pace: Pace | None = None,
     ) -> None:
-        """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always."""
+        """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always.
+
+        `drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter. The drafter
+        writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
+        always drafts.
+        """
+        if not 0 <= drafts < PAGE or drafts_ahead > drafts:
+            raise InternalError(f"{drafts} drafts, {drafts_ahead} ahead: a row would outgrow a page in one step")
         if token_budget < max_rows + 1:
             raise InternalError(f"a budget of {token_budget} tokens leaves nothing beside {max_rows} decode rows")
         self._token_budget = token_budget
         self._prefill_chunk = prefill_chunk
         self._context = min(context, num_pages * PAGE)
         self._store = PageStore(num_pages, prefix_cache=prefix_cache)
-        self._slots = Slots(max_rows, self._context, self._store)
+        ahead = max(1, drafts_ahead)
+        self._slots = Slots(max_rows, self._context, self._store, ahead)
+        self._drafts, self._reach = drafts, drafts + 1 + ahead
+        self._drafted = self._accepted = 0
+        self._pace = pace
         self._desk = Desk(self._slots, self._store, max_waiting=max_waiting)
         self._queue = self._desk.queue
         self._requests: dict[int, Request] = {}
@@ -113,6 +133,12 @@ class Planner:
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Take in what a landed step took on the device."""
         self._lanes.note_time(plan, seconds)
+        if self._pace is not None and plan.num_decode == plan.num_rows:
+            self._pace.note_time(plan.num_decode, plan.width, seconds)
+
+    def explain_drafts(self) -> tuple[str, ...]:
+        """Return what drafting brought, as far as that is measured."""
+        return self._pace.explain() if self._pace is not None else ()
 
     def refusal(self, num_prompt: int, limit: int) -> str | None:
         """Return why a request of this size could never run, or None if it can."""
@@ -175,6 +201,8 @@ class Planner:
             evicted_pages=pages.evicted_pages,
             prompt_tokens=self._desk.prompt_tokens,
             cached_tokens=self._desk.cached_tokens,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
         )
 
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -187,8 +215,10 @@ class Planner:
         self._preempt_for_pressing()
         self._refresh_decoding()
         decode = self._grow(self._decoding, updates) if len(self._decoding) else NONE
-        alone, budget = self._lanes.split(self._decoding, len(decode), self._num_prompt())
-        admissions = self._admit(updates, budget + len(decode) - len(self._decoding)) if budget else []
+        width = self._width(len(decode)) if self._drafts and len(decode) else 1
+        alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
+        stalled = (len(self._decoding) - len(decode)) * width
+        admissions = self._admit(updates, budget - stalled) if budget else []
         chunks = self._cut_chunks(budget, MAIN)
         if alone and chunks:
             decode = NONE
@@ -196,7 +226,15 @@ class Planner:
             if admissions:
                 raise InternalError("a request was admitted to a step that has no room for it")
             return None
-        return self._build(decode, chunks, admissions, updates, MAIN)
+        return self._build(
+            decode, chunks, admissions, updates, MAIN, width if len(decode) else 1
+        )  # in turn with prompts
+
+    def _width(self, num_decode: int) -> int:
+        """Return how many positions each decode row of the next step runs."""
+        wide = self._drafts + 1
+        fits = num_decode * wide < self._token_budget
+        return wide if fits and (self._pace is None or self._pace.choose(num_decode)) else 1
 
     def _plan_side(self, updates: list[Update]) -> StepPlan | None:
         """Plan prompt chunks beside the decode rows: as many tokens as the splitter wants now."""
@@ -235,9 +273,11 @@ class Planner:
         self._decoding_truncates = bool(at.truncates[slots].any())
 
     def _grow(self, slots: Ints, updates: list[Update]) -> Ints:
-        """Give each decode row room for this token and the one it emits; return the rows that have it."""
+        """Give each decode row room for this token and the one it emits, with a drafter for all that it may write to;
+        return the rows that have it."""
         at = self._slots
-        short = slots[at.room[slots] < at.next[slots] + 2]
+        needed = at.next[slots] + self._reach
+        short = slots[at.room[slots] < (np.minimum(needed, self._context) if self._drafts else needed)]
         if len(short) <= self._store.num_available:
             if len(short):
                 updates.append(self._extend(short))
@@ -310,6 +350,7 @@ class Planner:
                     min_p=request.min_p,
                     seed=request.seed,
                     shaped=request.shaped,
+                    spared=request.prompt[: request.chunked] if self._drafts and request.chunked else None,
                 )
             )
         return admissions
@@ -341,19 +382,23 @@ class Planner:
         admissions: list[Admission],
         updates: list[Update],
         lane: int,
+        width: int = 1,
     ) -> StepPlan:
         self._planned += 1
         self._lanes[lane].note(self._planned)
         at, num_decode, follows = self._slots, len(decode), 0
         slots, starts, counts = decode, at.next[decode], self._ones[:num_decode]
+        if width > 1:
+            counts = np.full(num_decode, width, dtype=np.int32)
         emits, sampled, truncated = self._all_rows[:num_decode], self._decoding_sampled, self._decoding_truncates
         if num_decode != len(self._decoding):  # some rows stall
             sampled = np.flatnonzero(at.sampled[decode]).astype(np.int32)
             truncated = bool(at.truncates[decode].any())
-        at.next[decode] += 1
+        at.next[decode] += width
         at.left[decode] -= 1
         self._leaving = self._leaving or not bool(at.left[decode].all())
         prompt = chunk_pages = NONE
+        behind = None
         if chunks:
             chunk_slots = np.array([request.slot for request, _, _ in chunks], dtype=np.int32)
             last = [i for i, (request, _, _) in enumerate(chunks) if request.chunked == len(request.prompt)]
@@ -363,6 +408,9 @@ class Planner:
             slots = np.concatenate([slots, chunk_slots])
             prompt = np.concatenate([request.prompt[start : start + count] for request, start, count in chunks])
             chunk_pages = np.concatenate([at.table[r.slot, : pages_for(begin + count)] for r, begin, count in chunks])
+            if self._drafts:
+                ends = [(request.prompt, start + count) for request, start, count in chunks]
+                behind = np.array([text[end] if end < len(text) else -1 for text, end in ends], dtype=np.int32)
             follows = self._lanes.note_chunks(chunk_slots, self._planned, lane)
             if last:
                 sampled = np.flatnonzero(at.sampled[slots[emits]]).astype(np.int32)
@@ -377,6 +425,9 @@ class Planner:
             counts=counts,
             starts=starts,
             num_decode=num_decode,
+            width=width,
+            drafts=self._drafts > 0 and (width > 1 or not num_decode),
+            behind=behind,
             prompt=prompt,
             emits=emits,
             sampled=sampled,
@@ -393,10 +444,13 @@ class Planner:
     def settle(self, plan: StepPlan, tokens: Ints) -> Settled:
         """Take in the tokens [E] that a step emitted: end what ends, and give back what waited for this step.
 
-        Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each token, then what is told with it.
+        Of a wide plan `num_landing` numbers land. Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each
+        token, then what is told with it.
         """
         told = tokens[:, 1:] if plan.logprobs else None
         tokens = tokens[:, 0] if plan.logprobs else tokens
+        if plan.width > 1:
+            return self._settle_runs(plan, tokens, told)
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
         slots = plan.slots[plan.emits]
@@ -414,6 +468,36 @@ class Planner:
             )
         self.pass_step(plan)
         return Settled(keys, fronts, tokens, ends, cached, told)
+
+    def _settle_runs(self, plan: StepPlan, landed: Ints, told: Ints | None) -> Settled:
+        """Take in a wide step: up to `width` tokens a row, cut where the answer ends."""
+        at = self._slots
+        cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
+        runs, firsts = runs_of(plan, landed)
+        slots = plan.slots[plan.emits]
+        reading = at.reading[slots]
+        num_decode = int(reading[: plan.num_decode].sum())
+        slots, runs, firsts = slots[reading], runs[reading], firsts[reading]
+        drafted, accepted = num_drafted(runs[:num_decode])
+        self._drafted += drafted
+        self._accepted += accepted
+        if self._pace is not None and num_decode:
+            self._pace.note_emitted(1 + accepted / num_decode)
+        cut = cut_runs(runs, at.stops[slots], at.limit[slots] - at.made[slots])
+        at.note_runs(slots, runs, cut.kept)
+        at.next[slots[:num_decode]] -= plan.width - cut.emitted[:num_decode]  # what was hoped for and did not come
+        at.left[slots] -= cut.emitted - 1
+        self._leaving = self._leaving or bool((at.left[slots] <= 0).any())
+        rows, places = np.where(np.arange(plan.width) < cut.kept[:, None])
+        keys, fronts = at.keys[slots[rows]], at.fronts[slots[rows]]
+        ended = cut.stopped | (at.made[slots] == at.limit[slots])
+        ends = tuple(
+            self._settle_end(int(slots[i]), bool(cut.stopped[i]), int(runs[i, cut.kept[i] - 1]))
+            for i in np.flatnonzero(ended)
+        )
+        self.pass_step(plan)
+        told = None if told is None else told[firsts[rows] + places]
+        return Settled(keys, fronts, runs[rows, places], ends, cached, told)
 
     def _settle_chunks(self, plan: StepPlan) -> dict[int, int]:
         """Share what the chunks have filled; return the prefix hits of requests whose first token this step brings."""

@@ -24,7 +24,10 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What a step brought to its readers: parallel columns, one entry a token."""
+    """What a step brought to its readers: parallel columns, one entry a token.
+
+    A request may have several, in order; an End belongs to the last of them.
+    """
 
     keys: npt.NDArray[np.int64]
     fronts: Ints
@@ -69,6 +72,10 @@ class PlannerStatistics:
     """Tokens of all prompts that were admitted, each time they were."""
     cached_tokens: int
     """Of those, the ones that the prefix cache spared."""
+    drafted_tokens: int = 0
+    """Tokens that a drafter proposed for rows that still had a reader when the target had verified them."""
+    accepted_tokens: int = 0
+    """Of those, the ones that the target confirmed."""
 
     @property
     def hit_rate(self) -> float:

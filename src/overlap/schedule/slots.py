@@ -33,7 +33,9 @@ Update: TypeAlias = tuple[Ints, Ints, Ints]
 class Slots:
     """Who owns which slot, and which pages its table has. The columns are the planner's to read and to advance."""
 
-    def __init__(self, max_rows: int, context: int, store: PageStore) -> None:
+    def __init__(self, max_rows: int, context: int, store: PageStore, ahead: int = 1) -> None:
+        """`ahead` is how many positions behind its last token a row may write to before it is planned again."""
+
         def column() -> Ints:
             return np.zeros(max_rows, dtype=np.int32)
 
@@ -41,6 +43,7 @@ class Slots:
             return np.zeros(shape, dtype=np.bool_)
 
         width = pages_for(context)
+        self._ahead, self._context = ahead, context
         self.store: Final = store
         self.owners: list[Request | None] = [None] * max_rows
         self.free = list(range(max_rows - 1, -1, -1))
@@ -80,11 +83,11 @@ class Slots:
         )  # the host's copy of what pages hold
 
     def take(self, request: Request, hit: Hit) -> Update:
-        """Give a request a slot, the pages of its hit, and new ones for the rest of its prompt and one token more."""
+        """Give a request a slot, the pages of its hit, and new ones for what `pages_at_first` says."""
         request.change(Change.ADMIT)
         slot = request.slot = self.free.pop()
         length, num_hit = len(request.prompt), len(hit.pages)
-        own = self.store.take(pages_for(length + 1) - num_hit)
+        own = self.store.take(self.pages_at_first(length) - num_hit)
         pages = np.concatenate([hit.pages, own])
         request.node = hit.node
         request.num_hit, request.chunked = num_hit, num_hit * PAGE
@@ -113,6 +116,10 @@ class Slots:
         self._page_tokens[own] = tokens.reshape(-1, PAGE)
         return np.full(len(pages), slot, dtype=np.int32), np.arange(len(pages), dtype=np.int32), pages
 
+    def pages_at_first(self, length: int) -> int:
+        """Return how many pages a prompt needs, with the positions that are written ahead of its answer."""
+        return pages_for(max(length + 1, min(length + self._ahead, self._context)))
+
     def _write_stops(self, slot: int, stop_ids: tuple[int, ...]) -> None:
         missing = len(stop_ids) - self.stops.shape[1]
         if missing > 0:
@@ -132,6 +139,14 @@ class Slots:
         positions = self.base[slots] + self.made[slots]
         self._page_tokens[self.table[slots, positions // PAGE], positions % PAGE] = tokens
         self.made[slots] += 1
+
+    def note_runs(self, slots: Ints, runs: Ints, kept: Ints) -> None:
+        """Take in the first `kept` [N] tokens of each row of `runs` [N, J] for each of `slots` [N]."""
+        rows, places = np.where(np.arange(runs.shape[1]) < kept[:, None])
+        slots_n = slots[rows]
+        positions = self.base[slots_n] + self.made[slots_n] + places
+        self._page_tokens[self.table[slots_n, positions // PAGE], positions % PAGE] = runs[rows, places]
+        self.made[slots] += kept
 
     def note_chunk(self, slot: int, end: int) -> None:
         """Take in a settled prompt chunk that ends at position `end`: its full pages can be shared from now on."""

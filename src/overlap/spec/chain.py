@@ -35,6 +35,13 @@ class ChainDrafter:
         self._attention = attention
         self._context = context
 
+    def remember(self, slot: int, tokens: Tensor) -> None:
+        """Do nothing: its KV of these tokens lies in the pages that the target's does."""
+
+    def take_in(self, read: Read) -> None:
+        """Read the block: its KV is what later drafts attend to."""
+        self._extend(read)
+
     def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:
         """Read the block, then draft K tokens, one forward each; with `Head.ahead` 2 the block says the first."""
         state_TC = self._extend(read)

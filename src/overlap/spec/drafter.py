@@ -35,7 +35,7 @@ class Read:
     hidden: Tensor | None
     """[T, X] what the drafter asked of the target: see `Drafter.taps`. None if it asked nothing."""
     rows: AttentionRows
-    """The attention of these tokens. A verify's block is K + 1 decode rows with one page table."""
+    """The attention of these tokens. A verify's block is a decode row of K + 1 positions."""
     last: Tensor
     """int64 [R]: the index among T of each row's last true token. Drafts go on behind its next token."""
     slots: Tensor
@@ -66,6 +66,12 @@ class Drafter(Protocol):
     taps: tuple[int, ...]
     """What `Read.hidden` has to be: the target's residual stream in front of these layers, side by side; for an
     empty one nothing. The number of layers stands for the hidden states behind the final norm."""
+
+    def remember(self, slot: int, tokens: Tensor) -> None:
+        """Take in the first tokens (int32) of a slot's new owner whose KV was there already: no step will read them."""
+
+    def take_in(self, read: Read) -> None:
+        """Take in what the target read, and draft nothing."""
 
     def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:
         """Take in what the target read, then draft for each row. `kind` is that of `sampler.sample_all`."""

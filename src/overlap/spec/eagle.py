@@ -27,7 +27,7 @@ from overlap.ops.norm import rms_norm
 from overlap.ops.rope import rope_and_write, rope_table
 from overlap.spec.drafter import Entry
 from overlap.spec.head_files import HeadConfig, read_head
-from overlap.spec.taps import eagle3_taps, embedding_of, whole
+from overlap.spec.taps import eagle3_taps
 
 
 class EagleHead:
@@ -46,7 +46,7 @@ class EagleHead:
         self.taps: tuple[int, ...] = eagle3_taps(target.num_layers) if config.kind == "eagle3" else (target.num_layers,)
         self._target = target
         self._tensors = tensors
-        self._embedding_VC = embedding_of(target)
+        self._embedding_VC = target.embedding
         self._fc = self._linear("fc")
         self._layers = tuple(self._layer(index) for index in range(config.num_layers))
         self._rope_table = rope_table(
@@ -75,13 +75,13 @@ class EagleHead:
             embedded_TC = rms_norm(embedded_TC.float(), self._embedding_norm_C, eps, self.dtype)
             pair_TX = torch.cat([embedded_TC, normed_TC], dim=1)
             stream = yield from self._attend(0, pair_TX, residual_TC, entry, kv)
-            return whole(stream).to(self.dtype)
+            return fused.whole(stream).to(self.dtype)
         residual_TC = self._fc(torch.cat([embedded_TC, hidden_TA], dim=1)).float()
         for index, layer in enumerate(self._layers):
             eps = self.config.rms_norm_eps
             normed_TC = rms_norm(residual_TC, layer.attention_norm_C, eps, self.dtype)
             x_TC = normed_TC if index else residual_TC.to(self.dtype)  # the first layer has no norm here
-            residual_TC = whole((yield from self._attend(index, x_TC, residual_TC, entry, kv)))
+            residual_TC = fused.whole((yield from self._attend(index, x_TC, residual_TC, entry, kv)))
         return residual_TC.to(self.dtype)
 
     def logits(self, state_EC: Tensor) -> Tensor:

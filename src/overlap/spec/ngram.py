@@ -37,10 +37,18 @@ class NgramDrafter:
         # Behind the last position lies what is not to be kept: padding, and drafts past the context.
         self.history_SL = torch.full((num_slots + 1, context + 1), -1, dtype=torch.int32, device=device)
 
-    def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:  # noqa: ARG002 - the interface's
-        """Keep what was read, then look the end of each row up. Rows without a match get no drafts."""
+    def remember(self, slot: int, tokens: Tensor) -> None:
+        """Keep tokens of the prefix cache, which no step reads."""
+        self.history_SL[slot, : len(tokens)].copy_(tokens)
+
+    def take_in(self, read: Read) -> None:
+        """Keep what was read, and the token behind each."""
         self._keep(read.token_slots, read.positions, read.token_ids)
         self._keep(read.token_slots, read.positions + 1, read.next_tokens)
+
+    def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:  # noqa: ARG002 - the interface's
+        """Keep what was read, then look the end of each row up. Rows without a match get no drafts."""
+        self.take_in(read)
         lengths_R = read.positions.index_select(0, read.last) + 2  # the next token of the last is known, too
         return self.lookup(read.slots, lengths_R)
 

@@ -17,7 +17,7 @@ from overlap.graphs.eager import drive
 from overlap.models.llama import Llama
 from overlap.models.program import Batch
 from overlap.ops.attention import AttentionRows, choose_attention
-from overlap.spec.taps import eagle3_taps, embedding_of, tapped_forward
+from overlap.spec.taps import eagle3_taps
 
 
 class TargetStates:
@@ -55,7 +55,7 @@ class TargetStates:
             chunk_pages=np.arange(texts * pages, dtype=np.int32),
         )
         self._attention.plan(rows)
-        states = drive(tapped_forward(self._target, batch, self.taps), self._attention)
+        states = drive(self._target.forward(batch, self.taps), self._attention)
         states_BLX = states.view(texts, length, -1)
         width = self._target.config.hidden_size
         return states_BLX[..., :width], states_BLX[..., width:]
@@ -74,5 +74,5 @@ class TargetStates:
     @torch.no_grad()
     def embedded(self, tokens_BL: Tensor, steps: int) -> list[Tensor]:
         """Return for each step s the embedding of the token at t + s + 1, [B, L, C] (of token 0 past the end)."""
-        table_VC = embedding_of(self._target)
+        table_VC = self._target.embedding
         return [F.embedding(F.pad(tokens_BL[:, step + 1 :], (0, step + 1)), table_VC) for step in range(steps)]

@@ -81,6 +81,16 @@ def build_inputs(packed: Tensor, layout: Layout, rows: SlotRows, out: StepInputs
     return inputs
 
 
+def apply_changes(packed: Tensor, layout: Layout, rows: SlotRows) -> None:
+    """Apply the plan's admissions, then its page updates, and nothing else: for who builds other inputs of them."""
+    if packed.is_cuda:
+        from overlap.state import inputs_triton
+
+        inputs_triton.apply_changes(packed, layout, rows)
+    else:
+        _apply_changes(packed, layout, rows)
+
+
 def settle_tokens(rows: SlotRows, emit_slots: Tensor, tokens: Tensor) -> None:
     """Write the tokens just chosen, int32 [E], into their slots' rows: the inputs of the next decode step."""
     rows.last_token.index_copy_(0, emit_slots.long(), tokens)

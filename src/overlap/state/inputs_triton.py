@@ -119,8 +119,8 @@ def _build_inputs_kernel(
     tl.store(seq_len + slot, start + count)
 
 
-def build_inputs(packed: Tensor, layout: Layout, rows: SlotRows, out: StepInputs) -> None:
-    """See `state.inputs.build_inputs`; writes the first T, R and E entries of `out`."""
+def apply_changes(packed: Tensor, layout: Layout, rows: SlotRows) -> None:
+    """See `state.inputs.apply_changes`."""
     changes = max(layout.num_admissions, layout.num_updates)
     if changes:
         _apply_changes_kernel[(triton.cdiv(changes, _CHANGES_BLOCK),)](
@@ -142,6 +142,11 @@ def build_inputs(packed: Tensor, layout: Layout, rows: SlotRows, out: StepInputs
             BLOCK=_CHANGES_BLOCK,
             num_warps=4,
         )
+
+
+def build_inputs(packed: Tensor, layout: Layout, rows: SlotRows, out: StepInputs) -> None:
+    """See `state.inputs.build_inputs`; writes the first T, R and E entries of `out`."""
+    apply_changes(packed, layout, rows)
     _build_inputs_kernel[(layout.num_rows,)](
         packed,
         rows.last_token,

@@ -29,18 +29,18 @@ class Mail:
 
     __slots__ = ("landed_words", "landings", "packed", "plan_words", "plans", "told", "told_words", "turn")
 
-    def __init__(self, words: int, max_rows: int, device: torch.device | str) -> None:
-        """`words` is the `capacity` of a packed plan; `max_rows` tokens come back at most."""
+    def __init__(self, words: int, max_landing: int, device: torch.device | str) -> None:
+        """`words` is the `capacity` of a packed plan; `max_landing` tokens come back at most."""
         pinned = torch.device(device).type == "cuda"
         self.plans = torch.zeros((DEPTH + 1, words), dtype=torch.int32, pin_memory=pinned)
         """int32 [DEPTH + 1, words] on the host: packed plans."""
         self.plan_words: list[Ints] = list(self.plans.numpy())
         self.plan_words[EMPTY][HEADER - 1] = HEADER  # the words in use: no section has any
-        self.landings = torch.zeros((DEPTH + 1, max_rows), dtype=torch.int32, pin_memory=pinned)
-        """int32 [DEPTH + 1, max_rows] on the host: the tokens of each flight."""
+        self.landings = torch.zeros((DEPTH + 1, max_landing), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH + 1, max_landing] on the host: the tokens of each flight."""
         self.landed_words: list[Ints] = list(self.landings.numpy())
-        self.told = torch.zeros((DEPTH + 1, max_rows, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
-        """int32 [DEPTH + 1, max_rows, TOLD_WORDS] on the host: what is told with tokens, where it is asked for."""
+        self.told = torch.zeros((DEPTH + 1, max_landing, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH + 1, max_landing, TOLD_WORDS] on the host: what is told with tokens, where it is asked for."""
         self.told_words: list[Ints] = list(self.told.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
         """int32 [words] on the device: the plan of the step that runs."""

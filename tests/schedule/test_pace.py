@@ -1,0 +1,40 @@
+"""Pace: drafting goes on where it brings more tokens a second, and is tried again where it did not."""
+
+from __future__ import annotations
+
+import pytest
+
+from overlap.schedule.pace import EVERY, TRIAL, Pace
+
+
+def share_of_wide(pace: Pace, steps: int, rows: int, seconds: float, emitted: float) -> float:
+    """Let steps run, plain ones in 1 second a step; return which share of them was wide."""
+    wide = 0
+    for _ in range(steps):
+        if pace.choose(rows):
+            wide += 1
+            pace.note_emitted(emitted)
+            pace.note_time(rows, 5, seconds)
+        else:
+            pace.note_time(rows, 1, 1.0)
+    return wide / steps
+
+
+@pytest.mark.parametrize(("seconds", "emitted", "pays"), [(1.2, 2.5, True), (3.0, 2.5, False), (1.01, 1.0, False)])
+def test_whatever_brings_more_tokens_a_second_goes_on(seconds: float, emitted: float, pays: bool) -> None:
+    pace = Pace()
+    share_of_wide(pace, 50, 8, seconds, emitted)
+    share = share_of_wide(pace, 4 * EVERY, 8, seconds, emitted)
+    trials = TRIAL / EVERY
+    assert share == pytest.approx(1 - trials if pays else trials, abs=trials)
+
+
+def test_other_numbers_of_rows_are_judged_by_their_own_steps_and_a_change_is_noticed() -> None:
+    pace = Pace()
+    share_of_wide(pace, 100, 2, 1.1, 3.0)
+    share_of_wide(pace, 100, 64, 4.0, 3.0)
+    assert share_of_wide(pace, 100, 2, 1.1, 3.0) > 0.9
+    assert share_of_wide(pace, 100, 64, 4.0, 3.0) < 0.1
+    share_of_wide(pace, 20 * EVERY, 64, 1.1, 3.0)  # the text has become easy
+    assert share_of_wide(pace, 100, 64, 1.1, 3.0) > 0.8
+    assert "under 4 rows it brings 3.00 tokens a row and step, and 2.73 times" in pace.explain()[0]
