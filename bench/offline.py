@@ -187,12 +187,16 @@ async def run_once(engine: AsyncEngine, workload: Workload, vocabulary: int, sal
 
 async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any], todo: list[Workload]) -> None:
     """Open the engine once and print a line for each workload."""
+    cuda = asked.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if asked.device == "auto" and cuda else asked.device if cuda else "cpu")
+    best = measure_device(
+        device, torch.bfloat16 if cuda else torch.float32
+    )  # before an engine captures graphs beside it
     start = time.perf_counter()
     async with AsyncEngine(model, **options) as engine:
         opened = time.perf_counter() - start
         shape = engine._opened.model  # type: ignore[union-attr]
-        device, dtype = torch.device(engine.config.device), getattr(torch, engine.config.dtype)
-        best = measure_device(device, dtype)
+        dtype = getattr(torch, engine.config.dtype)
         first = await run_once(engine, Workload("first", ((128 // asked.scale or 1, 1),)), shape.vocab_size, "first")
         await asyncio.sleep(asked.settle)
         for workload in todo:
@@ -216,7 +220,7 @@ async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any]
                 "open_s": round(opened, 2), "first_answer_s": round(first, 3),
                 "bandwidth_gb_per_s": round(best.bandwidth / 1e9, 1), "peak_tflops": round(best.flops / 1e12, 2),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "dtype": engine.config.dtype, "torch": torch.__version__, "scale": asked.scale,
+                "dtype": engine.config.dtype, "lanes": asked.lanes, "torch": torch.__version__, "scale": asked.scale,
             }  # fmt: skip
             print(json.dumps(line), flush=True)
         if asked.explain:
@@ -236,13 +240,14 @@ def main() -> None:
     arguments.add_argument("--max-rows", type=int)
     arguments.add_argument("--token-budget", type=int)
     arguments.add_argument("--kv-cache")
+    arguments.add_argument("--lanes", choices=("auto", "mixed", "serial", "streams"), default="auto")
     arguments.add_argument("--no-overlap", action="store_true")
     arguments.add_argument("--device", default="auto")
     arguments.add_argument("--explain", action="store_true", help="print what runs as what at the end")
     asked = arguments.parse_args()
     todo = [known[name].scaled(asked.scale) if asked.scale > 1 else known[name] for name in asked.workload]
     options: dict[str, Any] = {
-        "device": asked.device, "overlap": not asked.no_overlap, "context": max(one.context for one in todo) + 16,
+        "device": asked.device, "overlap": not asked.no_overlap, "lanes": asked.lanes, "context": max(one.context for one in todo) + 16,
         **{name: value for name in ("max_rows", "token_budget", "kv_cache") if (value := getattr(asked, name))},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -158,9 +158,11 @@ class Rank:
         if cuda:
             torch.cuda.set_device(self.device)
         self.switch: Switch | None = None
+        self.group: Group | None = None
         if asked.size > 1:
             store = FileStore(asked.meet, asked.size)
-            self.switch = Switch(Group(store, asked.rank, asked.size, self.device, timeout_s=GIVE_UP_S))
+            self.group = Group(store, asked.rank, asked.size, self.device, timeout_s=GIVE_UP_S)
+            self.switch = Switch(self.group)
         self.config = shape_of(asked.shape, asked.layers)
         self.dtype: torch.dtype = getattr(torch, asked.dtype)
         self.loads = loads_of(asked)
@@ -344,6 +346,9 @@ def be_rank(asked: argparse.Namespace) -> None:
                     f"{asked.shape} on {asked.size} ranks ({name_of(rank.device)}): {load.name}, {load.tokens} tokens"
                 )
                 Path(asked.picture).write_text(picture(found, title), encoding="utf-8")
+        if rank.group is not None:
+            rank.group.sum(torch.ones(1, device=rank.device))  # nobody leaves while another still sums
+            rank.group.close()
 
 
 if __name__ == "__main__":

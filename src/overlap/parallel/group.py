@@ -80,3 +80,11 @@ class Group:
         if self.device.type == "cuda":
             self._backend.abort()
         # gloo has nothing to abort: when a rank's process ends, its connections do, and every wait for it fails.
+
+    def close(self) -> None:
+        """Leave: end the threads that gloo or NCCL keeps for this rank. Waits for them; nothing can be summed after.
+
+        A process that ends while they run may be killed by them (gloo: "terminate called without an active
+        exception").
+        """
+        self._backend = None
