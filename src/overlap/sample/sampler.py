@@ -46,6 +46,8 @@ def sample(
     num_rows, num_sampled = logits_EV.shape[0], sampled.shape[0]
     if num_sampled == 0:
         return logits_EV.argmax(dim=-1).int()
+    if logits_EV.is_cuda:
+        return _draw_by_kernels(logits_EV, rows, emit_slots, emit_positions, truncated).int()
     if num_sampled == num_rows:
         return _draw(logits_EV, rows, emit_slots, emit_positions, truncated).int()
     tokens = logits_EV.argmax(dim=-1).int()
@@ -71,11 +73,20 @@ def sample_all(
     """
     if kind == "shaped":
         logits_EV = shape_logits(logits_EV, rows.shapes.rows, emit_slots, emit_positions)
+    if logits_EV.is_cuda and kind != "greedy":
+        return _draw_by_kernels(logits_EV, rows, emit_slots, emit_positions, kind in ("truncated", "shaped"))
     most_likely = logits_EV.argmax(dim=-1)
     if kind == "greedy":
         return most_likely
     drawn = _draw(logits_EV, rows, emit_slots, emit_positions, kind in ("truncated", "shaped"))
     return torch.where(rows.temperature.index_select(0, emit_slots) > 0, drawn, most_likely)
+
+
+def _draw_by_kernels(logits_EV: Tensor, rows: SlotRows, slots: Tensor, positions: Tensor, truncated: bool) -> Tensor:
+    """Return what `sample_all` returns, by Triton kernels: the same tokens, each logit read twice, nothing sorted."""
+    from overlap.sample import draw_triton
+
+    return draw_triton.draw(logits_EV, rows, slots, positions, truncated)
 
 
 def _draw(logits_SV: Tensor, rows: SlotRows, slots: Tensor, positions: Tensor, truncated: bool) -> Tensor:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from overlap.cache.pages import PAGE
+from overlap.ops import launch_triton
 from overlap.state.inputs import StepInputs
 from overlap.state.mail import DEPTH, Mail
 from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES, USED
@@ -37,7 +38,11 @@ def _take_plan_kernel(
     PAGE_UPDATES_WORD: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     plan = plans + tl.load(turn).to(tl.int64) * stride
     used = tl.load(plan + USED_WORD, volatile=True)
     num_updates = tl.load(plan + NUM_UPDATES_WORD, volatile=True)
@@ -80,8 +85,12 @@ def _build_decode_inputs_kernel(
     NUM_ROWS_WORD: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a row: it alone reads and then advances the row's length."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     real = row < tl.load(packed + NUM_ROWS_WORD)
     slot = tl.load(packed + HEADER_WORDS + row, mask=real, other=0)
@@ -116,7 +125,11 @@ def _settle_decode_kernel(
     NUM_ROWS_WORD: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.arange(0, BLOCK)
     real = row < tl.load(packed + NUM_ROWS_WORD)
     token = tl.load(tokens + row, mask=real, other=0).to(tl.int32)
@@ -143,6 +156,7 @@ def take_plan(mail: Mail, rows: SlotRows) -> None:
         PROGRAMS=_TAKE_PROGRAMS,
         BLOCK=_TAKE_BLOCK,
         num_warps=4,
+        **launch_triton.early(mail.packed.device),
     )
 
 
@@ -167,6 +181,7 @@ def build_decode_inputs(packed: Tensor, rows: SlotRows, out: StepInputs) -> None
         PAGE_TOKENS=PAGE,
         BLOCK=_TABLE_BLOCK,
         num_warps=1,
+        **launch_triton.early(packed.device),
     )
 
 
@@ -184,4 +199,5 @@ def settle_decode(mail: Mail, rows: SlotRows, tokens: Tensor) -> None:
         PLACES=DEPTH,
         BLOCK=triton.next_power_of_2(tokens.shape[0]),
         num_warps=4,
+        **launch_triton.early(tokens.device),
     )
