@@ -189,9 +189,8 @@ async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any]
     """Open the engine once and print a line for each workload."""
     cuda = asked.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if asked.device == "auto" and cuda else asked.device if cuda else "cpu")
-    best = measure_device(
-        device, torch.bfloat16 if cuda else torch.float32
-    )  # before an engine captures graphs beside it
+    # Before the engine opens: it captures graphs beside what comes after.
+    best = measure_device(device, torch.bfloat16 if cuda else torch.float32)
     start = time.perf_counter()
     async with AsyncEngine(model, **options) as engine:
         opened = time.perf_counter() - start
@@ -246,10 +245,9 @@ def main() -> None:
     arguments.add_argument("--explain", action="store_true", help="print what runs as what at the end")
     asked = arguments.parse_args()
     todo = [known[name].scaled(asked.scale) if asked.scale > 1 else known[name] for name in asked.workload]
-    options: dict[str, Any] = {
-        "device": asked.device, "overlap": not asked.no_overlap, "lanes": asked.lanes, "context": max(one.context for one in todo) + 16,
-        **{name: value for name in ("max_rows", "token_budget", "kv_cache") if (value := getattr(asked, name))},
-    }  # fmt: skip
+    given = {name: value for name in ("max_rows", "token_budget", "kv_cache") if (value := getattr(asked, name))}
+    options: dict[str, Any] = {"device": asked.device, "overlap": not asked.no_overlap, "lanes": asked.lanes, **given}
+    options["context"] = max(one.context for one in todo) + 16
     with tempfile.TemporaryDirectory() as folder:
         model = asked.model
         if asked.shape:
