@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from overlap.cache.pages import PAGE
-from overlap.graphs.capture import CaptureError, Recorder
+from overlap.graphs.capture import CaptureError, Graph, Recorder
 from overlap.graphs.eager import drive
 from overlap.microbatch.halves import Half, cut, drive_together
 from overlap.models.config import ModelConfig
@@ -148,6 +148,11 @@ class Switch:
         return self.to.gather(x)
 
 
+def _launch(graph: Graph, recorded: Callable[[], None]) -> None:  # noqa: ARG001
+    """Launch a graph. It keeps addresses only, so `recorded` keeps the tensors that it was recorded with."""
+    graph.launch()
+
+
 class Rank:
     """One rank's part of the model, and what measures it."""
 
@@ -219,7 +224,7 @@ class Rank:
             with self.recorder.recording():
                 self.recorder.begin()
                 run()
-                return self.recorder.end().launch, True
+                return partial(_launch, self.recorder.end(), run), True
         except CaptureError as failure:
             print(f"{load.name} could not be captured: {failure}", file=sys.stderr)
             return run, False

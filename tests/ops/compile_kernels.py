@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from overlap.ops import (
     activation_triton,
+    decode_triton,
     embedding_triton,
     launch_triton,
     linear_triton,
@@ -91,6 +92,13 @@ def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden:
     qkv_triton.norm_qkv(torch.empty(rows, hidden), torch.empty(hidden), 1e-5, weight, None, tiles, *rotation)
 
 
+def decoded(num_kv_heads: int, group: int, head_dim: int, width: int) -> None:
+    kv = torch.empty(4, 2, 2, 16, num_kv_heads, head_dim, dtype=torch.bfloat16)
+    q, ints = torch.empty(width, num_kv_heads * group, head_dim, dtype=torch.bfloat16), torch.zeros(1, 4).int()
+    kernel = decode_triton.DecodeKernel(kv, num_kv_heads * group, 1, width)
+    kernel.attend(1, q, ints, ints[0, :1], torch.empty_like(q), width)
+
+
 def main() -> None:
     compile_only()
     compile_all()
@@ -104,6 +112,9 @@ def compile_all() -> None:
     linears(64, 128, 1)
     rotated(1, 9, 3, 64, 576)
     rotated(2, 32, 8, 128, 4096)
+    for width in (1, 5):
+        decoded(3, 3, 64, width)
+        decoded(8, 4, 128, width)
     embedding_triton.embed(torch.zeros(4, dtype=torch.int32), torch.empty(9, 64, dtype=torch.bfloat16))
     for dtype in (torch.bfloat16, torch.float32):
         residual = torch.randn(4, 64)

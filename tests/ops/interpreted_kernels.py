@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from triton.runtime import interpreter
 
 from overlap.ops import (
     activation,
     activation_triton,
+    decode_triton,
     embedding,
     embedding_triton,
     fused,
@@ -22,6 +24,7 @@ from overlap.ops import (
     rope,
     rope_triton,
 )
+from overlap.ops.attention import AttentionRows, TorchAttention
 from overlap.ops.linear import Linear
 from overlap.ops.linear_choice import Op, Tiles
 from overlap.sample import philox, philox_triton
@@ -273,6 +276,51 @@ def check_inputs(chance: random.Random) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+def check_decode(chance: random.Random) -> None:
+    """Rows of all lengths, in one part and in many, decoding and verifying; one behind the other in one workspace."""
+    for dtype in (torch.float32, torch.float16):  # of bfloat16 the interpreter multiplies the bits
+        num_kv_heads, group, head_dim = chance.choice([(1, 3, 64), (2, 4, 16), (3, 3, 48), (2, 1, 32)])
+        pages, layers, table_width = 60, 2, chance.choice([3, 10])
+        kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
+        kernel = decode_triton.DecodeKernel(kv, num_kv_heads * group, 3, 5)
+        for _ in range(2):
+            rows, width, layer = chance.randint(1, 3), chance.choice([1, 1, 2, 5]), chance.randrange(layers)
+            assert kernel.takes(rows, width)
+            table = torch.randint(0, pages, (rows, table_width), dtype=torch.int32)
+            longest = table_width * 16
+            lengths = [chance.choice([width, longest, chance.randint(width, longest)]) for _ in range(rows)]
+            q = torch.randn(rows * width, num_kv_heads * group, head_dim).to(dtype)
+            out = torch.full_like(q, float("nan"))
+            kernel.attend(layer, q, table, torch.tensor(lengths, dtype=torch.int32), out, width)
+            reference = TorchAttention(kv.float(), num_kv_heads * group)
+            counts = np.full(rows, width, dtype=np.int32)
+            told = torch.tensor(lengths, dtype=torch.int32)
+            starts, none = np.array(lengths, dtype=np.int32) - counts, np.empty(0, np.int32)
+            reference.plan(
+                AttentionRows(
+                    num_decode=rows, width=width, seq_lens=told, page_table=table, starts=starts, counts=counts,
+                    chunk_pages=none,
+                )
+            )  # fmt: skip
+            expected = reference.attend(layer, q.float()).view(q.shape)
+            tolerance = 1e-4 if dtype is torch.float32 else 2e-2
+            torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+        kernel.attend(0, q[:1], table[:1], torch.zeros(1, dtype=torch.int32), out[:1])
+        assert not out[:1].any()  # padding
+        assert not kernel._counters.any()
+
+
+def let_ranges_end_where_tensors_say() -> None:
+    """The interpreter (Triton 3.6) makes an index of an array of one element, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
 CHECKS = {
     "norm": check_norm,
     "activation": check_activation,
@@ -284,9 +332,11 @@ CHECKS = {
     "greedy": check_greedy,
     "philox": check_philox,
     "inputs": check_inputs,
+    "decode": check_decode,
 }
 
 if __name__ == "__main__":
+    let_ranges_end_where_tensors_say()
     for name, check in CHECKS.items():
         for seed in range(6):
             torch.manual_seed(seed)

@@ -1,5 +1,7 @@
 """Attention by FlashInfer: XQA for decode rows, paged prefill for prompt chunks. Imported only on CUDA.
 
+A few decode rows, and those that verify drafts, are a kernel of our own (`ops.decode_triton`): see `FEW_ROWS`.
+
 XQA reads lengths and page tables from the device, so decode needs no plan. Prefill is planned from lengths that the
 host knows, so its plan copies to the device but never waits for it. Two prefill wrappers take turns, since a plan
 writes to the wrapper's pinned workspace, which the copy of the step before may still be reading (mini-sglang#103).
@@ -20,10 +22,15 @@ from torch import Tensor
 
 from overlap.cache.pages import PAGE, Ints
 from overlap.ops.attention import AttentionRows
+from overlap.ops.decode_triton import DecodeKernel
 
 SEMAPHORES: Final = 8 << 20
 """Bytes at the head of XQA's workspace that must start as zeros; XQA leaves them zero."""
 _WRAPPERS: Final = 2
+MAX_WIDTH: Final = 9
+"""Positions of a verifying row that our kernel is sized for."""
+FEW_ROWS: Final = 16
+"""Rows up to which our own kernel is the faster one (`python bench/attention.py`)."""
 
 
 class FlashInferAttention:
@@ -39,12 +46,15 @@ class FlashInferAttention:
         *,
         workspace_bytes: int = 128 << 20,
         sm_count: int | None = None,
+        few_rows: int = FEW_ROWS,
+        max_rows: int = 256,
     ) -> None:
         """Load the kernels (building them if nvcc is there and they are not), and run each once.
 
         `kv` is [pages, layers, 2, PAGE, K, D] in bfloat16 or float16. `workspace_bytes` is the size of the scratch
         memory of decode, and again of prefill. `sm_count` limits the SMs that decode sizes itself for; None takes the
-        device's. Raises whatever FlashInfer raises if a kernel can not be had.
+        device's. Up to `few_rows` rows our own kernel decodes (0: never), and up to `max_rows` it verifies drafts.
+        Raises whatever FlashInfer raises if a kernel can not be had.
         """
         self._device = kv.device
         self._dtype = kv.dtype
@@ -54,6 +64,10 @@ class FlashInferAttention:
         self._values = [kv[:, layer, 1] for layer in range(kv.shape[1])]
         self._sm_count = sm_count or torch.cuda.get_device_properties(kv.device).multi_processor_count
         self._semaphores = torch.zeros(SEMAPHORES, dtype=torch.uint8, device=kv.device)
+        self._few_rows = few_rows
+        self._few = DecodeKernel(kv, num_heads, max_rows, MAX_WIDTH)
+        self._uses_few = False
+        self._width = 1
         self._scratch = torch.empty(workspace_bytes, dtype=torch.uint8, device=kv.device)
         backend = self._prefill_backend()
         self.name = f"flashinfer (xqa, {backend})"
@@ -69,13 +83,14 @@ class FlashInferAttention:
 
     def plan(self, rows: AttentionRows) -> None:
         """Keep the decode rows' columns, and plan the chunks from what the host knows."""
-        num_decode = rows.num_decode
-        self._num_decode = num_decode * rows.width
-        if num_decode and rows.width > 1:  # each position as a row of its own: XQA reads the row's pages once for each
-            within_J = torch.arange(1 - rows.width, 1, dtype=torch.int32, device=self._device)
+        num_decode, width, few = rows.num_decode, rows.width, self._few_rows
+        self._num_decode, self._width = num_decode * width, width
+        self._uses_few = self._few.takes(num_decode, width) and (num_decode <= few or (width > 1 and few > 0))
+        if num_decode and width > 1 and not self._uses_few:  # each position as a row of its own: XQA reads its pages
+            within_J = torch.arange(1 - width, 1, dtype=torch.int32, device=self._device)
             most = rows.page_table.shape[1] * PAGE
             self._seq_lens = (rows.seq_lens[:num_decode, None] + within_J).clamp_(max=most).view(-1, 1)
-            self._page_table = rows.page_table[:num_decode].repeat_interleave(rows.width, dim=0)
+            self._page_table = rows.page_table[:num_decode].repeat_interleave(width, dim=0)
         elif num_decode:
             self._seq_lens = rows.seq_lens[:num_decode].view(num_decode, 1)
             self._page_table = rows.page_table[:num_decode]
@@ -107,7 +122,10 @@ class FlashInferAttention:
         keys, values = self._keys[layer], self._values[layer]
         shape = (tokens, self._num_heads, self._head_dim)
         out_THD = torch.empty(shape, dtype=self._dtype, device=self._device) if out is None else out.view(shape)
-        if num_decode:
+        if num_decode and self._uses_few:
+            lengths, q_few = self._seq_lens.view(-1), q_THD[:num_decode]
+            self._few.attend(layer, q_few, self._page_table, lengths, out_THD[:num_decode], self._width)
+        elif num_decode:
             xqa(
                 q_THD[:num_decode, None],
                 keys,
