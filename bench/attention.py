@@ -43,6 +43,20 @@ def seconds(run: Any, rounds: int) -> float:
     return statistics.median(took)
 
 
+def one_call(kernel: FlashInferAttention, q: torch.Tensor) -> float:
+    """Return the seconds of a call, as one of many in a graph."""
+    out, recorder = torch.empty_like(q), Recorder(q.device)
+    with recorder.recording():
+        recorder.begin()
+        for layer in [*range(LAYERS)] * LOOPS:
+            kernel.attend(layer, q, out)
+        graph = recorder.end()
+    graph.launch()
+    took = seconds(graph.launch, 15) / (LAYERS * LOOPS)
+    graph.close()
+    return took
+
+
 def bandwidth() -> float:
     """Return bytes a second of a large copy, read and written."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -68,17 +82,8 @@ def measure(shape: str, num_rows: int, context: int, width: int, copy_rate: floa
     for name, few in (("xqa", 0), ("own", num_rows)):
         kernel = FlashInferAttention(kv, heads, pages, few_rows=few, max_rows=num_rows)
         kernel.plan(rows)
-        out = torch.empty_like(q)
         answers[name] = kernel.attend(0, q).float()
-        recorder = Recorder(kv.device)
-        with recorder.recording():
-            recorder.begin()
-            for layer in [*range(LAYERS)] * LOOPS:
-                kernel.attend(layer, q, out)
-            graph = recorder.end()
-        graph.launch()
-        took[name] = seconds(graph.launch, 15) / (LAYERS * LOOPS)
-        graph.close()
+        took[name] = one_call(kernel, q)
     floor = 2 * num_rows * context * kv_heads * head_dim * 2 / copy_rate
     return {
         "bench": "attention", "shape": shape, "rows": num_rows, "context": context, "width": width,

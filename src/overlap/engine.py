@@ -317,15 +317,22 @@ class AsyncEngine:
         return self._prompts
 
     def _generation(
-        self, prompt: Prompt, params: SamplingParams | None, terms: Terms, request_id: str | None, index: int
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        terms: Terms,
+        request_id: str | None,
+        index: int,
+        *,
+        whole: bool = False,
     ) -> Generation:
-        begin = partial(self._begin, prompt, params or SamplingParams(), terms)
+        begin = partial(self._begin, prompt, params or SamplingParams(), terms, whole=whole)
         return Generation(begin, self._forget, request_id or f"req-{secrets.token_hex(8)}", index)
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         last: Output | None = None
         try:
-            async for output in self._generation(prompt, params, terms, None, index):
+            async for output in self._generation(prompt, params, terms, None, index, whole=True):
                 last = output
         except Exception as error:
             error.add_note(f"This was prompt {index} of the batch.")
@@ -333,7 +340,9 @@ class AsyncEngine:
         assert last is not None, "an answer ends with an Output or an error"
         return last
 
-    async def _begin(self, prompt: Prompt, params: SamplingParams, terms: Terms, request_id: str, index: int) -> Answer:
+    async def _begin(
+        self, prompt: Prompt, params: SamplingParams, terms: Terms, request_id: str, index: int, *, whole: bool
+    ) -> Answer:
         """Check, encode and submit a request, and open its answer."""
         self._core.check_open()
         live = self._live
@@ -354,6 +363,8 @@ class AsyncEngine:
             own_stop_ids=params.stop_token_ids,
             end_request=lambda: self._core.end(key),
             num_logprobs=params.logprobs,
+            whole=whole,
+            turns=front.turns,
         )
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids(live))}
         request = Request(

@@ -1,6 +1,6 @@
 """The stream's promise kept by CUDA: a stream, an event a mark, and one thread that waits for them.
 
-The waiter blocks in `cudaEventSynchronize` on an event made with `blocking=True`: the thread sleeps in the driver with
+The waiter blocks in `cuEventSynchronize` on an event made to block: the thread sleeps in the driver with
 the GIL released, and wakes the event loop when the device gets there. Not Python inside `cudaLaunchHostFunc`, which
 deadlocks the GIL against the driver (LMCache#2952, TensorRT-LLM#15855); not `torch.Event`, which ignores `blocking` on
 CUDA (vllm#47081).
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from overlap.errors import InternalError
+from overlap.streams.events import Event
 from overlap.streams.stream import Busy
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class _CudaMark:
 
     __slots__ = ("busy", "end", "failure", "start")
 
-    def __init__(self, start: torch.cuda.Event | None, end: torch.cuda.Event, failure: BaseException | None) -> None:
+    def __init__(self, start: Event | None, end: Event, failure: BaseException | None) -> None:
         self.start = start
         self.end = end
         self.failure = failure
@@ -50,24 +51,24 @@ class _Clock:
 
     def __init__(self, name: str, stream: torch.cuda.Stream) -> None:
         self._name = name
-        self._stream = stream
-        self._free: list[torch.cuda.Event] = []
+        self._handle: int = stream.cuda_stream
+        self._free: list[Event] = []
         self._unread: deque[_CudaMark] = deque()  # in the stream's order
-        self._start: torch.cuda.Event | None = None
+        self._start: Event | None = None
         self._started = False  # work was launched behind the last mark
         self._held = False  # what is launched next waits for another stream
         self._any_marks = False
         self._read_event, self._read_time = self._set()
         self._last = self._read_event  # the last mark's
 
-    def _set(self) -> tuple[torch.cuda.Event, float]:
+    def _set(self) -> tuple[Event, float]:
         """Return an event and the host's time of it: the narrowest of a few looks, some µs wide. Waits."""
         looks = []
         for _ in range(5):
             event = self._event()
             before = time.perf_counter()
-            event.record(self._stream)
-            while not event.query():  # type: ignore[no-untyped-call]
+            event.record(self._handle)
+            while not event.query():
                 pass
             after = time.perf_counter()
             looks.append((after - before, (before + after) / 2, event))
@@ -83,13 +84,13 @@ class _Clock:
         if self._started:
             return
         self._started = True
-        if self._held or self._last.query():  # type: ignore[no-untyped-call]
+        if self._held or self._last.query():
             self._start = self._event()
-            self._start.record(self._stream)
+            self._start.record(self._handle)
 
     def mark(self, failure: BaseException | None) -> _CudaMark:
         end = self._event()
-        end.record(self._stream)
+        end.record(self._handle)
         start = self._start if self._started else end
         mark = _CudaMark(start, end, failure)
         self._unread.append(mark)
@@ -107,22 +108,22 @@ class _Clock:
     def _read(self, mark: _CudaMark) -> None:
         gap = length = 0.0
         if mark.start is not None:
-            gap = self._read_event.elapsed_time(mark.start) / 1e3
+            gap = self._read_event.elapsed_s(mark.start)
         if mark.start is not mark.end:
-            length = (mark.start or self._read_event).elapsed_time(mark.end) / 1e3
+            length = (mark.start or self._read_event).elapsed_s(mark.end)
             self._free += [mark.start] if mark.start is not None else []
         start = self._read_time + gap
         mark.busy = Busy(self._name, start, start + length, gap if self._any_marks else 0.0)
         self._free.append(self._read_event)
         self._read_event, self._read_time, self._any_marks = mark.end, start + length, True
 
-    def _event(self) -> torch.cuda.Event:
+    def _event(self) -> Event:
         if self._free:
             return self._free.pop()
-        return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        return Event()
 
 
-_Wait = tuple[torch.cuda.Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+_Wait = tuple[Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
 _IDLE_STREAMS: Final[dict[tuple[torch.device, int], deque[torch.cuda.Stream]]] = {}
@@ -171,18 +172,18 @@ class CudaStream:
         """Let the device hold back what is launched next until `mark`."""
         own = _own(mark)
         if own.busy is None:  # else it was reached
-            self.stream.wait_event(own.end)
+            own.end.wait(self.stream.cuda_stream)
             self._clock.hold()
 
     def reached(self, mark: Mark) -> bool:
         """Ask the device whether it has passed `mark`."""
         own = _own(mark)
-        return own.busy is not None or bool(own.end.query())  # type: ignore[no-untyped-call]
+        return own.busy is not None or own.end.query()
 
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the device has passed `mark`; raise what the work before it raised."""
         own = _own(mark)
-        if own.busy is not None or own.end.query():  # type: ignore[no-untyped-call]
+        if own.busy is not None or own.end.query():
             await asyncio.sleep(0)  # arrivals and aborts get their turn at every step, however fast the device
         else:
             loop = asyncio.get_running_loop()
