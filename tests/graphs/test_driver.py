@@ -38,6 +38,7 @@ class Repeated:
     """Stands for a graph, and for the recorder that it was made by."""
 
     pool_bytes = 0
+    stream = 0
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.launch = call
@@ -87,6 +88,7 @@ class RepeatingDriver(GraphDriver):
             raise CaptureError("no")
         inputs, kind = part(self._inputs, shape.size, shape.size, shape.size), shape.kind
         self._lane.mail.turn.fill_(3)
+        self._lane.mail.bring(3)
         decode_step(self._lane, inputs, kind)
 
         def launch() -> None:

@@ -41,6 +41,11 @@ class Graph:
         self.num_nodes = num_nodes
         """How many kernels and copies it has."""
 
+    @property
+    def stream(self) -> int:
+        """The address of the stream that it was recorded on."""
+        return self._recorder.stream
+
     def launch(self) -> None:
         """Enqueue all of it on the stream that it was recorded on. Raises CaptureError, and then nothing was."""
         self._recorder.launch(self._address)
@@ -57,7 +62,9 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        self.stream: Final[int] = torch.cuda.current_stream(device).cuda_stream
+        """Its address."""
+        self._stream = ctypes.c_void_p(self.stream)
         self._cuda = _driver(ctypes.CDLL("libcuda.so.1"))
         # A launch returns within microseconds: to keep the interpreter's lock over it is faster than to win it back.
         self._launch = _driver(ctypes.PyDLL("libcuda.so.1")).cuGraphLaunch

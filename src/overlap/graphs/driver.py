@@ -84,6 +84,7 @@ class GraphDriver:
         if self._turn != place:
             self._lane.mail.turn.fill_(place)
         self._turn = None
+        self._lane.mail.bring(place, graph.stream)
         try:
             graph.launch()
         except CaptureError as failure:
@@ -138,6 +139,7 @@ class GraphDriver:
             raise InternalError("pieces are no decode step")
         inputs = part(self._inputs, shape.size, shape.size, shape.size)
         self._lane.mail.turn.fill_(EMPTY)
+        self._lane.mail.bring(EMPTY, recorder.stream)
         decode_step(self._lane, inputs, shape.kind)
         with recorder.recording():
             recorder.begin()

@@ -145,6 +145,7 @@ class CudaStream:
         self.device: Final = device
         self._idle = _IDLE_STREAMS.setdefault((device, priority), deque())
         self.stream: Final = self._idle.pop() if self._idle else _new_stream(device, priority)
+        torch.cuda.mem_get_info(device)  # makes the device's context this thread's, which the driver's calls ask for
         self._clock = _Clock(name, self.stream)
         self._failure: BaseException | None = None
         self._waits: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
