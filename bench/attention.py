@@ -3,10 +3,10 @@
     python bench/attention.py [--shape smollm2-135m llama-8b] [--rows 1 4 16] [--context 256 1024] [--width 1 5]
 
 The kernels run over layer after layer of one KV memory, as in a step, recorded as one CUDA graph; the figure is the
-time of one call. "xqa" is FlashInfer's, "own" is `ops.decode_triton`. With a width over 1 a row verifies drafts: XQA
-then gets each position as a row of its own and reads a row's KV as many times. "floor" is the time to read keys and
-values once at the bandwidth of a large copy in the same run. One JSON object a line. Doubt it for this: nothing else
-runs, while in a step each call follows a matrix product.
+time of one call. "xqa" is FlashInfer's, "own" is `ops.decode_triton` as the engine cuts it, "own_..." with other cuts.
+With a width over 1 a row verifies drafts: XQA then gets each position as a row of its own and reads a row's KV as many
+times. "floor" is the time to read keys and values once at the bandwidth of a large copy in the same run. One JSON
+object a line. Doubt it for this: nothing else runs, while in a step each call follows a matrix product.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,14 @@ from overlap.cache.pages import PAGE
 from overlap.graphs.capture import Recorder
 from overlap.ops.attention import AttentionRows
 from overlap.ops.attention_flashinfer import FlashInferAttention
+from overlap.ops.decode_triton import Cut, DecodeKernel
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "qwen3-0.6b": (16, 8, 128), "llama-8b": (32, 8, 128)}
 LAYERS = 8
+CUTS = {
+    "own": Cut(), "own_264": Cut(264), "own_1056": Cut(1056), "own_128": Cut(block_n=128, stages=2),
+    "own_32": Cut(block_n=32, stages=4),
+}  # fmt: skip
 LOOPS = 4
 """Calls over all layers in one graph."""
 
@@ -43,13 +49,13 @@ def seconds(run: Any, rounds: int) -> float:
     return statistics.median(took)
 
 
-def one_call(kernel: FlashInferAttention, q: torch.Tensor) -> float:
+def one_call(attend: Callable[[int, torch.Tensor, torch.Tensor], object], q: torch.Tensor) -> float:
     """Return the seconds of a call, as one of many in a graph."""
     out, recorder = torch.empty_like(q), Recorder(q.device)
     with recorder.recording():
         recorder.begin()
         for layer in [*range(LAYERS)] * LOOPS:
-            kernel.attend(layer, q, out)
+            attend(layer, q, out)
         graph = recorder.end()
     graph.launch()
     took = seconds(graph.launch, 15) / (LAYERS * LOOPS)
@@ -79,17 +85,27 @@ def measure(shape: str, num_rows: int, context: int, width: int, copy_rate: floa
     )  # fmt: skip
     took: dict[str, float] = {}
     answers = {}
-    for name, few in (("xqa", 0), ("own", num_rows)):
-        kernel = FlashInferAttention(kv, heads, pages, few_rows=few, max_rows=num_rows)
-        kernel.plan(rows)
-        answers[name] = kernel.attend(0, q).float()
-        took[name] = one_call(kernel, q)
+    xqa = FlashInferAttention(kv, heads, pages, many_pairs=2**31, max_rows=0)
+    xqa.plan(rows)
+    answers["xqa"] = xqa.attend(0, q).float()
+    took["xqa"] = one_call(xqa.attend, q)
+    for name, cut in CUTS.items():
+        own = DecodeKernel(kv, heads, num_rows, width, cut)
+
+        def attend(layer: int, q: torch.Tensor, out: torch.Tensor, own: DecodeKernel = own) -> None:
+            own.attend(layer, q, table, lengths, out, width)
+
+        out = torch.empty_like(q)
+        attend(0, q, out)
+        answers[name] = out.float().view(answers["xqa"].shape)
+        took[name] = one_call(attend, q)
+    best = min((each for name, each in took.items() if name != "xqa"))
     floor = 2 * num_rows * context * kv_heads * head_dim * 2 / copy_rate
     return {
         "bench": "attention", "shape": shape, "rows": num_rows, "context": context, "width": width,
         **{f"{name}_us": round(1e6 * each, 2) for name, each in took.items()},
-        "floor_us": round(1e6 * floor, 2), "ratio": round(took["xqa"] / took["own"], 3),
-        "difference": round(float((answers["own"] - answers["xqa"]).abs().max()), 4),
+        "floor_us": round(1e6 * floor, 2), "ratio": round(took["xqa"] / best, 3),
+        "difference": round(max(float((each - answers["xqa"]).abs().max()) for each in answers.values()), 4),
         "device": torch.cuda.get_device_name(),
     }  # fmt: skip
 

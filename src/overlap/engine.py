@@ -282,12 +282,7 @@ class AsyncEngine:
         not there, and while another trace is recorded.
         """
         planner, _ = self._core.parts
-
-        def queue() -> tuple[int, int]:
-            figures = planner.statistics()
-            return figures.waiting, figures.running
-
-        return Tracing(path, Trace(self.model_name, queue=queue), self._core.watch)
+        return Tracing(path, Trace(self.model_name, queue=planner.queue), self._core.watch)
 
     def explain(self) -> str:
         """Return what was chosen and why, a line each."""

@@ -1,6 +1,6 @@
 """Attention by FlashInfer: XQA for decode rows, paged prefill for prompt chunks. Imported only on CUDA.
 
-A few decode rows, and those that verify drafts, are a kernel of our own (`ops.decode_triton`): see `FEW_ROWS`.
+Many decode rows, and those that verify drafts, are a kernel of our own (`ops.decode_triton`): see `MANY_PAIRS`.
 
 XQA reads lengths and page tables from the device, so decode needs no plan. Prefill is planned from lengths that the
 host knows, so its plan copies to the device but never waits for it. Two prefill wrappers take turns, since a plan
@@ -29,8 +29,8 @@ SEMAPHORES: Final = 8 << 20
 _WRAPPERS: Final = 2
 MAX_WIDTH: Final = 9
 """Positions of a verifying row that our kernel is sized for."""
-FEW_ROWS: Final = 16
-"""Rows up to which our own kernel is the faster one (`python bench/attention.py`)."""
+MANY_PAIRS: Final = 512
+"""Rows times key heads from which on our own kernel is the faster one (`python bench/attention.py`)."""
 
 
 class FlashInferAttention:
@@ -46,15 +46,15 @@ class FlashInferAttention:
         *,
         workspace_bytes: int = 128 << 20,
         sm_count: int | None = None,
-        few_rows: int = FEW_ROWS,
+        many_pairs: int = MANY_PAIRS,
         max_rows: int = 256,
     ) -> None:
         """Load the kernels (building them if nvcc is there and they are not), and run each once.
 
         `kv` is [pages, layers, 2, PAGE, K, D] in bfloat16 or float16. `workspace_bytes` is the size of the scratch
         memory of decode, and again of prefill. `sm_count` limits the SMs that decode sizes itself for; None takes the
-        device's. Up to `few_rows` rows our own kernel decodes (0: never), and up to `max_rows` it verifies drafts.
-        Raises whatever FlashInfer raises if a kernel can not be had.
+        device's. From `many_pairs` rows times key heads on our own kernel decodes, and up to `max_rows` rows it
+        verifies drafts. Raises whatever FlashInfer raises if a kernel can not be had.
         """
         self._device = kv.device
         self._dtype = kv.dtype
@@ -64,9 +64,9 @@ class FlashInferAttention:
         self._values = [kv[:, layer, 1] for layer in range(kv.shape[1])]
         self._sm_count = sm_count or torch.cuda.get_device_properties(kv.device).multi_processor_count
         self._semaphores = torch.zeros(SEMAPHORES, dtype=torch.uint8, device=kv.device)
-        self._few_rows = few_rows
-        self._few = DecodeKernel(kv, num_heads, max_rows, MAX_WIDTH)
-        self._uses_few = False
+        self._many_pairs = many_pairs
+        self._own = DecodeKernel(kv, num_heads, max_rows, MAX_WIDTH)
+        self._uses_own = False
         self._width = 1
         self._scratch = torch.empty(workspace_bytes, dtype=torch.uint8, device=kv.device)
         backend = self._prefill_backend()
@@ -83,10 +83,11 @@ class FlashInferAttention:
 
     def plan(self, rows: AttentionRows) -> None:
         """Keep the decode rows' columns, and plan the chunks from what the host knows."""
-        num_decode, width, few = rows.num_decode, rows.width, self._few_rows
+        num_decode, width = rows.num_decode, rows.width
         self._num_decode, self._width = num_decode * width, width
-        self._uses_few = self._few.takes(num_decode, width) and (num_decode <= few or (width > 1 and few > 0))
-        if num_decode and width > 1 and not self._uses_few:  # each position as a row of its own: XQA reads its pages
+        many = width > 1 or num_decode * self._num_kv_heads >= self._many_pairs
+        self._uses_own = many and self._own.takes(num_decode, width)
+        if num_decode and width > 1 and not self._uses_own:  # each position as a row of its own: XQA reads its pages
             within_J = torch.arange(1 - width, 1, dtype=torch.int32, device=self._device)
             most = rows.page_table.shape[1] * PAGE
             self._seq_lens = (rows.seq_lens[:num_decode, None] + within_J).clamp_(max=most).view(-1, 1)
@@ -122,9 +123,9 @@ class FlashInferAttention:
         keys, values = self._keys[layer], self._values[layer]
         shape = (tokens, self._num_heads, self._head_dim)
         out_THD = torch.empty(shape, dtype=self._dtype, device=self._device) if out is None else out.view(shape)
-        if num_decode and self._uses_few:
-            lengths, q_few = self._seq_lens.view(-1), q_THD[:num_decode]
-            self._few.attend(layer, q_few, self._page_table, lengths, out_THD[:num_decode], self._width)
+        if num_decode and self._uses_own:
+            lengths, q_own = self._seq_lens.view(-1), q_THD[:num_decode]
+            self._own.attend(layer, q_own, self._page_table, lengths, out_THD[:num_decode], self._width)
         elif num_decode:
             xqa(
                 q_THD[:num_decode, None],

@@ -1,16 +1,17 @@
-"""Attention of a few rows over paged KV in one Triton kernel: split over the SMs, put together by whoever ends last.
+"""Attention of decode rows over paged KV in one Triton kernel: split over the SMs, put together by whoever ends last.
 
-XQA takes some 14 µs at one row however short the context. Here the keys of a row and key head are cut into parts of at
-least BLOCK_N, as many as the device has room for; each program takes one part. Of several the last to end, told by a
-counter, adds the parts up, so there is no second kernel. All positions of a verify and all query heads of a key head
-share one tile of queries, so a row's KV is read once however many drafts it verifies. (Split keys: Flash-Decoding, Dao
-et al. 2023; the counter in place of a second kernel: stream-K, Osama et al. 2023.)
+The keys of a row and key head are cut into parts of at least BLOCK_N, as many as the device has room for; each program
+takes one part. Of several the last to end, told by a counter, adds the parts up, so there is no second kernel. All
+positions of a verify and all query heads of a key head share one tile of queries, so a row's KV is read once however
+many drafts it verifies. (Split keys: Flash-Decoding, Dao et al. 2023; the counter in place of a second kernel:
+stream-K, Osama et al. 2023.)
 
 Legend: N rows, J positions of each, H query heads, K key/value heads, G = H / K, D head size, M = J * G padded.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -23,23 +24,34 @@ from overlap.ops import launch_triton
 
 MAX_QUERIES: Final = 64
 """The most J * G of one tile."""
-_BLOCK_N: Final = 64
 _MAX_SPLITS: Final = 32
-_PROGRAMS: Final = 264
-"""Programs at most, if splitting makes them: two for each SM of an H100 or H200."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the kernel cuts the keys."""
+
+    programs: int = 528
+    """Programs at most, if splitting makes them: a few for each SM."""
+    block_n: int = 64
+    """Keys that a program takes at a time."""
+    stages: int = 3
+    """Blocks in flight."""
+    warps: int = 4
 
 
 @triton.jit
 def _attended(
     query, kv, table, first, end, limit_M, layer_offset, page_stride, side_stride, token_stride, scale,
     M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Return (weighted sum of values [M, D], highest score [M], sum of weights [M]) over the keys first to end."""
     column = tl.arange(0, BLOCK_D)
     highest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     value = tl.zeros((M, BLOCK_D), tl.float32)
-    for start in tl.range(first, end, BLOCK_N, num_stages=3):
+    for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_N)
         inside = token < end
         page = tl.load(table + token // PAGE_TOKENS, mask=inside, other=0).to(tl.int64)
@@ -72,7 +84,8 @@ def _store_answer(out, value, total, query_place, query_inside, D: tl.constexpr,
 def _decode_kernel(
     q, kv, table, lengths, out, parts, peaks, sums, counters, layer, most_pages, table_stride, page_stride, scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE_TOKENS: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE_TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -101,7 +114,7 @@ def _decode_kernel(
         value, highest, total = _attended(
             query, kv, table + row.to(tl.int64) * table_stride, split * share, tl.minimum((split + 1) * share, length),
             limit_M, layer * (2 * side_stride) + kv_head * D, page_stride, side_stride, token_stride, scale,
-            M, BLOCK_N, D, BLOCK_D, PAGE_TOKENS,
+            M, BLOCK_N, D, BLOCK_D, PAGE_TOKENS, STAGES,
         )  # fmt: skip
         if active == 1:
             _store_answer(out, value, total, query_place, query_inside, D, BLOCK_D)
@@ -132,15 +145,16 @@ def _decode_kernel(
 class DecodeKernel:
     """The kernel and its scratch memory: one a lane, since two steps that run at once must not share it."""
 
-    def __init__(self, kv: Tensor, num_heads: int, max_rows: int, max_width: int = 1) -> None:
+    def __init__(self, kv: Tensor, num_heads: int, max_rows: int, max_width: int = 1, cut: Cut | None = None) -> None:
         """`kv` is [pages, layers, 2, PAGE, K, D], contiguous. Takes steps of up to `max_rows` rows."""
         self._kv = kv
         self._num_heads = num_heads
         num_kv_heads, head_dim = kv.shape[4], kv.shape[5]
         self._group = num_heads // num_kv_heads
         self._most = max_rows, max_width
-        many = [rows * num_kv_heads for rows in range(1, max_rows + 1) if _splits(rows * num_kv_heads) > 1]
-        most = max((pairs * _splits(pairs) for pairs in many), default=1)  # one part needs no adding up
+        self._cut = cut or Cut()
+        many = [rows * num_kv_heads for rows in range(1, max_rows + 1) if self._splits(rows * num_kv_heads) > 1]
+        most = max((pairs * self._splits(pairs) for pairs in many), default=1)  # one part needs no adding up
         lines = most * self._tile(min(max_width, MAX_QUERIES // self._group))
         self._counters = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=kv.device)
         self._peaks = torch.empty(lines, dtype=torch.float32, device=kv.device)
@@ -169,17 +183,16 @@ class DecodeKernel:
         """
         num_rows, (_, _, _, _, num_kv_heads, head_dim) = len(lengths), self._kv.shape
         pairs, tile = num_rows * num_kv_heads, self._tile(width)
-        splits = _splits(pairs)
+        splits = self._splits(pairs)
         options: dict[str, Any] = launch_triton.early(self._kv.device)
         _decode_kernel[(pairs, splits)](
             q_THD, self._kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters,
             layer, page_table.shape[1], page_table.stride(0), self._kv.stride(0), head_dim**-0.5 * 1.4426950408889634,
             GROUP=self._group, WIDTH=width, KV_HEADS=num_kv_heads, D=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), M=tile, BLOCK_N=_BLOCK_N, SPLITS=splits,
-            PAGE_TOKENS=PAGE, num_warps=4, **options,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), M=tile, BLOCK_N=self._cut.block_n, SPLITS=splits,
+            PAGE_TOKENS=PAGE, STAGES=self._cut.stages, num_warps=self._cut.warps, **options,
         )  # fmt: skip
 
-
-def _splits(pairs: int) -> int:
-    """Return into how many parts the keys of each row and key head are cut at most: a power of two."""
-    return max(1, min(_MAX_SPLITS, 1 << (max(1, _PROGRAMS // pairs).bit_length() - 1)))
+    def _splits(self, pairs: int) -> int:
+        """Return into how many parts the keys of each row and key head are cut at most: a power of two."""
+        return max(1, min(_MAX_SPLITS, 1 << (max(1, self._cut.programs // pairs).bit_length() - 1)))

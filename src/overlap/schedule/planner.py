@@ -183,6 +183,10 @@ class Planner:
         """Forget every cached prefix that no request reads; return how many pages came free."""
         return self._store.clear()
 
+    def queue(self) -> tuple[int, int]:
+        """Return how many requests (wait, run)."""
+        return len(self._queue), self._slots.num_running
+
     def statistics(self) -> PlannerStatistics:
         """Return the figures of this moment."""
         pages = self._store.statistics()

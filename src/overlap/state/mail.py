@@ -1,12 +1,13 @@
 """Mail: how a step's plan reaches the device, and how its tokens come back.
 
-On CUDA both ends are pinned memory: plans are copied from there, tokens are written there by the device. Each has DEPTH places that take turns:
+On CUDA both ends are pinned memory: plans are copied from there, tokens are written there by the device. Each has DEPTH
+places that take turns:
 two flights in the air, and one being packed. A place is written again only when the flight that used it has landed, so
 neither side ever meets the other's next step.
 
-An eager step is told its place by the host. A step that is one graph finds its plan in `packed`, where `bring` has put it
-(a kernel that fetched it from the host by itself took 46 µs for what a copy does in 5: docs/log.md). Where its tokens
-go it can not be told, so the device keeps its own `turn`, the place of the next such step, and the graph moves it on.
+An eager step is told its place by the host. A step that is one graph finds its plan in `packed`, where `bring` has put
+it (a kernel that fetched it from the host by itself took 46 µs: docs/log.md). Where its tokens go it can not be told,
+so the device keeps its own `turn`, the place of the next such step, and the graph moves it on.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Mail:
         """int32 [1] on the device: the place of the next step that is a graph."""
 
     def bring(self, place: int, stream: int | None = None) -> None:
-        """Enqueue the copy of the plan at `place` to `packed`; on CUDA on `stream` (its address), or torch's current."""
+        """Enqueue the copy of the plan at `place` to `packed`; on CUDA on `stream` (an address; None: torch's own)."""
         used = int(self.plan_words[place][USED])
         if not self._addresses:
             self.packed.numpy()[:used] = self.plan_words[place][:used]

@@ -159,8 +159,15 @@ class CudaStream:
             raise InternalError(f"stream {self.name!r} is closed")
         try:
             self._clock.start()
-            with torch.cuda.stream(self.stream):
+            before = torch.cuda.current_stream(self.device)
+            if before == self.stream:
                 run()
+                return
+            torch.cuda.set_stream(self.stream)  # `torch.cuda.stream` does the same in four times the time
+            try:
+                run()
+            finally:
+                torch.cuda.set_stream(before)
         except Exception as failure:  # told by the next mark: the promise of every stream
             self._failure = self._failure or failure
 
