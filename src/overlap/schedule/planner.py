@@ -254,11 +254,17 @@ class Planner:
             return None
         return self._build(NONE, chunks, admissions, updates, SIDE)
 
-    def _num_prompt(self) -> int:
-        """Return the tokens of the prompts that run, and of the one that comes next."""
+    def _num_prompt(self) -> tuple[int, int]:
+        """Return (tokens, number) of the prompts that run, and of those that slots are free for.
+
+        Those are taken to be as long as the one that comes next.
+        """
         coming = self._queue.first() if len(self._queue) else None
-        waiting = sum(len(request.prompt) - request.chunked for request in self._prefilling)
-        return waiting + (len(coming.prompt) if coming is not None else 0)
+        tokens = sum(len(request.prompt) - request.chunked for request in self._prefilling)
+        if coming is None:
+            return tokens, len(self._prefilling)
+        others = max(1, min(len(self._queue), len(self._slots.free)))
+        return tokens + others * len(coming.prompt), len(self._prefilling) + others
 
     def _refresh_decoding(self) -> None:
         """Drop rows that have no more to run, add those whose prompt is through. Costs nothing in a steady step."""

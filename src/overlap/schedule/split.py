@@ -20,6 +20,8 @@ class Outlook:
     """Tokens of prompts that run or wait."""
     side_busy: bool
     """Whether the side lane has a step in the air."""
+    num_prompts: int = 0
+    """How many prompts these are: rows that will decode, too, once they are read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The state changes of a decode step as a graph can replay them: nothing comes from the host as an argument.
 
-Counts and offsets are read from the packed plan's header, the place of its tokens from `Mail.turn`. A plan for this has decode
+Counts and offsets are read from the packed plan's header, the place of its tokens from `Mail.turn`. A plan for this has
 rows only and admits nobody; it may have fewer rows than the graph, R <= B. The rows from R on are padding: one token at
 position 0 of the scratch slot, whose KV is written nowhere and whose token goes nowhere.
 
