@@ -118,9 +118,7 @@ def serve(parts: Parts, params: tuple[dict[str, Any], ...], seed: int) -> set[tu
         stem = [chance.randrange(3, 500) for _ in range(chance.randrange(1, 9))]
         prompt = np.array(stem * 3, dtype=np.int32)
         planner.submit(
-            Request(
-                key=key, front=0, prompt=prompt, limit=4 + 3 * key, seed=key, **params[key % len(params)]
-            )
+            Request(key=key, front=0, prompt=prompt, limit=4 + 3 * key, seed=key, **params[key % len(params)])
         )
 
     async def step(plan: StepPlan) -> None:

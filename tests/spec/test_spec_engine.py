@@ -216,7 +216,7 @@ async def test_what_drafts_is_explained(tiny_llama_dir: Path, drafters: Any) -> 
     ("options", "words"),
     [
         ({"speculative": "magic"}, "speculative must be one of ngram, eagle, draft, or None, not 'magic'"),
-        ({"speculative": "eagle"}, "speculative='eagle' needs draft_model, the directory of an EAGLE head"),
+        ({"speculative": "draft"}, "speculative='draft' needs draft_model, a smaller model of the same family"),
         ({"speculative": "ngram", "draft_model": "x"}, "draft_model is for speculative="),
         ({"speculative": "ngram", "num_drafts": 16}, "num_drafts must be an integer from 1 to 15"),
         ({"speculative": "ngram", "lanes": "streams"}, 'not "streams"'),

@@ -18,6 +18,7 @@ from overlap.spec.chain import ChainDrafter, ModelHead, head_kv
 from overlap.spec.drafter import Drafter, Head
 from overlap.spec.eagle import EagleHead, load_head
 from overlap.spec.ngram import NgramDrafter
+from overlap.spec.shipped import shipped_head
 from overlap.spec.step import Speculation
 from overlap.state.rows import SlotRows
 
@@ -27,7 +28,8 @@ def open_head(
 ) -> Head | None:
     """Load the network that drafts; None where none does. Raises ConfigError (ModelError) for one that does not fit."""
     if resolved.speculative == "eagle":
-        return load_head(Path(str(resolved.draft_model)), target)
+        own = resolved.draft_model
+        return load_head(shipped_head(resolved.model, target) if own is None else Path(own), target)
     if resolved.speculative != "draft":
         return None
     checkpoint = open_checkpoint(
@@ -90,4 +92,4 @@ def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)
     kind = f"an {head.config.kind} head" if isinstance(head, EagleHead) else "a smaller model"
-    return (f"speculation: {most}; drafted by {kind}, {resolved.draft_model}",)
+    return (f"speculation: {most}; drafted by {kind}, {resolved.draft_model or 'which comes with overlap'}",)
