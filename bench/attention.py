@@ -85,7 +85,7 @@ def measure(shape: str, num_rows: int, context: int, width: int, copy_rate: floa
     )  # fmt: skip
     took: dict[str, float] = {}
     answers = {}
-    xqa = FlashInferAttention(kv, heads, pages, many_pairs=2**31, max_rows=0)
+    xqa = FlashInferAttention(kv, heads, pages, width=width, many_pairs=2**31, max_rows=0)
     xqa.plan(rows)
     answers["xqa"] = xqa.attend(0, q).float()
     took["xqa"] = one_call(xqa.attend, q)

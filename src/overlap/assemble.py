@@ -169,7 +169,9 @@ def _parts(
         dtype=getattr(torch, resolved.dtype),
         device=device,
     )
-    attention, why = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
+    attention, why = choose_attention(
+        kv, model.num_heads, max_pages_per_row=pages_for(context), width=resolved.num_drafts + 1
+    )
     splitter, costs = _splitter(resolved, model, program.weight_bytes(), device, cache)
     side = None
     if splitter is not None and resolved.lanes != "serial":

@@ -96,7 +96,8 @@ class EngineConfig:
     the last tokens when they last stood in the text. "eagle": a small head on the model's own states. "draft": a
     smaller model of the same family. None drafts nothing."""
     draft_model: str | None = None
-    """With "eagle" the directory of the head, with "draft" the small model, named as `model` is."""
+    """With "eagle" the directory of the head, None for the one that comes with overlap; with "draft" the small model,
+    named as `model` is."""
     num_drafts: int | Literal["auto"] = "auto"
     """How many tokens are drafted for a row at most, 1 to 15. "auto": 4, and none while plain steps bring more tokens a
     second at this load."""
@@ -155,9 +156,8 @@ class EngineConfig:
             not isinstance(drafts, int) or isinstance(drafts, bool) or not 1 <= drafts <= MOST_DRAFTS
         ):
             raise ConfigError(f'num_drafts must be an integer from 1 to {MOST_DRAFTS}, or "auto", not {drafts!r}.')
-        if kind in ("eagle", "draft") and not self.draft_model:
-            what = "the directory of an EAGLE head" if kind == "eagle" else "a smaller model of the same family"
-            raise ConfigError(f"speculative={kind!r} needs draft_model, {what}.")
+        if kind == "draft" and not self.draft_model:
+            raise ConfigError("speculative='draft' needs draft_model, a smaller model of the same family.")
         if self.draft_model is not None and kind not in ("eagle", "draft"):
             raise ConfigError(f'draft_model is for speculative="eagle" and "draft"; speculative is {kind!r}.')
         if kind is None:

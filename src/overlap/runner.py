@@ -9,7 +9,8 @@ Two lanes have a stream, a mail, an attention and graphs each; weights, KV and t
 the side lane is launched in blocks of layers, so that the main lane's next step never waits for the host to launch all
 of a long prompt.
 
-With a drafter each step verifies, accepts and drafts again (`spec.step`), in one lane.
+With a drafter each step verifies, accepts and drafts again (`spec.step`), in one lane: decode steps as one graph, too,
+others with the target's forward in pieces.
 """
 
 from __future__ import annotations
@@ -123,11 +124,12 @@ class Runner:
         """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are.
 
         `side` makes a side lane: a stream of its own, and an attention that shares no workspace with the main lane's.
-        `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane, and graphs.
+        `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane.
         """
         self._device = kv.device
         self._kv = kv
-        self._rows = SlotRows(max_rows, pages_for(context), kv.device)
+        # Of a row that verifies drafts some positions may lie past the context: a page more, for them to be read from.
+        self._rows = SlotRows(max_rows, pages_for(context) + (speculate is not None), kv.device)
 
         speculation = None if speculate is None else speculate(self._rows)
 
@@ -228,11 +230,11 @@ class _LaneRunner:
         self._speculation = speculation
         most_landing = max_rows * (1 if speculation is None else speculation.width)
         self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), most_landing, kv.device)
-        self._lane = Lane(program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail)
+        self._lane = Lane(
+            program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail, speculation=speculation
+        )
         self._graphs: GraphDriver | None = None
-        if speculation is not None:
-            self._graph_note = "graphs: none with a drafter yet: its steps are launched kernel by kernel"
-        elif not graphs:
+        if not graphs:
             self._graph_note = "graphs: off, as asked"
         elif not kv.is_cuda:
             self._graph_note = "graphs: none on a CPU"
@@ -240,11 +242,15 @@ class _LaneRunner:
             self._graphs, self._graph_note = self._driver(max_rows, token_budget)
 
     def _driver(self, max_rows: int, token_budget: int) -> tuple[GraphDriver, str]:
-        whole = self._attention.captures_decode and self._decodes
+        speculation = self._speculation
+        whole = self._decodes and (self._attention.captures_decode if speculation is None else speculation.captures)
         parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
         most = min(token_budget, max(max_rows, int(HOST_BOUND / (2 * parameters))))
         tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
-        policy = Policy(row_buckets(max_rows) if whole else (), tokens)
+        wide_rows: tuple[int, ...] = ()
+        if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
+            wide_rows = row_buckets(max(1, min(max_rows, (token_budget - 1) // speculation.width)))
+        policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows)
         note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"
         if not self._decodes:
             note = f"graphs: in pieces, up to {most} tokens, captured when they are used again"
@@ -296,19 +302,25 @@ class _LaneRunner:
         """Run a step, pausing behind each `block` layers where it is not one graph."""
         graphs = self._graphs
         shape = graphs.prepare(plan) if graphs is not None else None
+        pieces = shape if shape is not None and shape.kind == "pieces" else None
+        whole = shape if pieces is None else None
+        if graphs is not None and whole is not None and graphs.replay_decode(whole, place, layout.num_rows):
+            return
         if self._speculation is not None:
-            self._speculate(self._speculation, plan, layout, place)
-        elif graphs is None or shape is None or shape.kind == "pieces":
-            yield from self._run(plan, layout, place, shape, block)
-        elif not graphs.replay_decode(shape, place, layout.num_rows):
-            yield from self._run(plan, layout, place, None, block)
+            self._speculate(self._speculation, plan, layout, place, pieces)
+        else:
+            yield from self._run(plan, layout, place, pieces, block)
 
-    def _speculate(self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int) -> None:
-        """Run a step with a drafter."""
+    def _speculate(
+        self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None
+    ) -> None:
+        """Run a step with a drafter whose parts the host launches."""
         packed = self._mail.plans[place][: layout.used]
         if self._kv.is_cuda:
             packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
-        brought = speculation.run(plan, layout, packed)
+        graphs = self._graphs if pieces is not None else None
+        target = None if graphs is None or pieces is None else partial(graphs.run_batch, pieces)
+        brought = speculation.run(plan, layout, packed, target)
         if brought is not None:
             self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
             if plan.logprobs:

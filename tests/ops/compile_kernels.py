@@ -28,6 +28,9 @@ from overlap.ops.linear_choice import Op, bucket, guess
 from overlap.sample import draw_triton, philox_triton
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
+from overlap.spec import pair_triton, places_triton, runs_triton
+from overlap.spec.drafter import Drafts, Read
+from overlap.spec.rows import DraftRows
 from overlap.state import inputs_triton, replay_triton
 from overlap.state.inputs import empty_inputs
 from overlap.state.mail import Mail
@@ -144,6 +147,27 @@ def compile_all() -> None:
     replay_triton.build_decode_inputs(mail.packed, rows, inputs)
     for dtype in (torch.int64, torch.int32):
         replay_triton.settle_decode(mail, rows, torch.zeros(4, dtype=dtype))
+    for width in (1, 4):
+        speculated(rows, width)
+
+
+def speculated(rows: SlotRows, width: int) -> None:
+    mail, drafts = Mail(1000, 16, "cpu"), DraftRows(4, 3, "cpu")
+    runs = runs_triton.build_runs(mail.packed, rows, drafts, 4, width, 100)
+    for dtype in (torch.int64, torch.int32):
+        outcome = runs_triton.settle_runs(runs, torch.zeros(4 * width, dtype=dtype), rows, drafts, 0.0)
+    one, three = torch.zeros(4, dtype=torch.int32), torch.zeros((4, 3), dtype=torch.int32)
+    runs_triton.keep_drafts(one, Drafts(tokens_RK=three, num_R=one), outcome.most_D, drafts)
+    runs_triton.land_runs(mail, outcome.landing_DJ)
+    read = Read(
+        token_ids=runs.token_ids_N, next_tokens=runs.token_ids_N, positions=runs.positions_N,
+        kv_index=runs.kv_index_N, hidden=None, rows=None, last=outcome.last_D, slots=runs.slots_D,  # type: ignore[arg-type]
+        token_slots=runs.token_slots_N, page_table=runs.page_table, longest=99,
+    )  # fmt: skip
+    places_triton.chain_places(read, 2, 100, 2)
+    table, norm = torch.empty(9, 576, dtype=torch.bfloat16), torch.empty(576)
+    for dtype in (torch.bfloat16, torch.float32):
+        pair_triton.normed_pair(one, table, torch.empty(4, 576, dtype=dtype), norm, norm, 1e-5)
 
 
 if __name__ == "__main__":

@@ -203,11 +203,12 @@ class TorchAttention:
 
 
 def choose_attention(
-    kv: Tensor, num_heads: int, *, max_pages_per_row: int, sm_count: int | None = None
+    kv: Tensor, num_heads: int, *, max_pages_per_row: int, width: int = 1, sm_count: int | None = None
 ) -> tuple[Attention, str]:
     """Return the fastest attention that this KV memory allows, warmed up, and why it was chosen.
 
-    `kv` is [pages, layers, 2, PAGE, K, D], contiguous; H is a multiple of K. Never raises for want of a kernel: plain
+    `kv` is [pages, layers, 2, PAGE, K, D], contiguous; H is a multiple of K; `width` is the most positions of a decode
+    row. Never raises for want of a kernel: plain
     torch runs everywhere.
     """
     unfit = _why_not_flashinfer(kv, num_heads)
@@ -215,7 +216,7 @@ def choose_attention(
         try:
             from overlap.ops.attention_flashinfer import FlashInferAttention
 
-            fast = FlashInferAttention(kv, num_heads, max_pages_per_row, sm_count=sm_count)
+            fast = FlashInferAttention(kv, num_heads, max_pages_per_row, width=width, sm_count=sm_count)
         except ImportError as missing:
             unfit = f"FlashInfer is not there ({missing}); install overlap[cuda] for faster attention"
         except Exception as failure:  # whatever a build or a load raises: the engine still runs
