@@ -22,6 +22,7 @@ from overlap.graphs.driver import GraphDriver
 from overlap.graphs.lane import decode_step, part
 from overlap.graphs.pieces import rehearse
 from overlap.graphs.policy import Policy, Shape
+from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Attend, Batch
 from overlap.ops.attention import Attention
 from overlap.schedule.request import Request
@@ -114,7 +115,8 @@ def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096) -> Iterator[
     try:
         if whole is not None:
             policy = Policy(row_buckets(8) if whole else (), token_buckets(64, smallest=16 if whole else 1))
-            runner._main._graphs = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            graphs = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            runner._main._shares = ShareGraphs(lambda share: graphs)
         yield parts
     finally:
         parts.own.close()

@@ -27,6 +27,8 @@ class Lane:
     kv: Tensor
     rows: SlotRows
     mail: Mail
+    sms: int = 0
+    """How many SMs its decode rows are cut for; 0 for all of the device."""
 
     def batch(self, inputs: StepInputs) -> Batch:
         """Return a step's inputs as the model takes them."""
@@ -72,6 +74,7 @@ def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
             starts=np.zeros(num_rows, dtype=np.int32),
             counts=np.ones(num_rows, dtype=np.int32),
             chunk_pages=np.empty(0, dtype=np.int32),
+            sms=lane.sms,
         )
     )
     hidden_TC = drive(lane.program.forward(lane.batch(inputs)), lane.attention)

@@ -105,6 +105,7 @@ class SplitPolicy:
         `two_lanes` False leaves mixed and serial to choose from.
         """
         self.cost = cost
+        self.shares: Final = shares
         self.choices: Counter[str] = Counter()
         """How many steps were planned each way: "mixed", "serial", "lanes", or "lanes sm:N"."""
         self.trials = 0

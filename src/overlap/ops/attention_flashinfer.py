@@ -38,13 +38,11 @@ class FlashInferAttention:
         max_pages_per_row: int,
         *,
         workspace_bytes: int = 128 << 20,
-        sm_count: int | None = None,
     ) -> None:
         """Load the kernels (building them if nvcc is there and they are not), and run each once.
 
         `kv` is [pages, layers, 2, PAGE, K, D] in bfloat16 or float16. `workspace_bytes` is the size of the scratch
-        memory of decode, and again of prefill. `sm_count` limits the SMs that decode sizes itself for; None takes the
-        device's. Raises whatever FlashInfer raises if a kernel can not be had.
+        memory of decode, and again of prefill. Raises whatever FlashInfer raises if a kernel can not be had.
         """
         self._device = kv.device
         self._dtype = kv.dtype
@@ -52,7 +50,7 @@ class FlashInferAttention:
         self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
         self._keys = [kv[:, layer, 0] for layer in range(kv.shape[1])]
         self._values = [kv[:, layer, 1] for layer in range(kv.shape[1])]
-        self._sm_count = sm_count or torch.cuda.get_device_properties(kv.device).multi_processor_count
+        self._all_sms = self._sms = torch.cuda.get_device_properties(kv.device).multi_processor_count
         self._semaphores = torch.zeros(SEMAPHORES, dtype=torch.uint8, device=kv.device)
         self._scratch = torch.empty(workspace_bytes, dtype=torch.uint8, device=kv.device)
         backend = self._prefill_backend()
@@ -70,6 +68,7 @@ class FlashInferAttention:
     def plan(self, rows: AttentionRows) -> None:
         """Keep the decode rows' columns, and plan the chunks from what the host knows."""
         num_decode = rows.num_decode
+        self._sms = rows.sms or self._all_sms
         self._num_decode = num_decode * rows.width
         if num_decode and rows.width > 1:  # each position as a row of its own: XQA reads the row's pages once for each
             within_J = torch.arange(1 - rows.width, 1, dtype=torch.int32, device=self._device)
@@ -119,7 +118,7 @@ class FlashInferAttention:
                 self._semaphores,
                 self._num_kv_heads,
                 PAGE,
-                sm_count=self._sm_count,
+                sm_count=self._sms,
             )
         if self._prefill is not None:
             self._prefill.run(q_THD[num_decode:], (keys, values), out=out_THD[num_decode:])
