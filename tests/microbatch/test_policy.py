@@ -271,7 +271,7 @@ def test_trials_are_few() -> None:
     for seed in range(3):
         chosen = policy()
         run(Device(any_device(random.Random(seed)), chosen, hiccups(seed)), 1500, seed)
-        assert 0 < chosen.trials <= FIRST_TRIALS + TRIAL_SHARE * chosen.choices.total() + 12
+        assert 0 < chosen.trials <= FIRST_TRIALS * len(FIXED) + TRIAL_SHARE * chosen.choices.total() + 12
 
 
 def test_when_the_device_changes_the_choice_follows() -> None:
