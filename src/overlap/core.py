@@ -149,10 +149,15 @@ class Core:
         future: Future[T] = Future()
 
         def run() -> None:
+            awaited = future.set_running_or_notify_cancel()
             try:
-                future.set_result(function(*args, **kwargs))
+                result = function(*args, **kwargs)
             except BaseException as error:
-                future.set_exception(error)
+                if awaited:
+                    future.set_exception(error)
+            else:
+                if awaited:
+                    future.set_result(result)
 
         self._post(run)
         return future
@@ -169,7 +174,12 @@ class Core:
     def idle(self) -> Future[None]:
         """Return a future of the moment when no request is left and nothing is in flight."""
         future: Future[None] = Future()
-        self._post(self._live_loop.when_idle, lambda: future.set_result(None))
+
+        def tell() -> None:
+            if future.set_running_or_notify_cancel():  # else whoever waited has gone
+                future.set_result(None)
+
+        self._post(self._live_loop.when_idle, tell)
         return future
 
     def watch(self, timeline: Timeline | None) -> Future[None]:

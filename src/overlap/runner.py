@@ -16,6 +16,7 @@ others with the target's forward in pieces.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -30,6 +31,7 @@ from overlap.graphs.driver import GraphDriver, GraphStatistics
 from overlap.graphs.eager import drive_in_blocks
 from overlap.graphs.lane import Lane
 from overlap.graphs.policy import Policy, Shape
+from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
@@ -154,6 +156,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> TorchFlight:
         """Enqueue a plan (of a side lane's: nothing yet but what it follows) and return at once."""
         lane = self._lanes[plan.lane]
+        lane.turn_to(plan.share)
         if plan.follows:
             lane.follow(self._ends[1 - plan.lane], plan.follows)
         if len(self._lanes) == 1:
@@ -233,15 +236,16 @@ class _LaneRunner:
         self._lane = Lane(
             program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail, speculation=speculation
         )
-        self._graphs: GraphDriver | None = None
+        self._share = 0
+        self._shares: ShareGraphs | None = None
         if not graphs:
             self._graph_note = "graphs: off, as asked"
         elif not kv.is_cuda:
             self._graph_note = "graphs: none on a CPU"
         else:
-            self._graphs, self._graph_note = self._driver(max_rows, token_budget)
+            self._shares, self._graph_note = self._share_graphs(max_rows, token_budget)
 
-    def _driver(self, max_rows: int, token_budget: int) -> tuple[GraphDriver, str]:
+    def _share_graphs(self, max_rows: int, token_budget: int) -> tuple[ShareGraphs, str]:
         speculation = self._speculation
         whole = self._decodes and (self._attention.captures_decode if speculation is None else speculation.captures)
         parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
@@ -250,7 +254,11 @@ class _LaneRunner:
         wide_rows: tuple[int, ...] = ()
         if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
             wide_rows = row_buckets(max(1, min(max_rows, (token_budget - 1) // speculation.width)))
-        policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows)
+
+        def make(share: int) -> GraphDriver:
+            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows)
+            return GraphDriver(self._at(share), policy, max_tokens=most, max_rows=max_rows)
+
         note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"
         if not self._decodes:
             note = f"graphs: in pieces, up to {most} tokens, captured when they are used again"
@@ -259,7 +267,23 @@ class _LaneRunner:
                 f"graphs: in pieces, up to {most} tokens; no whole decode steps, since {self._attention.name} "
                 "attention takes its sizes from the host"
             )
-        return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows), note
+        return ShareGraphs(make), note
+
+    @property
+    def _graphs(self) -> GraphDriver | None:
+        return self._shares.current if self._shares is not None else None
+
+    def _at(self, share: int) -> Lane:
+        return replace(self._lane, sms=share if self._decodes else 0)
+
+    def turn_to(self, share: int) -> None:
+        """Let steps from now on have a share of the SMs (see `StepPlan.share`), in order with those before."""
+        if share == self._share:
+            return
+        self._stream.use(share)
+        self._share, self._lane = share, self._at(share)
+        if self._shares is not None:
+            self._stream.launch("share", partial(self._shares.turn_to, share))
 
     def share_cores(self, shared: bool) -> None:
         """On a CPU: leave half of the cores to the other lane, or take all of them again."""
@@ -290,11 +314,12 @@ class _LaneRunner:
 
     def warm_up_one(self) -> bool:
         """Capture one more graph; return whether one was left. A side lane's only if it has missed some."""
-        graphs = self._graphs
-        shape = graphs.policy.next_idle(missed_only=not self._decodes) if graphs is not None else None
-        if graphs is None or shape is None:
+        wanted = self._shares.next_idle(missed_only=not self._decodes) if self._shares is not None else None
+        if wanted is None:
             return False
-        self._stream.launch("capture", partial(graphs.capture, shape))
+        self.turn_to(wanted[0])
+        if self._graphs is not None:
+            self._stream.launch("capture", partial(self._graphs.capture, wanted[1]))
         self._stream.mark()  # so that it does not count as the next step's time
         return True
 
@@ -346,6 +371,7 @@ class _LaneRunner:
                 starts=plan.starts,
                 counts=plan.counts,
                 chunk_pages=plan.chunk_pages,
+                sms=self._lane.sms,
             )
         )
         if graphs is None or pieces is None:
@@ -375,14 +401,14 @@ class _LaneRunner:
 
     def statistics(self) -> GraphStatistics:
         """Return what graphs did so far: zeros without any."""
-        return self._graphs.statistics() if self._graphs is not None else GraphStatistics()
+        return self._shares.statistics() if self._shares is not None else GraphStatistics()
 
     def explain(self) -> tuple[str, ...]:
         """Return what runs as which graph, what was captured, and every fallback with its reason: a sentence each."""
-        return (self._graph_note, *(self._graphs.explain() if self._graphs is not None else ()))
+        return (self._graph_note, *(self._shares.explain() if self._shares is not None else ()))
 
     def close(self) -> None:
         """Finish what is queued and free the graphs. The memory goes with the last reference."""
         self._stream.close()
-        if self._graphs is not None:
-            self._graphs.close()
+        if self._shares is not None:
+            self._shares.close()

@@ -19,9 +19,10 @@ from overlap.config import EngineConfig
 from overlap.graphs.buckets import row_buckets, token_buckets
 from overlap.graphs.capture import CaptureError
 from overlap.graphs.driver import GraphDriver
-from overlap.graphs.lane import decode_step, part
+from overlap.graphs.lane import part
 from overlap.graphs.pieces import rehearse
 from overlap.graphs.policy import Policy, Shape
+from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Attend, Batch
 from overlap.ops.attention import Attention
 from overlap.schedule.request import Request
@@ -86,15 +87,14 @@ class RepeatingDriver(GraphDriver):
         assert shape.kind != "pieces"
         if shape in self.refuses:
             raise CaptureError("no")
-        inputs, kind = part(self._inputs, shape.size, shape.size, shape.size), shape.kind
         self._lane.mail.turn.fill_(3)
         self._lane.mail.bring(3)
-        decode_step(self._lane, inputs, kind)
+        self.run_eagerly(shape)
 
         def launch() -> None:
             if shape in self.loses:
                 raise CaptureError("lost")
-            decode_step(self._lane, inputs, kind)
+            self.run_eagerly(shape)
 
         self._full[shape] = Repeated(launch)  # type: ignore[assignment]
 
@@ -103,7 +103,7 @@ class RepeatingDriver(GraphDriver):
         inputs.kv_index.fill_(-1)
         batch = self._lane.batch(inputs)
         answers = torch.zeros(2, shape.size, self._lane.program.num_heads * self._lane.program.head_dim)
-        rehearse(self._lane.program, batch, (answers[0], answers[1]))
+        rehearse(self._lane.forward(batch), batch, (answers[0], answers[1]))
         self._pieces[shape] = RepeatedPieces(self, batch)  # type: ignore[assignment]
 
 
@@ -116,7 +116,8 @@ def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096) -> Iterator[
     try:
         if whole is not None:
             policy = Policy(row_buckets(8) if whole else (), token_buckets(64, smallest=16 if whole else 1))
-            runner._main._graphs = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            graphs = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            runner._main._shares = ShareGraphs(lambda share: graphs)
         yield parts
     finally:
         parts.own.close()

@@ -78,6 +78,10 @@ class GraphDriver:
             self._eager += 1
         return decision.run
 
+    def forget_turn(self) -> None:
+        """Take in that something else has used the mail since."""
+        self._turn = None
+
     @torch.inference_mode()
     def replay_decode(self, shape: Shape, place: int, num_rows: int) -> bool:
         """Enqueue a whole decode step, whose plan lies at `place` of the mail; False if it could not be, nor was."""

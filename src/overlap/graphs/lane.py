@@ -30,6 +30,8 @@ class Lane:
     mail: Mail
     speculation: Speculation | None = None
     """What verifies and drafts in each decode step, where there is a drafter."""
+    sms: int = 0
+    """How many SMs its decode rows are cut for; 0 for all of the device."""
 
     def forward(self, batch: Batch) -> Forward:
         """Return the model's forward over a batch, with what a drafter reads of it beside the hidden states."""
@@ -81,6 +83,7 @@ def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
             starts=np.zeros(num_rows, dtype=np.int32),
             counts=np.ones(num_rows, dtype=np.int32),
             chunk_pages=np.empty(0, dtype=np.int32),
+            sms=lane.sms,
         )
     )
     hidden_TC = drive(lane.program.forward(lane.batch(inputs)), lane.attention)

@@ -42,8 +42,8 @@ SOON: Final = 32
 """The least number of choices of a size before a way that was not chosen is tried again; doubled with each trial."""
 WORTH: Final = 0.002
 """How much longer all work may take for trying again what was slower."""
-FIRST_TRIALS: Final = 48
-"""Choices that may be trials to begin with, and..."""
+FIRST_TRIALS: Final = 12
+"""Choices for each way that may be trials to begin with, and..."""
 TRIAL_SHARE: Final = 0.01
 """...the share of all choices that may be in the long run."""
 _TRIAL_CHOICES: Final = 12
@@ -122,6 +122,7 @@ class SplitPolicy:
         `two_lanes` False leaves mixed and serial to choose from.
         """
         self.cost = cost
+        self.shares: Final = shares
         self.choices: Counter[str] = Counter()
         """How many steps were planned each way: "mixed", "serial", "lanes", or "lanes sm:N"."""
         self.trials = 0
@@ -190,7 +191,7 @@ class SplitPolicy:
         size.seen[chosen.route] = size.chosen
         size.left, self._last = LOOK - 1, chosen.route
         size.why = _why(chosen, ways, self._target_s)
-        if self.trials < FIRST_TRIALS + TRIAL_SHARE * self._total:
+        if self.trials < FIRST_TRIALS * len(self._routes) + TRIAL_SHARE * self._total:
             for way in sorted(ways.values(), key=lambda each: each.total_s - each.slack_s):
                 if way.route != chosen.route and self._is_worth_a_trial(size, way, chosen):
                     size.trial, size.trial_left, size.trial_samples = way.route, _TRIAL_CHOICES - 1, way.samples

@@ -48,7 +48,6 @@ class FlashInferAttention:
         *,
         width: int = 1,
         workspace_bytes: int = 128 << 20,
-        sm_count: int | None = None,
         many_pairs: int = MANY_PAIRS,
         max_rows: int = 256,
     ) -> None:
@@ -56,9 +55,9 @@ class FlashInferAttention:
 
         `kv` is [pages, layers, 2, PAGE, K, D] in bfloat16 or float16. `workspace_bytes` is the size of the scratch
         memory of decode, and again of prefill. `width` is the most positions of a decode row, for which a kernel is
-        loaded, too; where none can be had, our own runs them. `sm_count` limits the SMs that decode sizes itself for;
-        None takes the device's. From `many_pairs` rows times key heads on our own kernel decodes, and up to `max_rows`
-        rows it verifies drafts. Raises whatever FlashInfer raises if a kernel can not be had.
+        loaded, too; where none can be had, our own runs them. From `many_pairs` rows times key heads on our own kernel
+        decodes, and up to `max_rows` rows it verifies drafts. Raises whatever FlashInfer raises if a kernel can not be
+        had.
         """
         self._device = kv.device
         self._dtype = kv.dtype
@@ -66,7 +65,7 @@ class FlashInferAttention:
         self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
         self._keys = [kv[:, layer, 0] for layer in range(kv.shape[1])]
         self._values = [kv[:, layer, 1] for layer in range(kv.shape[1])]
-        self._sm_count = sm_count or torch.cuda.get_device_properties(kv.device).multi_processor_count
+        self._all_sms = self._sms = torch.cuda.get_device_properties(kv.device).multi_processor_count
         self._semaphores = torch.zeros(SEMAPHORES, dtype=torch.uint8, device=kv.device)
         self._many_pairs = many_pairs
         self._own = DecodeKernel(kv, num_heads, max_rows, width)
@@ -93,6 +92,7 @@ class FlashInferAttention:
     def plan(self, rows: AttentionRows) -> None:
         """Keep the decode rows' columns, and plan the chunks from what the host knows."""
         num_decode, width = rows.num_decode, rows.width
+        self._sms = rows.sms or self._all_sms
         self._num_decode, self._width = num_decode * width, width
         wide = width > 1 and width == self._loaded_width
         if width > 1:
@@ -157,7 +157,7 @@ class FlashInferAttention:
                 self._semaphores,
                 self._num_kv_heads,
                 PAGE,
-                sm_count=self._sm_count,
+                sm_count=self._sms,
                 q_seq_len=wide,
                 mask=self._mask(num_rows, wide) if wide > 1 else None,
             )

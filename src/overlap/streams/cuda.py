@@ -9,6 +9,10 @@ Time is measured on the device. Every mark's event keeps the device's time; a se
 only where the stream was empty or held back by another one's mark. Behind work that still runs, the next work begins
 where that ends: nothing was missing in between, and an event there would only delay it. Times add up in double
 precision from one event to the next, since CUDA tells them as float32 milliseconds, which from a far start are coarse.
+
+A lane that runs on some of the SMs (`streams.green`) is still one stream to all others: one order, one clock. `use`
+lets its work go on in another of CUDA's streams, which waits for the one before. So memory that one of them has freed
+in torch's allocator, which keeps a list for each stream, is never written to before the others are done with it.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import torch
 
 from overlap.errors import InternalError
 from overlap.streams.events import Event
+from overlap.streams.green import Half, splits
 from overlap.streams.stream import Busy
 
 if TYPE_CHECKING:
@@ -79,6 +84,16 @@ class _Clock:
     def hold(self) -> None:
         self._held = True
 
+    def move(self, stream: torch.cuda.Stream) -> None:
+        """Go on in another stream, behind all that this one holds."""
+        behind = self._last
+        if self._started or self._held:
+            behind = self._event()
+            behind.record(self._handle)
+            self._free.append(behind)  # a wait is for the record that was there when it was asked for
+        behind.wait(stream.cuda_stream)
+        self._handle = stream.cuda_stream
+
     def start(self) -> None:
         """Work is about to be launched."""
         if self._started:
@@ -126,25 +141,41 @@ class _Clock:
 _Wait = tuple[Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
-_IDLE_STREAMS: Final[dict[tuple[torch.device, int], deque[torch.cuda.Stream]]] = {}
-"""Streams that a closed engine leaves to the next one, by device and priority.
+_Place = tuple[torch.device, int, int, Half]
+"""Device, priority, share of SMs (0 for all) and which part of it."""
+
+_IDLE_STREAMS: Final[dict[_Place, deque[torch.cuda.Stream]]] = {}
+"""Streams that a closed engine leaves to the next one.
 
 torch keeps a workspace of cuBLAS (32 MiB on Hopper) for each stream it has ever multiplied on, for as long as the
 process lives, and gives no way to free one: with a new stream for each engine, 20 engines left 640 MiB behind."""
 
 
-def _new_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+def _stream_at(place: _Place) -> torch.cuda.Stream:
+    """Return a stream that nobody uses."""
+    idle = _IDLE_STREAMS.get(place)
+    if idle:
+        return idle.pop()
+    device, priority, share, half = place
+    if not share:
+        return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+    address = splits(device.index or 0).new_stream(share, half, priority)
+    return torch.cuda.ExternalStream(address, device=device)  # type: ignore[no-untyped-call]
 
 
 class CudaStream:
-    """A CUDA stream of its own on `device`. `priority` is CUDA's: lower numbers go first, 0 is the default."""
+    """A CUDA stream of its own on `device`. `priority` is CUDA's: lower numbers go first, 0 is the default.
 
-    def __init__(self, device: torch.device, name: str = "cuda", *, priority: int = 0) -> None:
+    With a share (see `use`) it has the SMs that the share names, or with `half="rest"` all others.
+    """
+
+    def __init__(self, device: torch.device, name: str = "cuda", *, priority: int = 0, half: Half = "own") -> None:
         self.name = name
         self.device: Final = device
-        self._idle = _IDLE_STREAMS.setdefault((device, priority), deque())
-        self.stream: Final = self._idle.pop() if self._idle else _new_stream(device, priority)
+        self._priority, self._half = priority, half
+        self._streams = {0: _stream_at(self._place(0))}
+        self.stream = self._streams[0]
+        """Where work goes now."""
         torch.cuda.mem_get_info(device)  # makes the device's context this thread's, which the driver's calls ask for
         self._clock = _Clock(name, self.stream)
         self._failure: BaseException | None = None
@@ -152,6 +183,21 @@ class CudaStream:
         self._thread = threading.Thread(target=self._wait, name=f"overlap-{name}-waiter", daemon=True)
         self._thread.start()
         self._closed = False
+
+    def _place(self, share: int) -> _Place:
+        return self.device, self._priority, share, self._half if share else "own"
+
+    def use(self, share: int) -> None:
+        """Run what is launched next on a share of the SMs, 0 for all, still behind all earlier work. Never waits.
+
+        Raises NoShares where there is no such share; the stream stays as it was then.
+        """
+        stream = self._streams.get(share)
+        if stream is None:
+            stream = self._streams[share] = _stream_at(self._place(share))
+        if stream is not self.stream:
+            self._clock.move(stream)
+            self.stream = stream
 
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:  # noqa: ARG002 - the promise's
         """Call `run`, which enqueues its kernels on this stream."""
@@ -212,8 +258,9 @@ class CudaStream:
             return
         self._closed = True
         try:
-            self.stream.synchronize()
-            self._idle.append(self.stream)
+            for share, stream in self._streams.items():
+                stream.synchronize()
+                _IDLE_STREAMS.setdefault(self._place(share), deque()).append(stream)
         finally:
             self._waits.put(None)
             self._thread.join()
