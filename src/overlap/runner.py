@@ -255,9 +255,9 @@ class _LaneRunner:
         if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
             wide_rows = row_buckets(max(1, min(max_rows, (token_budget - 1) // speculation.width)))
 
-        def make(share: int) -> GraphDriver:
+        def make(_share: int) -> GraphDriver:
             policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows)
-            return GraphDriver(self._at(share), policy, max_tokens=most, max_rows=max_rows)
+            return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows)
 
         note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"
         if not self._decodes:
@@ -273,15 +273,13 @@ class _LaneRunner:
     def _graphs(self) -> GraphDriver | None:
         return self._shares.current if self._shares is not None else None
 
-    def _at(self, share: int) -> Lane:
-        return replace(self._lane, sms=share if self._decodes else 0)
-
     def turn_to(self, share: int) -> None:
         """Let steps from now on have a share of the SMs (see `StepPlan.share`), in order with those before."""
         if share == self._share:
             return
         self._stream.use(share)
-        self._share, self._lane = share, self._at(share)
+        self._share = share
+        self._lane = replace(self._lane, sms=share if self._decodes else 0)
         if self._shares is not None:
             self._stream.launch("share", partial(self._shares.turn_to, share))
 
@@ -315,11 +313,11 @@ class _LaneRunner:
     def warm_up_one(self) -> bool:
         """Capture one more graph; return whether one was left. A side lane's only if it has missed some."""
         wanted = self._shares.next_idle(missed_only=not self._decodes) if self._shares is not None else None
-        if wanted is None:
+        if wanted is not None:
+            self.turn_to(wanted[0])
+        if wanted is None or self._graphs is None:
             return False
-        self.turn_to(wanted[0])
-        if self._graphs is not None:
-            self._stream.launch("capture", partial(self._graphs.capture, wanted[1]))
+        self._stream.launch("capture", partial(self._graphs.capture, wanted[1]))
         self._stream.mark()  # so that it does not count as the next step's time
         return True
 

@@ -192,6 +192,24 @@ def test_it_is_within_two_percent_of_the_best_fixed_choice(
         assert took < 1.02 * min(fixed), (seed, truth, took, fixed, chosen.explain())
 
 
+@pytest.mark.parametrize("noise", [hiccups, slow_starts], ids=["hiccups", "slow starts"])
+@pytest.mark.parametrize("seed", [0, 9, 21])
+def test_with_three_shares_to_learn_it_is_still_within_two_percent(seed: int, noise: Callable[[int], Noise]) -> None:
+    """Of 192 draws the worst lost 1.04%. In 9 and 21 it once lost 3.1% and 2.3%, by first steps that were slow."""
+    draw, shares = random.Random(seed), (24, 40, 56)
+    truth = any_device(draw)
+    slower = {
+        share: ((132 / (132 - share)) ** draw.uniform(0.7, 1.05), (132 / share) ** draw.uniform(0.3, 0.8))
+        for share in shares
+    }
+    truth = replace(truth, shares=slower)
+    ways = [*FIXED[:3], *(Always("lanes", share=share) for share in shares)]
+    fixed = [run(Device(truth, each, none), 600, seed) for each in ways]
+    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, shares=shares)
+    took = run(Device(truth, chosen, noise(seed)), 600, seed)
+    assert took < 1.02 * min(fixed), (took, fixed, chosen.explain())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_where_two_lanes_win_it_takes_them_and_where_they_lose_it_does_not(seed: int) -> None:
     for kind, mode in ((small_gpu, "lanes"), (cpu, "mixed")):

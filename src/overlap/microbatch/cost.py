@@ -24,7 +24,8 @@ VERSION: Final = 2
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
 _SURE: Final = 4 * FIRM
-"""Measurements from which on a size is believed to take much longer than its neighbours."""
+"""Measurements from which on a size is believed to take much longer than its neighbours: until then something may
+have been built in its first steps, and the neighbours say what it takes."""
 _WEIGHT: Final = 1 / 16
 """Of a new measurement, once many were taken."""
 _CLIP: Final = 1.5
@@ -152,23 +153,15 @@ class CostModel:
         size = _size(kind, rows, context, tokens, share)
         nominal_s = self._nominal_s(kind, rows, context, tokens)
         known = self._sizes.get(size)
-        if known is not None:
-            return Guess(known.times * nominal_s, self._doubt(size, known))
-        if (near := self._near(size)) is not None:
+        near = self._near(size) if known is None or known.count < _SURE else None
+        if known is not None and (near is None or known.times < near * _CLIP):
+            return Guess(known.times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
+        if near is not None:
             return Guess(near * nominal_s, _SLACK_NEAR)
         of_kind = self._kinds.get(kind)
         if of_kind is not None:
             return Guess(of_kind.times * nominal_s, _SLACK_KIND)
         return Guess(self._from_parts(kind, rows, context, tokens, nominal_s), _SLACK_PARTS)
-
-    def _doubt(self, size: Size, known: _Known) -> float:
-        """Return the slack of a size that was measured: what was built in its first steps is not its cost."""
-        slack = 0.0 if known.count >= FIRM else _SLACK_FEW
-        if known.count < _SURE:
-            near = self._near(size)
-            if near is not None and near * _CLIP < known.times:
-                slack = 1 - near / known.times
-        return slack
 
     def count(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> int:
         """Return how often such a step was measured."""
