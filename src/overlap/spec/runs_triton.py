@@ -56,7 +56,7 @@ def _build_runs_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a row. Lines of `out_N`: tokens, positions, kv_index, slots; of `out_D`: slots, starts, ends, drafts."""
+    """One program a row. `out_N`: tokens, positions, kv_index, slots; `out_D`: slots, starts, ends, drafts."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
