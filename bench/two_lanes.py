@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from two_lanes_cases import CASES, Case
+from two_lanes_cases import CASES, Case  # type: ignore[import-not-found]
 
 from overlap import AsyncEngine, SamplingParams
 from overlap.graphs.policy import Kind, Shape

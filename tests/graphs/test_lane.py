@@ -123,7 +123,8 @@ def test_a_run_with_nothing_but_padding_changes_no_slot_and_no_page(tiny_llama_d
             lane.mail.bring(EMPTY)
             decode_step(lane, part(inputs, 8, 8, 8), kind)
         inputs.kv_index.fill_(-1)
-        rehearse(lane.forward(lane.batch(inputs)), lane.batch(inputs), answer_buffers(lane.program, 16, lane.kv))
+        batch = lane.batch(inputs)
+        rehearse(lane.forward(batch), batch, answer_buffers(lane.program, 16, lane.kv))
         assert torch.equal(lane.kv, kv)
         for name, column in before.items():
             assert torch.equal(columns[name], column), name

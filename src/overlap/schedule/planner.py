@@ -35,7 +35,7 @@ from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
-from overlap.schedule.runs import cut_runs, num_drafted, runs_of
+from overlap.schedule.runs import count_drafts, cut_runs, runs_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
 from overlap.schedule.slots import Slots, Update
 from overlap.schedule.split import Splitter
@@ -81,7 +81,9 @@ class Planner:
         ahead = max(1, drafts_ahead)
         self._slots = Slots(max_rows, self._context, self._store, ahead)
         self._drafts, self._reach = drafts, drafts + 1 + ahead
-        self._drafted = self._accepted = 0
+        self._drafts_always = drafts_ahead > 0  # then the first wide step behind a plain one is the one without drafts
+        self._drafted = 0
+        self._tried_at, self._accepted_at = np.zeros((2, drafts), dtype=np.int64)
         self._pace = pace
         self._desk = Desk(self._slots, self._store, max_waiting=max_waiting)
         self._queue = self._desk.queue
@@ -206,7 +208,9 @@ class Planner:
             prompt_tokens=self._desk.prompt_tokens,
             cached_tokens=self._desk.cached_tokens,
             drafted_tokens=self._drafted,
-            accepted_tokens=self._accepted,
+            accepted_tokens=int(self._accepted_at.sum()),
+            tried_at=tuple(self._tried_at.tolist()),
+            accepted_at=tuple(self._accepted_at.tolist()),
         )
 
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -488,11 +492,12 @@ class Planner:
         reading = at.reading[slots]
         num_decode = int(reading[: plan.num_decode].sum())
         slots, runs, firsts = slots[reading], runs[reading], firsts[reading]
-        drafted, accepted = num_drafted(runs[:num_decode])
-        self._drafted += drafted
-        self._accepted += accepted
-        if self._pace is not None and num_decode:
-            self._pace.note_emitted(1 + accepted / num_decode)
+        outcome = count_drafts(runs[:num_decode])
+        self._tried_at += outcome.tried_at
+        self._accepted_at += outcome.accepted_at
+        self._drafted += outcome.drafted
+        if self._pace is not None and num_decode and (outcome.drafted or not self._drafts_always):
+            self._pace.note_emitted(1 + int(outcome.accepted_at.sum()) / num_decode)
         cut = cut_runs(runs, at.stops[slots], at.limit[slots] - at.made[slots])
         at.note_runs(slots, runs, cut.kept)
         at.next[slots[:num_decode]] -= plan.width - cut.emitted[:num_decode]  # what was hoped for and did not come

@@ -98,14 +98,14 @@ async def answer(
 ) -> Corpus:
     """Let the engine answer `prompts` in its chat template, as many as `seconds` allow, and return the texts.
 
-    The first answer to each prompt is greedy, further ones are drawn at `temperature`. Seeds are `seed`, `seed + 1` and
-    so on.
+    The first answer to every other prompt is greedy, all else is drawn at `temperature`. Seeds are `seed`, `seed + 1`
+    and so on.
     """
     known = {prompt: await encode_question(engine, prompt) for prompt in dict.fromkeys(prompts)}
     ids = [known[prompt] for prompt in prompts]
     params, met = [], set[str]()
     for number, prompt in enumerate(prompts):
-        heat = temperature if prompt in met else 0.0
+        heat = 0.0 if prompt not in met and number % 2 == 0 else temperature
         met.add(prompt)
         params.append(SamplingParams(temperature=heat, seed=seed + number, max_tokens=answer_tokens))
     texts: list[tuple[list[int], list[int]]] = []

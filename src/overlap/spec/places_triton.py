@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,9 +9,10 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 from overlap.spec.drafter import Read
+from overlap.spec.runs_triton import aligned
 
 
-@triton.jit(do_not_specialize=["context", "ahead", "table_stride"])
+@triton.jit(do_not_specialize=["context", "ahead", "table_stride", "stride"])
 def _chain_places_kernel(
     positions,
     kv_index,
@@ -20,6 +20,7 @@ def _chain_places_kernel(
     page_table,
     table_stride,
     out,
+    stride,
     context,
     ahead,
     STEPS: tl.constexpr,
@@ -27,12 +28,11 @@ def _chain_places_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a row; `out` is [4, STEPS, R]: see `Places`."""
+    """One program a row; `out` is [4, STEPS, R] with lines `stride` long: see `Places`."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
-    num_rows = tl.num_programs(0)
     token = tl.load(last + row)
     step = tl.arange(0, LANES)
     inside = step < STEPS
@@ -41,17 +41,17 @@ def _chain_places_kernel(
     position = tl.minimum(place, context - 1)
     page = tl.load(page_table + row.to(tl.int64) * table_stride + position // PAGE_TOKENS, mask=inside, other=0)
     index = tl.where((place < context) & real, page * PAGE_TOKENS + position % PAGE_TOKENS, -1)
-    here = out + step * num_rows + row
+    here = out + step * stride + row
     tl.store(here, position, mask=inside)
-    tl.store(here + STEPS * num_rows, index, mask=inside)
-    tl.store(here + 2 * STEPS * num_rows, position + 1, mask=inside)
-    tl.store(here + 3 * STEPS * num_rows, place + ahead, mask=inside)
+    tl.store(here + STEPS * stride, index, mask=inside)
+    tl.store(here + 2 * STEPS * stride, position + 1, mask=inside)
+    tl.store(here + 3 * STEPS * stride, place + ahead, mask=inside)
 
 
 def chain_places(read: Read, steps: int, context: int, ahead: int) -> Tensor:
     """See `spec.places.chain_places`; int32 [4, steps + 1, R]."""
     num_rows = len(read.slots)
-    out = torch.empty((4, steps + 1, num_rows), dtype=torch.int32, device=read.slots.device)
+    out = aligned((4, steps + 1, num_rows), read.slots.device)
     _chain_places_kernel[(num_rows,)](
         read.positions,
         read.kv_index,
@@ -59,6 +59,7 @@ def chain_places(read: Read, steps: int, context: int, ahead: int) -> Tensor:
         read.page_table,
         read.page_table.stride(0),
         out,
+        out.stride(1),
         context,
         ahead,
         STEPS=steps + 1,

@@ -30,7 +30,7 @@ _PRIOR_TRIES: Final = tl.constexpr(PRIOR_TRIES)
 _PROBE_PRICE: Final = tl.constexpr(PROBE_PRICE)
 
 
-@triton.jit(do_not_specialize=["scratch", "context"])
+@triton.jit(do_not_specialize=["scratch", "context", "stride_N", "stride_D"])
 def _build_runs_kernel(
     packed,
     last_token,
@@ -39,7 +39,9 @@ def _build_runs_kernel(
     tokens,
     num_drafts,
     out_N,
+    stride_N,
     out_D,
+    stride_D,
     pages,
     out_drafts,
     scratch,
@@ -54,13 +56,11 @@ def _build_runs_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a row. `out_N` is [4, N]: tokens, positions, kv_index, slots; `out_D` [4, D]: slots, starts, ends,
-    drafts."""
+    """One program a row. `out_N`: tokens, positions, kv_index, slots; `out_D`: slots, starts, ends, drafts."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
-    num_rows = tl.num_programs(0)
     real = row < tl.load(packed + NUM_ROWS_WORD)
     slot = tl.where(real, tl.load(packed + HEADER_WORDS + row, mask=real, other=0), scratch)
     start = tl.load(seq_len + slot)
@@ -75,17 +75,17 @@ def _build_runs_kernel(
     position = tl.minimum(start + place, context - 1)
     page = tl.load(source + position // PAGE_TOKENS, mask=inside, other=0)
     written = real & (start + place < context)
-    first, total = row * WIDTH, num_rows * WIDTH
-    tl.store(out_N + first + place, tl.where(place > 0, draft, tl.load(last_token + slot)), mask=inside)
-    tl.store(out_N + total + first + place, position, mask=inside)
+    here = out_N + row * WIDTH + place
+    tl.store(here, tl.where(place > 0, draft, tl.load(last_token + slot)), mask=inside)
+    tl.store(here + stride_N, position, mask=inside)
     index = tl.where(written, page * PAGE_TOKENS + position % PAGE_TOKENS, -1)
-    tl.store(out_N + 2 * total + first + place, index, mask=inside)
-    tl.store(out_N + 3 * total + first + place, slot + place * 0, mask=inside)
+    tl.store(here + 2 * stride_N, index, mask=inside)
+    tl.store(here + 3 * stride_N, slot + place * 0, mask=inside)
     tl.store(out_drafts + row * (WIDTH - 1) + place - 1, draft, mask=inside & (place > 0))
     tl.store(out_D + row, slot)
-    tl.store(out_D + num_rows + row, start)
-    tl.store(out_D + 2 * num_rows + row, start + WIDTH)
-    tl.store(out_D + 3 * num_rows + row, tl.minimum(tl.load(num_drafts + slot), WIDTH - 1))
+    tl.store(out_D + stride_D + row, start)
+    tl.store(out_D + 2 * stride_D + row, start + WIDTH)
+    tl.store(out_D + 3 * stride_D + row, tl.minimum(tl.load(num_drafts + slot), WIDTH - 1))
 
 
 @triton.jit(do_not_specialize=["cost"])
@@ -93,7 +93,9 @@ def _settle_runs_kernel(
     packed,
     choices,
     drafts,
-    from_D,
+    slots,
+    starts,
+    num_drafts,
     last_token,
     seq_len,
     num_S,
@@ -110,16 +112,15 @@ def _settle_runs_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a row. `from_D` is `out_D` of the kernel above."""
+    """One program a row."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
-    num_rows = tl.num_programs(0)
     real = row < tl.load(packed + NUM_ROWS_WORD)
-    slot = tl.load(from_D + row)
-    start = tl.load(from_D + num_rows + row)
-    drafted = tl.load(from_D + 3 * num_rows + row)
+    slot = tl.load(slots + row)
+    start = tl.load(starts + row)
+    drafted = tl.load(num_drafts + row)
     place = tl.arange(0, LANES)
     choice = tl.load(choices + row * WIDTH + place, mask=place < WIDTH, other=0).to(tl.int32)
     draft = tl.load(drafts + row * (WIDTH - 1) + place, mask=place < WIDTH - 1, other=-1)
@@ -195,11 +196,17 @@ def _land_runs_kernel(
     tl.store(turn, (place + 1) % PLACES)
 
 
+def aligned(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return int32 whose lines each begin at 16 bytes: Triton compiles a kernel anew for an address that does not."""
+    *outer, inner = shape
+    return torch.empty((*outer, -(-inner // 4) * 4), dtype=torch.int32, device=device)[..., :inner]
+
+
 def build_runs(packed: Tensor, rows: SlotRows, drafts: DraftRows, num_rows: int, width: int, context: int) -> Runs:
     """See `spec.runs.build_runs`."""
     table = rows.page_table.shape[1]
-    out_N = torch.empty((4, num_rows * width), dtype=torch.int32, device=packed.device)
-    out_D = out_N.new_empty((4, num_rows))
+    out_N = aligned((4, num_rows * width), packed.device)
+    out_D = aligned((4, num_rows), packed.device)
     pages = out_N.new_empty((num_rows, table))
     drafts_DK = out_N.new_empty((num_rows, width - 1))
     if num_rows:
@@ -211,7 +218,9 @@ def build_runs(packed: Tensor, rows: SlotRows, drafts: DraftRows, num_rows: int,
             drafts.tokens_SK,
             drafts.num_S,
             out_N,
+            out_N.stride(0),
             out_D,
+            out_D.stride(0),
             pages,
             drafts_DK,
             rows.scratch,
@@ -256,7 +265,9 @@ def settle_runs(runs: Runs, choices_N: Tensor, rows: SlotRows, drafts: DraftRows
             runs.packed,
             choices_N,
             runs.drafts_DK,
-            runs.slots_D,  # the first of the four columns that lie one behind the other
+            runs.slots_D,
+            runs.starts_D,
+            runs.num_drafts_D,
             rows.last_token,
             rows.seq_len,
             drafts.num_S,

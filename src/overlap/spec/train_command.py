@@ -129,8 +129,8 @@ Made by `overlap train-drafter`. It drafts for `{job.model}` and for no other mo
 EAGLE-3 heads (config.json, model.safetensors).
 
 - **Data:** {len(corpus)} answers ({len(corpus.tokens)} tokens with their prompts) to {source}, sampled from the
-  model itself, {job.answer_tokens} tokens at most each: the first answer to a prompt greedily, further ones at
-  temperature {job.temperature}.
+  model itself, {job.answer_tokens} tokens at most each: the first answer to every other prompt greedily, all else
+  at temperature {job.temperature}.
 - **Training:** {training.step} steps of {job.train.batch_size} texts of up to {job.train.length} tokens, unrolled over
   {job.train.unroll} drafts, seed {job.train.seed}. Last loss: {(training.losses or [float("nan")])[-1]:.3f}.
 - **Draft vocabulary:** the {len(training.ids_N)} most frequent tokens of the data.
