@@ -45,7 +45,7 @@ LAYERS = [  # an import goes to the same line or further down
     {"front"},
     {"loop", "runner"},
     {"schedule", "graphs", "streams", "observe", "microbatch"},
-    {"state", "sample", "models", "text", "cache", "config"},
+    {"state", "sample", "models", "text", "cache", "config", "grammar"},
     {"ops"},
 ]
 VALUES = {

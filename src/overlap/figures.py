@@ -10,6 +10,7 @@ from overlap.loop import LoopStatistics
 from overlap.schedule.settled import PlannerStatistics
 
 if TYPE_CHECKING:
+    from overlap.grammar.masks import Masks
     from overlap.graphs.driver import GraphStatistics
     from overlap.loop import Loop
     from overlap.schedule.planner import Planner
@@ -25,11 +26,13 @@ class Statistics(PlannerStatistics, LoopStatistics):
     """Eager steps by why they had no graph."""
     lane_choices: Mapping[str, int] = field(default_factory=dict)
     """Steps with prompts beside decode rows by how they were run: "mixed", "serial", "lanes", "lanes sm:N"."""
+    structured: Mapping[str, float] = field(default_factory=dict)
+    """What holding answers to a form took, by the names of `MaskStatistics`."""
     queue_seconds: Mapping[str, Any] = field(default_factory=dict)
     """How long requests waited for their first slot: a histogram's `bounds`, `counts` and `total`."""
 
 
-def statistics_of(planner: Planner, loop: Loop, graphs: GraphStatistics) -> Statistics:
+def statistics_of(planner: Planner, loop: Loop, graphs: GraphStatistics, masks: Masks | None = None) -> Statistics:
     """Return the figures of this moment. From any thread; two figures may be of two moments."""
     waited = planner.queue_seconds.figures()
     return Statistics(
@@ -38,5 +41,6 @@ def statistics_of(planner: Planner, loop: Loop, graphs: GraphStatistics) -> Stat
         graphs={each.name: getattr(graphs, each.name) for each in fields(graphs) if each.name != "fallbacks"},
         graph_fallbacks=dict(graphs.fallbacks),
         lane_choices=dict(planner.lane_choices),
+        structured={} if masks is None else asdict(masks.statistics()),
         queue_seconds={"bounds": waited.bounds, "counts": waited.counts, "total": waited.total},
     )

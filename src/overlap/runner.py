@@ -32,7 +32,7 @@ from overlap.graphs.policy import Policy, Shape
 from overlap.models.program import Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
-from overlap.sample.shaping import shape_logits, told_words
+from overlap.sample.shaping import mask_logits, shape_logits, told_words
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
@@ -272,13 +272,18 @@ class _LaneRunner:
         """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
         place = self._place = (self._place + 1) % DEPTH
         layout = pack(plan, self._mail.plan_words[place])
+        masks = None
+        if plan.masked:
+            masks = self._mail.put_masks(place, [plan.landing(emit) for emit in plan.masked], plan.masks)
         landings = [self._mail.landed_words[place][: plan.num_landing]]
         if plan.logprobs:
             landings.append(self._mail.told_words[place][: plan.num_landing])
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
-            return TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, BLOCK_LAYERS), num_blocks)
-        flight = TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, None), 1)
+            return TorchFlight(
+                plan, self._stream, landings, self._step(plan, layout, place, masks, BLOCK_LAYERS), num_blocks
+            )
+        flight = TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, masks, None), 1)
         flight.launch_block()
         return flight
 
@@ -292,23 +297,29 @@ class _LaneRunner:
         self._stream.mark()  # so that it does not count as the next step's time
         return True
 
-    def _step(self, plan: StepPlan, layout: Layout, place: int, block: int | None) -> Iterator[None]:
+    def _step(
+        self, plan: StepPlan, layout: Layout, place: int, masks: Tensor | None, block: int | None
+    ) -> Iterator[None]:
         """Run a step, pausing behind each `block` layers where it is not one graph."""
         graphs = self._graphs
         shape = graphs.prepare(plan) if graphs is not None else None
         if self._speculation is not None:
-            self._speculate(self._speculation, plan, layout, place)
+            self._speculate(self._speculation, plan, layout, place, masks)
         elif graphs is None or shape is None or shape.kind == "pieces":
-            yield from self._run(plan, layout, place, shape, block)
+            yield from self._run(plan, layout, place, shape, masks, block)
         elif not graphs.replay_decode(shape, place, layout.num_rows):
-            yield from self._run(plan, layout, place, None, block)
+            yield from self._run(plan, layout, place, None, masks, block)
 
-    def _speculate(self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int) -> None:
+    def _speculate(
+        self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int, masks: Tensor | None
+    ) -> None:
         """Run a step with a drafter."""
         packed = self._mail.plans[place][: layout.used]
         if self._kv.is_cuda:
             packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
-        brought = speculation.run(plan, layout, packed)
+        if masks is not None:
+            masks = masks.to(self._kv.device, non_blocking=True)
+        brought = speculation.run(plan, layout, packed, masks)
         if brought is not None:
             self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
             if plan.logprobs:
@@ -316,7 +327,7 @@ class _LaneRunner:
                 self._mail.told[place, : plan.num_landing].copy_(told, non_blocking=True)
 
     def _run(
-        self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, block: int | None
+        self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, masks: Tensor | None, block: int | None
     ) -> Generator[None, None, None]:
         """Run a step whose parts the host launches: its forward in `pieces`, or eagerly."""
         graphs = self._graphs if pieces is not None else None
@@ -347,7 +358,11 @@ class _LaneRunner:
             hidden_TC = hidden_TC.index_select(0, inputs.emit_tokens)
         logits_EV = self._program.logits(hidden_TC)
         slots_E, positions_E, shapes = inputs.emit_slots, inputs.emit_positions, self._rows.shapes.rows
-        shaped_EV = shape_logits(logits_EV, shapes, slots_E, positions_E) if plan.shaped else logits_EV
+        shaped_EV = logits_EV
+        if masks is not None:
+            shaped_EV = mask_logits(shaped_EV, masks.to(self._kv.device, non_blocking=True))
+        if plan.shaped:
+            shaped_EV = shape_logits(shaped_EV, shapes, slots_E, positions_E)
         tokens = sample(shaped_EV, self._rows, slots_E, positions_E, sampled_rows(packed, layout), plan.truncated)
         settle_tokens(self._rows, slots_E, tokens)
         if plan.shaped and shapes is not None:

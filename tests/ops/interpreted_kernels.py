@@ -24,7 +24,8 @@ from overlap.ops import (
 )
 from overlap.ops.linear import Linear
 from overlap.ops.linear_choice import Op, Tiles
-from overlap.sample import philox, philox_triton
+from overlap.sample import mask_triton, philox, philox_triton
+from overlap.sample.shaping import mask_logits
 from overlap.schedule.plan import Admission, StepPlan
 from overlap.state import inputs_triton
 from overlap.state.inputs import StepInputs, build_inputs, empty_inputs
@@ -273,6 +274,15 @@ def check_inputs(chance: random.Random) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+def check_masks(chance: random.Random) -> None:
+    rows, size = chance.randint(1, 9), chance.choice([1, 31, 64, 5000])
+    chosen = chance.sample(range(rows), chance.randint(1, rows))
+    words = torch.randint(-(2**31), 2**31, (len(chosen), 1 + -(-size // 32))).int()
+    words[:, 0] = torch.tensor(chosen)
+    logits = torch.randn(rows, size)
+    assert torch.equal(mask_triton.mask_logits(logits, words), mask_logits(logits, words))
+
+
 CHECKS = {
     "norm": check_norm,
     "activation": check_activation,
@@ -284,6 +294,7 @@ CHECKS = {
     "greedy": check_greedy,
     "philox": check_philox,
     "inputs": check_inputs,
+    "masks": check_masks,
 }
 
 if __name__ == "__main__":

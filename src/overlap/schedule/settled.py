@@ -76,6 +76,10 @@ class PlannerStatistics:
     """Tokens that a drafter proposed for rows that still had a reader when the target had verified them."""
     accepted_tokens: int = 0
     """Of those, the ones that the target confirmed."""
+    structured_requests: int = 0
+    """Requests whose answer is held to a form, that were queued."""
+    masked_steps: int = 0
+    """Steps with a row of one of those."""
 
     @property
     def hit_rate(self) -> float:

@@ -29,7 +29,7 @@ from overlap.models.llama import Llama
 from overlap.models.program import Batch
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import SampleKind, sample
-from overlap.sample.shaping import shape_logits
+from overlap.sample.shaping import mask_logits, shape_logits
 from overlap.schedule.plan import REFUSED, UNUSED, Admission, StepPlan
 from overlap.spec.accept import Accepted, accept
 from overlap.spec.control import DraftControl
@@ -104,8 +104,12 @@ class Speculation:
         """Bytes of device memory, the drafter's own left out."""
         return self._drafts_SK.nbytes + self._num_S.nbytes
 
-    def run(self, plan: StepPlan, layout: Layout, packed: Tensor) -> Brought | None:
-        """Enqueue a whole step whose plan is on the device as `packed`. None if no row of it emits."""
+    def run(self, plan: StepPlan, layout: Layout, packed: Tensor, masks_MW: Tensor | None = None) -> Brought | None:
+        """Enqueue a whole step whose plan is on the device as `packed`. None if no row of it emits.
+
+        `masks` says which tokens rows that are held to a form may choose at the first place of theirs that lands (see
+        `mask_logits`); such a row has no drafts, so it is the only one that counts.
+        """
         apply_changes(packed, layout, self._rows)
         self._admit(plan.admissions, packed, layout)
         inputs = self._inputs(plan, layout, packed)
@@ -116,13 +120,18 @@ class Speculation:
         states = drive(self._program.forward(batch, self._drafter.taps), self._attention)
         width = self._program.config.hidden_size
         emits_L = self._emits(plan, inputs)
-        logits_LV, choices_L = self._choose(plan, inputs, states[:, :width], emits_L, packed, layout)
+        logits_LV = self._program.logits(states[:, :width].index_select(0, emits_L))
+        masked_LV = logits_LV if masks_MW is None else mask_logits(logits_LV, masks_MW)
+        choices_L = self._choose(plan, inputs, masked_LV, emits_L, packed, layout)
         run_tokens = plan.num_decode * plan.width
         choices_DJ = choices_L[:run_tokens].view(plan.num_decode, plan.width)
         outcome = accept(choices_DJ, inputs.drafts_DK, inputs.num_drafts_D)
         tokens_L = torch.cat((_landing(outcome, inputs.num_drafts_D).view(-1), choices_L[run_tokens:]))
         self._settle(plan, inputs, outcome, choices_L[run_tokens:])
         self._draft(plan, inputs, outcome, choices_L, states[:, width:])
+        if masks_MW is not None:  # the host cannot say what may follow drafts that it does not know
+            places_M = emits_L.index_select(0, masks_MW[:, 0].long())
+            self._num_S.index_fill_(0, inputs.token_slots_T.index_select(0, places_M).long(), 0)
         if not layout.num_emits:
             return None
         return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV)
@@ -189,12 +198,11 @@ class Speculation:
         return torch.cat((places_L, inputs.lasts_R.index_select(0, ends)))
 
     def _choose(
-        self, plan: StepPlan, inputs: _Inputs, hidden_TC: Tensor, emits_L: Tensor, packed: Tensor, layout: Layout
-    ) -> tuple[Tensor, Tensor]:
-        """Return the target's logits and its choices at all places that land."""
-        logits_LV = self._program.logits(hidden_TC.index_select(0, emits_L))
+        self, plan: StepPlan, inputs: _Inputs, logits_LV: Tensor, emits_L: Tensor, packed: Tensor, layout: Layout
+    ) -> Tensor:
+        """Return the target's choices at all places that land."""
         if not layout.num_emits:
-            return logits_LV, torch.empty(0, dtype=torch.int32, device=self._kv.device)
+            return torch.empty(0, dtype=torch.int32, device=self._kv.device)
         slots_L = inputs.token_slots_T.index_select(0, emits_L)
         positions_L = inputs.positions_T.index_select(0, emits_L) + 1
         shaped_LV = logits_LV
@@ -206,7 +214,7 @@ class Speculation:
         within_J = torch.arange(plan.width, dtype=torch.int32, device=self._kv.device)
         wide = (sampled[:num_wide, None] * plan.width + within_J).view(-1)
         sampled_L = torch.cat((wide, sampled[num_wide:] + plan.num_decode * (plan.width - 1)))
-        return logits_LV, sample(shaped_LV, self._rows, slots_L, positions_L, sampled_L, plan.truncated)
+        return sample(shaped_LV, self._rows, slots_L, positions_L, sampled_L, plan.truncated)
 
     def _before(self, plan: StepPlan, inputs: _Inputs, num_landing: int) -> Tensor:
         """Return the drafts in front of each place of a run, int32 [L, J - 1], -1 for none."""

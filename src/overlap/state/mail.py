@@ -10,9 +10,11 @@ An eager step is told its place by the host. A step that is one graph can be tol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from overlap.cache.pages import Ints
 from overlap.schedule.shaping import TOLD_WORDS
@@ -27,7 +29,9 @@ EMPTY: Final = DEPTH
 class Mail:
     """The places of one lane, and the device's side of them."""
 
-    __slots__ = ("landed_words", "landings", "packed", "plan_words", "plans", "told", "told_words", "turn")
+    __slots__ = (
+        "_masks", "landed_words", "landings", "packed", "plan_words", "plans", "told", "told_words", "turn",
+    )  # fmt: skip
 
     def __init__(self, words: int, max_landing: int, device: torch.device | str) -> None:
         """`words` is the `capacity` of a packed plan; `max_landing` tokens come back at most."""
@@ -46,6 +50,26 @@ class Mail:
         """int32 [words] on the device: the plan of the step that runs."""
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
         """int32 [1] on the device: the place of the next step that is a graph."""
+
+        self._masks: list[Tensor | None] = [None] * DEPTH
+
+    def put_masks(self, place: int, rows: Sequence[int], masks: Sequence[Ints]) -> Tensor:
+        """Write which tokens these rows may choose, and return it: int32 [M, 1 + B] on the host, for `mask_logits`.
+
+        The memory is there from the first step on that needs it, and grows with the rows that do: up to 16 KiB a row
+        for a vocabulary of 128k.
+        """
+        width = 1 + len(masks[0])
+        held = self._masks[place]
+        if held is None or len(held) < len(rows):
+            size = max(8, 1 << (len(rows) - 1).bit_length())
+            held = torch.empty((size, width), dtype=torch.int32, pin_memory=self.packed.is_cuda)
+            self._masks[place] = held
+        words = held.numpy()
+        for line, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+            words[line, 0] = row
+            words[line, 1:] = mask
+        return held[: len(rows)]
 
     @property
     def nbytes(self) -> int:
