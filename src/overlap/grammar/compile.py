@@ -124,7 +124,8 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = end_ids[0]
-        self.tokens = tokenizer.token_bytes()[:vocab_size]
+        tokens = tokenizer.token_bytes()[:vocab_size]
+        self.tokens = tokens + [b""] * (vocab_size - len(tokens))  # what no text has: no form allows it
         self.special_token_ids = sorted({*tokenizer.special_ids, *end_ids})
 
     def __call__(self, text: bytes | str) -> list[int]:
