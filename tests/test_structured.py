@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ async def test_every_way_of_serving_gives_the_same_tokens(tiny_llama_dir: Path, 
     assert [one.token_ids for one in got] == [one.token_ids for one in want]
     assert [one.finish_reason for one in got] == [one.finish_reason for one in want]
     assert (figures.preemptions > 0) == ("short" in way)
-    assert figures.drafted_tokens == 0 or "draft" in way
+    assert (figures.drafted_tokens > 0) == ("draft" in way)
 
 
 async def test_answers_without_a_form_are_the_same_beside_some_that_have_one(tiny_llama_dir: Path) -> None:
@@ -252,7 +253,7 @@ async def test_smollm2_answers_in_the_form_of_a_schema(smollm2_path: Path) -> No
 DEEP: dict[str, Any] = {}
 for _ in range(40):
     DEEP = {"type": "array", "items": {"anyOf": [DEEP, {"type": "null"}]}}
-HOSTILE = {
+HOSTILE: dict[str, Callable[[], StructuredOutput]] = {
     "a regex that is none": lambda: StructuredOutput.regex("(abc"),
     "a regex that nothing matches": lambda: StructuredOutput.regex(r"[^\s\S]"),
     "a regex that ends in nothing": lambda: StructuredOutput.regex(r"ab([^\s\S])"),
@@ -305,7 +306,11 @@ async def test_a_hostile_form_ends_its_own_request_and_nothing_else(
             beside = asyncio.create_task(tokens(*normal))
             try:
                 form = make()
-                asked = ({}, {"temperature": 1.5, "top_k": 1}, {"temperature": 1.0, "top_p": 1e-4, "seed": 2**64 - 1})
+                asked: tuple[dict[str, Any], ...] = (
+                    {},
+                    {"temperature": 1.5, "top_k": 1},
+                    {"temperature": 1.0, "top_p": 1e-4, "seed": 2**64 - 1},
+                )
                 several = [tokens(PROMPTS[i], params_of("person", **{**one, "structured": form, "max_tokens": 8}))
                            for i, one in enumerate(asked)]  # fmt: skip
                 async with asyncio.timeout(20):  # 2 s of its own; two cores are shared with other tests

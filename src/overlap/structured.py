@@ -17,6 +17,9 @@ MOST_DEPTH: Final = 64
 """How deep a schema, or the brackets of a regex or grammar, may be nested."""
 MOST_ITEMS: Final = 512
 """Properties and enum items of a schema, all together; choices."""
+SPACE: Final = r"\x20|\n\x20{0,40}"
+"""White space between the parts of JSON: none, a space, or a line's end with an indent. More of it, which the standard
+allows, lets a small model write spaces for ever."""
 _KINDS: Final = ("json_schema", "json_object", "regex", "choice", "lark")
 
 
@@ -131,3 +134,28 @@ class StructuredOutput:
             raise RequestError(
                 f"The {self.kind} has brackets nested {deepest} deep; {MOST_DEPTH} are the most. Flatten it."
             )
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Return the body of a rule of Lark for JSON that fits `schema`."""
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": SPACE}})
+
+
+def schema_of(form: StructuredOutput) -> str:
+    """Return the schema of a form of JSON, as the JSON text of an object."""
+    if form.kind == "json_object":
+        return '{"type": "object"}'
+    return {"true": "{}", "false": '{"not": {}}'}.get(form.text.strip(), form.text)
+
+
+def lark_rule(form: StructuredOutput) -> str:
+    """Return the body of a rule of Lark for a form; what it may stand behind is left out."""
+    match form.kind:
+        case "choice":
+            return " | ".join(json.dumps(one, ensure_ascii=False) for one in json.loads(form.text))
+        case "regex":
+            return "/" + form.text.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n") + "/"
+        case "lark":
+            return f"%lark {{\n{form.text}\n}}"
+        case _:
+            return json_rule(json.loads(schema_of(form)))

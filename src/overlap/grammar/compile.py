@@ -10,12 +10,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
 from overlap.errors import RequestError
-from overlap.structured import StructuredOutput
+from overlap.structured import SPACE, StructuredOutput, lark_rule, schema_of
 from overlap.text.tokenizer import Tokenizer
 
-SPACE: Final = r"\x20|\n\x20{0,40}"
-"""White space between the parts of JSON: none, a space, or a line's end with an indent. More of it, which the standard
-allows, lets a small model write spaces for ever."""
 KEPT: Final = 16
 """Forms whose compilation is remembered: the answers of one request have one form."""
 _MOST_TOLD: Final = 400
@@ -32,38 +29,12 @@ def grammar_of(form: StructuredOutput) -> str:
     if not form.behind and form.kind in ("regex", "lark"):
         return (LLMatcher.grammar_from_regex if form.kind == "regex" else LLMatcher.grammar_from_lark)(form.text)
     if not form.behind and form.kind != "choice":
-        return LLMatcher.grammar_from_json_schema(_schema(form), overrides={"whitespace_pattern": SPACE})
-    start, rules = _rules(form)
+        return LLMatcher.grammar_from_json_schema(schema_of(form), overrides={"whitespace_pattern": SPACE})
+    start, rules = "form", [f"form: {lark_rule(form)}"]
     if form.behind:
-        rules += f"\nbefore[suffix={json.dumps(form.behind)}]: /(?s:.*)/\nspace: /\\s*/"
-        start = f"before space {start}"
-    return LLMatcher.grammar_from_lark(f"start: {start}\n{rules}")
-
-
-def _schema(form: StructuredOutput) -> str:
-    return form.text if form.kind == "json_schema" else '{"type": "object"}'
-
-
-def _rules(form: StructuredOutput) -> tuple[str, str]:
-    """Return a form as the name of a rule and the rules of Lark."""
-    match form.kind:
-        case "choice":
-            return "form", "form: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in json.loads(form.text))
-        case "regex":
-            return "form", f"form: {_pattern(form.text)}"
-        case "lark":
-            raise RequestError("A grammar cannot be combined with reasoning in front. Ask for another form.")
-        case _:
-            schema = json.loads(_schema(form))
-            if isinstance(schema, bool):
-                schema = {} if schema else {"not": {}}
-            schema["x-guidance"] = {"whitespace_pattern": SPACE}
-            return "form", f"form: %json {json.dumps(schema)}"
-
-
-def _pattern(regex: str) -> str:
-    """Return a regex between slashes."""
-    return "/" + regex.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n") + "/"
+        start = "before space form"
+        rules += [f"before[suffix={json.dumps(form.behind)}]: /(?s:.*)/", "space: /\\s*/"]
+    return LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *rules]))
 
 
 def check(form: StructuredOutput) -> None:
