@@ -195,6 +195,13 @@ async def test_answers_without_a_form_are_the_same_beside_some_that_have_one(tin
     assert [one.token_ids for one in beside[len(held) :]] == [one.token_ids for one in alone]
 
 
+async def test_explain_says_what_was_held_to_a_form(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        assert "structured output: none was asked for yet" in engine.explain()
+        await anext_all(engine, (PROMPTS[0], params_of("choice")))
+        assert "structured output: 1 requests held to a form, 0 refused, 0 failed on the way" in engine.explain()
+
+
 async def test_a_row_without_a_form_goes_on_in_every_step(tiny_llama_dir: Path) -> None:
     plain = (PROMPTS[0], SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
     held = (PROMPTS[1], SamplingParams(max_tokens=20, temperature=0, structured=FORMS["object"]))

@@ -194,7 +194,8 @@ class Core:
         if runner is None or planner is None:
             return ()
         split = planner.splitter.explain() if planner.splitter is not None else ()
-        return (*runner.explain(), *split, *planner.explain_drafts())
+        forms = self._masks.explain() if self._masks is not None else ()
+        return (*runner.explain(), *split, *planner.explain_drafts(), *forms)
 
     @property
     def parts(self) -> tuple[Planner, Loop]:

@@ -24,6 +24,8 @@ class Statistics(PlannerStatistics, LoopStatistics):
     """What CUDA graphs did, by the names of `GraphStatistics`."""
     graph_fallbacks: Mapping[str, int] = field(default_factory=dict)
     """Eager steps by why they had no graph."""
+    graph_not_whole: Mapping[str, int] = field(default_factory=dict)
+    """Decode steps that no graph holds whole, by what they ask for."""
     lane_choices: Mapping[str, int] = field(default_factory=dict)
     """Steps with prompts beside decode rows by how they were run: "mixed", "serial", "lanes", "lanes sm:N"."""
     structured: Mapping[str, float] = field(default_factory=dict)
@@ -38,8 +40,13 @@ def statistics_of(planner: Planner, loop: Loop, graphs: GraphStatistics, masks: 
     return Statistics(
         **asdict(planner.statistics()),
         **asdict(loop.statistics()),
-        graphs={each.name: getattr(graphs, each.name) for each in fields(graphs) if each.name != "fallbacks"},
+        graphs={
+            each.name: getattr(graphs, each.name)
+            for each in fields(graphs)
+            if each.name not in ("fallbacks", "not_whole")
+        },
         graph_fallbacks=dict(graphs.fallbacks),
+        graph_not_whole=dict(graphs.not_whole),
         lane_choices=dict(planner.lane_choices),
         structured={} if masks is None else asdict(masks.statistics()),
         queue_seconds={"bounds": waited.bounds, "counts": waited.counts, "total": waited.total},

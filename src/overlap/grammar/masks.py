@@ -173,6 +173,18 @@ class Masks:
             compile_s=self._compile_s,
         )
 
+    def explain(self) -> tuple[str, ...]:
+        """Return what was done, a sentence each."""
+        now = self.statistics()
+        if not now.forms_compiled + now.forms_refused:
+            return ("structured output: none was asked for yet",)
+        return (
+            f"structured output: {now.forms_compiled} requests held to a form, {now.forms_refused} refused, "
+            f"{now.forms_failed} failed on the way; {1e3 * now.compile_s:.1f} ms to compile them",
+            f"structured output: {now.masks_made} masks in {1e3 * now.mask_s:.1f} ms, beside the steps; "
+            "such a row sits out while its mask is made",
+        )
+
     def close(self) -> None:
         """Let the threads end. What is not made yet never is."""
         self._compiler.shutdown(wait=False, cancel_futures=True)
