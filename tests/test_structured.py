@@ -186,6 +186,19 @@ async def test_every_way_of_serving_gives_the_same_tokens(tiny_llama_dir: Path, 
     assert (figures.drafted_tokens > 0) == ("draft" in way)
 
 
+async def test_drafts_are_verified_under_a_mask_at_each_position(tiny_llama_dir: Path) -> None:
+    form = StructuredOutput.regex("((abc|xyz), ){12}")
+    jobs: list[Job] = [
+        (PROMPTS[i], SamplingParams(max_tokens=120, temperature=i % 2, seed=i, structured=form)) for i in range(4)
+    ]
+    want, slow = await answers(tiny_llama_dir, jobs)
+    got, figures = await answers(tiny_llama_dir, jobs, speculative="ngram", num_drafts=4)
+    assert [one.token_ids for one in got] == [one.token_ids for one in want]
+    assert all(re.fullmatch("((abc|xyz), ){12}", one.text) for one in got)
+    assert figures.accepted_tokens > 20
+    assert figures.steps < slow.steps
+
+
 async def test_answers_without_a_form_are_the_same_beside_some_that_have_one(tiny_llama_dir: Path) -> None:
     free = [(prompt, params) for prompt, params in jobs_of(["person", "tree"]) if params.structured is None]
     held = [job for job in jobs_of(["person", "tree"]) if job[1].structured is not None]
@@ -342,7 +355,10 @@ async def test_a_form_that_allows_no_token_in_the_middle_ends_its_request_then(t
         await check_idle(engine)
 
 
-async def test_a_matcher_that_fails_at_some_step_ends_its_request_with_the_reason(tiny_llama_dir: Path) -> None:
+@pytest.mark.parametrize("panics", [False, True])
+async def test_a_matcher_that_fails_at_some_step_ends_its_request_with_the_reason(
+    tiny_llama_dir: Path, panics: bool
+) -> None:
     async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
         plain = (PROMPTS[0], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
         want = [one.token_ids async for one in engine.generate(*plain)][-1]
@@ -351,13 +367,15 @@ async def test_a_matcher_that_fails_at_some_step_ends_its_request_with_the_reaso
 
         def failing(matchers: list[Any], executor: Any) -> None:
             seen.extend(matchers)
-            if len(seen) == 6:  # llguidance's own way to fail: a token that its grammar does not have
+            if len(seen) == 6 and not panics:  # llguidance's own way to fail: a token that its grammar does not have
                 matchers[0].tokens = [511]
+            if len(seen) == 6 and panics:
+                raise SystemError("injected")
             follow(matchers, executor)
 
         masks._follow = failing
         beside = asyncio.create_task(anext_all(engine, plain))
-        with pytest.raises(RequestError, match="cannot go on behind a token"):
+        with pytest.raises(RequestError, match="injected" if panics else "cannot go on behind a token"):
             async for _ in engine.generate(PROMPTS[1], params_of("object")):
                 pass
         assert await beside == want

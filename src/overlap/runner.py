@@ -51,6 +51,17 @@ BLOCK_LAYERS: Final = 8
 """Layers of a side lane's step that are launched at once: a fraction of a millisecond of host time in pieces."""
 
 
+def mask_lines(plan: StepPlan, num_words: int) -> tuple[list[int], list[Ints]]:
+    """Return where among what lands tokens are masked, and the mask of each place."""
+    rows: list[int] = []
+    lines: list[Ints] = []
+    for emit, masks in zip(plan.masked, plan.masks, strict=True):
+        places = masks.reshape(-1, num_words)[: plan.width if emit < plan.num_decode else 1]
+        rows += range(plan.landing(emit), plan.landing(emit) + len(places))
+        lines += list(places)
+    return rows, lines
+
+
 class TorchFlight:
     """A plan that is running, or queued to, or of which some blocks are not queued yet."""
 
@@ -226,7 +237,9 @@ class _LaneRunner:
         self._cores = torch.get_num_threads()
         self._shares_cores = False
         self._speculation = speculation
-        most_landing = max_rows * (1 if speculation is None else speculation.width)
+        most_landing = max_rows * (
+            1 if speculation is None else 2 * speculation.width
+        )  # tokens, and drafts of masked rows
         self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), most_landing, kv.device)
         self._lane = Lane(program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail)
         self._graphs: GraphDriver | None = None
@@ -274,10 +287,12 @@ class _LaneRunner:
         layout = pack(plan, self._mail.plan_words[place])
         masks = None
         if plan.masked:
-            masks = self._mail.put_masks(place, [plan.landing(emit) for emit in plan.masked], plan.masks)
-        landings = [self._mail.landed_words[place][: plan.num_landing]]
+            rows, lines = mask_lines(plan, -(-self._program.vocab_size // 32))
+            masks = self._mail.put_masks(place, rows, lines)
+        num_landing = plan.num_landing + plan.num_draft_words
+        landings = [self._mail.landed_words[place][:num_landing]]
         if plan.logprobs:
-            landings.append(self._mail.told_words[place][: plan.num_landing])
+            landings.append(self._mail.told_words[place][:num_landing])
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
             return TorchFlight(
@@ -322,6 +337,9 @@ class _LaneRunner:
         brought = speculation.run(plan, layout, packed, masks)
         if brought is not None:
             self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
+            if brought.drafts_MK is not None:
+                behind = self._mail.landings[place, plan.num_landing : plan.num_landing + plan.num_draft_words]
+                behind.copy_(brought.drafts_MK.view(-1), non_blocking=True)
             if plan.logprobs:
                 told = told_words(brought.logits_LV, brought.choices_L)
                 self._mail.told[place, : plan.num_landing].copy_(told, non_blocking=True)

@@ -33,7 +33,8 @@ class LateMatcher:
         self.look: Callable[[], None] = lambda: None
         self._num_prompt, self._delay, self._fails_at = num_prompt, delay, fails_at
 
-    def take(self, tokens: Sequence[int]) -> None:
+    def take(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        assert not drafts
         assert self.ready, "told a token before the mask of the one before was there"
         assert self.failure is None
         self.told += tokens

@@ -44,7 +44,7 @@ class MaskStatistics:
 class LiveMatcher:
     """A request's matcher: told by the engine's loop, moved on by the masks' thread, one at a time."""
 
-    __slots__ = ("_form", "_masks", "failure", "mask", "matcher", "ready", "tokens")
+    __slots__ = ("_form", "_masks", "drafts", "failure", "mask", "matcher", "ready", "tokens")
 
     def __init__(self, masks: Masks, form: StructuredOutput, matcher: LLMatcher, mask: Ints) -> None:
         """`mask` is that of the first token."""
@@ -55,12 +55,14 @@ class LiveMatcher:
         self.failure: RequestError | None = None
         self.ready = True
         self.tokens: Sequence[int] = ()
-        """What is to be taken in."""
+        """What is to be taken in ..."""
+        self.drafts: Sequence[int] = ()
+        """... and what may come behind it."""
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Take in settled tokens, and begin the next mask. Only once it is ready."""
+    def take(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        """Take in settled tokens, and begin the next masks. Only once it is ready."""
         self.ready = False
-        self.tokens = tokens
+        self.tokens, self.drafts = tokens, drafts
         self._masks.follow(self)
 
     def fail(self, why: str) -> None:
@@ -108,7 +110,7 @@ class Masks:
         start = time.perf_counter()
         try:
             matcher = self._grammars.compile(form)
-            mask = np.zeros(self._grammars.num_words, dtype=np.int32)
+            mask = np.zeros((1, self._grammars.num_words), dtype=np.int32)
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             if matcher.is_error() or not mask.any():
                 raise refusal(form, f"no text fits it ({matcher.get_error() or 'no token may come first'})")
@@ -136,7 +138,12 @@ class Masks:
                     return
                 matchers.append(more)
             start = time.perf_counter()
-            self._follow(matchers, executor)
+            try:
+                self._follow(matchers, executor)
+            except BaseException as error:  # a panic in llguidance is no Exception; whoever waits has to hear of it
+                for matcher in matchers:
+                    matcher.fail(f"it could not be followed ({error!r:.200})")
+                self._failed += len(matchers)
             self._mask_s += time.perf_counter() - start
             self._made += len(matchers)
             for matcher in matchers:
@@ -153,12 +160,20 @@ class Masks:
         if self._grammars is None or not alive:
             self._failed += len(matchers) - len(alive)
             return
-        masks = np.zeros((len(alive), self._grammars.num_words), dtype=np.int32)
-        places = [(matcher.matcher, place) for place, matcher in enumerate(alive)]
-        executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, 4 * masks.shape[1], len(alive))
-        for matcher, mask in zip(alive, masks, strict=True):
-            matcher.mask = mask
-            if matcher.matcher.is_error() or not mask.any():
+        ends = np.cumsum([1 + len(matcher.drafts) for matcher in alive]).tolist()
+        masks = np.zeros((ends[-1], self._grammars.num_words), dtype=np.int32)
+        starts = [0, *ends[:-1]]
+        each = list(zip(alive, starts, strict=True))
+        where = masks.ctypes.data, 4 * masks.shape[1], len(masks)
+        plain = [(matcher.matcher, start) for matcher, start in each if not matcher.drafts]
+        drafted = [(matcher.matcher, start, list(matcher.drafts)) for matcher, start in each if matcher.drafts]
+        if plain:
+            executor.unsafe_compute_mask_ptr(plain, *where)
+        if drafted:
+            executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
+        for matcher, start, end in zip(alive, starts, ends, strict=True):
+            matcher.mask = masks[start:end]
+            if matcher.matcher.is_error() or not matcher.mask[0].any():
                 matcher.fail(f"no token may come next ({matcher.matcher.get_error() or 'the form has no end here'})")
         self._failed += sum(matcher.failure is not None for matcher in matchers)
 

@@ -2,7 +2,8 @@
 
 The mask of a token depends on the token before it, which the host learns when its step is settled. So such a row sits
 out while its token is in the air, and until the mask behind it is made: it takes part in every second step, while the
-other rows of the engine go on one step ahead. No mask is ever guessed, so none is ever wrong.
+other rows of the engine go on one step ahead. No mask is ever guessed, so none is ever wrong. With a drafter, the drafts
+that the step has made for the row land with its token, so that there is a mask behind each of them, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from overlap.cache.pages import Ints
 from overlap.errors import InternalError
 from overlap.schedule.matcher import Matcher
+from overlap.schedule.plan import StepPlan
 from overlap.schedule.request import Request
 
 
@@ -67,16 +69,27 @@ class Forms:
         self.steps += bool(rows)
         return tuple(rows), masks
 
-    def note(self, slots: Ints, runs: Sequence[Sequence[int]]) -> None:
+    def note(self, plan: StepPlan, slots: Ints, runs: Sequence[Sequence[int]], draft_words: Ints) -> None:
         """Take in the settled tokens of each of `slots`; those that have ended meanwhile have left."""
+        drafts = _drafts_of(plan, draft_words)
         for slot, tokens in zip(slots.tolist(), runs, strict=True):
             if slot in self._flying:
                 self._flying.discard(slot)
-                _matcher(self._requests[slot]).take(tokens)
+                _matcher(self._requests[slot]).take(tokens, drafts.get(slot, ()))
 
     def unmatched(self) -> list[Request]:
         """Return the running requests whose form allows nothing any more: they have to be ended."""
         return [r for r in self._requests.values() if _matcher(r).ready and _matcher(r).failure is not None]
+
+
+def _drafts_of(plan: StepPlan, words: Ints) -> dict[int, Sequence[int]]:
+    """Return the drafts that masked rows hold now, by slot."""
+    if not len(words):
+        return {}
+    slots = plan.slots[plan.emits[list(plan.masked)]].tolist()
+    return {
+        slot: told[1 : 1 + told[0]] for slot, told in zip(slots, words.reshape(len(slots), -1).tolist(), strict=True)
+    }
 
 
 def may_enter(request: Request) -> bool:

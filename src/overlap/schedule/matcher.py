@@ -18,11 +18,15 @@ class Matcher(Protocol):
 
     @property
     def mask(self) -> Ints:
-        """int32 [B]: bit `v % 32` of word `v // 32` says whether token v may come next. Never written to again."""
+        """int32 [P, B]: bit `v % 32` of word `v // 32` says whether token v may come next; first behind what is
+        settled, then behind each of the drafts that it was told of. Never written to again."""
 
     @property
     def failure(self) -> RequestError | None:
         """Why the request cannot go on: its form allows no token, or took too much to follow."""
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Take in settled tokens of the answer, and begin the next mask, on another thread. Returns at once."""
+    def take(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        """Take in settled tokens of the answer, and begin the next masks, on another thread. Returns at once.
+
+        `drafts` are what may come next, and are not taken in.
+        """

@@ -95,7 +95,11 @@ class StepPlan:
     masked: tuple[int, ...] = ()
     """Indices into `emits` of the rows that may choose only some tokens (structured output), ascending ..."""
     masks: tuple[Ints, ...] = ()
-    """... and which, one for each: int32 words, bit `v % 32` of word `v // 32` for token v."""
+    """... and which, one for each: int32 [P, B], first for the row's next token, then behind each of its drafts; bit
+    `v % 32` of word `v // 32` for token v."""
+    tells_drafts: int = 0
+    """With a drafter: behind all else land so many numbers and one for each masked row: how many drafts its slot holds
+    now, and these."""
     admissions: tuple[Admission, ...]
     """Requests that take their slot with this step, applied before anything else."""
     page_slots: Ints
@@ -123,8 +127,13 @@ class StepPlan:
 
     @property
     def num_landing(self) -> int:
-        """How many numbers land: one for each emitting chunk, `width` for each decode row."""
+        """How many numbers land for tokens: one for each emitting chunk, `width` for each decode row."""
         return len(self.emits) + (self.width - 1) * self.num_decode
+
+    @property
+    def num_draft_words(self) -> int:
+        """How many land behind them: see `tells_drafts`."""
+        return len(self.masked) * (1 + self.tells_drafts) if self.tells_drafts else 0
 
 
 PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (

@@ -455,6 +455,7 @@ class Planner:
             logprobs=at.num_logprobs > 0 and bool(at.logprobs[slots[emits]].any()),
             masked=masked,
             masks=masks,
+            tells_drafts=self._drafts if masked else 0,
             admissions=tuple(admissions),
             chunk_pages=chunk_pages,
             **_columns(updates),
@@ -470,11 +471,13 @@ class Planner:
         """
         told = tokens[:, 1:] if plan.logprobs else None
         tokens = tokens[:, 0] if plan.logprobs else tokens
+        tokens, draft_words = tokens[: plan.num_landing], tokens[plan.num_landing :]
         if plan.width > 1:
-            return self._settle_runs(plan, tokens, told)
+            return self._settle_runs(plan, tokens, told, draft_words)
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
         slots = plan.slots[plan.emits]
+        told = None if told is None else told[: plan.num_landing]
         reading = at.reading[slots]
         if not reading.all():
             slots, tokens, told = slots[reading], tokens[reading], None if told is None else told[reading]
@@ -488,11 +491,11 @@ class Planner:
                 self._settle_end(int(slots[i]), bool(stopped[i]), int(tokens[i])) for i in np.flatnonzero(ended)
             )
         if self._forms:
-            self._forms.note(slots, tokens[:, None].tolist())
+            self._forms.note(plan, slots, tokens[:, None].tolist(), draft_words)
         self.pass_step(plan)
         return Settled(keys, fronts, tokens, ends, cached, told)
 
-    def _settle_runs(self, plan: StepPlan, landed: Ints, told: Ints | None) -> Settled:
+    def _settle_runs(self, plan: StepPlan, landed: Ints, told: Ints | None, draft_words: Ints) -> Settled:
         """Take in a wide step: up to `width` tokens a row, cut where the answer ends."""
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
@@ -519,7 +522,8 @@ class Planner:
             for i in np.flatnonzero(ended)
         )
         if self._forms:
-            self._forms.note(slots, [run[:kept] for run, kept in zip(runs.tolist(), cut.kept.tolist(), strict=True)])
+            kept_runs = [run[:kept] for run, kept in zip(runs.tolist(), cut.kept.tolist(), strict=True)]
+            self._forms.note(plan, slots, kept_runs, draft_words)
         self.pass_step(plan)
         told = None if told is None else told[firsts[rows] + places]
         return Settled(keys, fronts, runs[rows, places], ends, cached, told)

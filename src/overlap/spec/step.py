@@ -53,6 +53,8 @@ class Brought:
     """int32 [L]: the target's choice at each of these places, taken or not."""
     logits_LV: Tensor
     """float32 [L, V]: the target's own."""
+    drafts_MK: Tensor | None
+    """int32 [M, 1 + K], for each masked row: how many drafts its slot holds now, and these. None without such rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +109,8 @@ class Speculation:
     def run(self, plan: StepPlan, layout: Layout, packed: Tensor, masks_MW: Tensor | None = None) -> Brought | None:
         """Enqueue a whole step whose plan is on the device as `packed`. None if no row of it emits.
 
-        `masks` says which tokens rows that are held to a form may choose at the first place of theirs that lands (see
-        `mask_logits`); such a row has no drafts, so it is the only one that counts.
+        `masks` says which tokens rows that are held to a form may choose at each place of theirs that counts (see
+        `mask_logits`). The host knows their drafts, which it was told when they were made.
         """
         apply_changes(packed, layout, self._rows)
         self._admit(plan.admissions, packed, layout)
@@ -129,12 +131,19 @@ class Speculation:
         tokens_L = torch.cat((_landing(outcome, inputs.num_drafts_D).view(-1), choices_L[run_tokens:]))
         self._settle(plan, inputs, outcome, choices_L[run_tokens:])
         self._draft(plan, inputs, outcome, choices_L, states[:, width:])
-        if masks_MW is not None:  # the host cannot say what may follow drafts that it does not know
-            places_M = emits_L.index_select(0, masks_MW[:, 0].long())
-            self._num_S.index_fill_(0, inputs.token_slots_T.index_select(0, places_M).long(), 0)
         if not layout.num_emits:
             return None
-        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV)
+        drafts_MK = self._drafts_of(plan, inputs, emits_L) if plan.masked else None
+        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV, drafts_MK=drafts_MK)
+
+    def _drafts_of(self, plan: StepPlan, inputs: _Inputs, emits_L: Tensor) -> Tensor:
+        """Return what the slots of the masked rows hold now: such a row is not run again before the host knows it."""
+        places = np.array([plan.landing(emit) for emit in plan.masked], dtype=np.int64)
+        tokens_M = emits_L.index_select(0, _to(self._kv.device, places))
+        slots_M = inputs.token_slots_T.index_select(0, tokens_M)
+        return torch.cat(
+            (self._num_S.index_select(0, slots_M)[:, None], self._drafts_SK.index_select(0, slots_M)), dim=1
+        )
 
     def _admit(self, admissions: Sequence[Admission], packed: Tensor, layout: Layout) -> None:
         """Forget what the slots' earlier owners left."""

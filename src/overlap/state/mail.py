@@ -54,7 +54,7 @@ class Mail:
         self._masks: list[Tensor | None] = [None] * DEPTH
 
     def put_masks(self, place: int, rows: Sequence[int], masks: Sequence[Ints]) -> Tensor:
-        """Write which tokens these rows may choose, and return it: int32 [M, 1 + B] on the host, for `mask_logits`.
+        """Write which tokens may be chosen where, and return it: int32 [M, 1 + B] on the host, for `mask_logits`.
 
         The memory is there from the first step on that needs it, and grows with the rows that do: up to 16 KiB a row
         for a vocabulary of 128k.
