@@ -2,8 +2,8 @@
 
 The mask of a token depends on the token before it, which the host learns when its step is settled. So such a row sits
 out while its token is in the air, and until the mask behind it is made: it takes part in every second step, while the
-other rows of the engine go on one step ahead. No mask is ever guessed, so none is ever wrong. With a drafter, the drafts
-that the step has made for the row land with its token, so that there is a mask behind each of them, too.
+other rows of the engine go on one step ahead. No mask is ever guessed, so none is ever wrong. With a drafter, the
+drafts that the step has made for the row land with its token, so that there is a mask behind each of them, too.
 """
 
 from __future__ import annotations
