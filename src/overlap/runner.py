@@ -36,7 +36,7 @@ from overlap.sample.shaping import mask_logits, shape_logits, told_words
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
-from overlap.state.mail import DEPTH, Mail
+from overlap.state.mail import DEPTH, Mail, mask_lines
 from overlap.state.packing import Layout, capacity, pack
 from overlap.state.rows import SlotRows
 from overlap.streams.cpu import use_cores
@@ -49,17 +49,6 @@ launch it eagerly, so that pieces would bring nothing but padding."""
 
 BLOCK_LAYERS: Final = 8
 """Layers of a side lane's step that are launched at once: a fraction of a millisecond of host time in pieces."""
-
-
-def mask_lines(plan: StepPlan, num_words: int) -> tuple[list[int], list[Ints]]:
-    """Return where among what lands tokens are masked, and the mask of each place."""
-    rows: list[int] = []
-    lines: list[Ints] = []
-    for emit, masks in zip(plan.masked, plan.masks, strict=True):
-        places = masks.reshape(-1, num_words)[: plan.width if emit < plan.num_decode else 1]
-        rows += range(plan.landing(emit), plan.landing(emit) + len(places))
-        lines += list(places)
-    return rows, lines
 
 
 class TorchFlight:

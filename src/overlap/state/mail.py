@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from overlap.cache.pages import Ints
+from overlap.schedule.plan import StepPlan
 from overlap.schedule.shaping import TOLD_WORDS
 from overlap.state.packing import HEADER
 
@@ -75,3 +76,14 @@ class Mail:
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return self.packed.nbytes + self.turn.nbytes
+
+
+def mask_lines(plan: StepPlan, num_words: int) -> tuple[list[int], list[Ints]]:
+    """Return where among what lands tokens are masked, and the mask of each place."""
+    rows: list[int] = []
+    lines: list[Ints] = []
+    for emit, masks in zip(plan.masked, plan.masks, strict=True):
+        places = masks.reshape(-1, num_words)[: plan.width if emit < plan.num_decode else 1]
+        rows += range(plan.landing(emit), plan.landing(emit) + len(places))
+        lines += list(places)
+    return rows, lines
