@@ -342,6 +342,7 @@ class AsyncEngine:
         self._core.check_open()
         live = self._live
         deadline = None if terms.deadline is None else time.monotonic() + terms.deadline
+        matcher = None if params.structured is None else await self._core.matcher(params.structured)
         tokens = await self._encoder.encode(prompt)
         limit = params.max_tokens or max(1, live.context - len(tokens))
         refusal = live.refusal(len(tokens), limit)
@@ -361,7 +362,8 @@ class AsyncEngine:
             whole=whole,
             turns=front.turns,
         )
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids(live))}
+        goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
+        stop_ids = {*params.stop_token_ids, *(() if goes_on else self._eos_ids(live))}
         request = Request(
             key=key,
             front=front.number,
@@ -375,6 +377,8 @@ class AsyncEngine:
             stop_ids=tuple(sorted(stop_ids)),
             shaping=params.shaping(stop_ids, live.model.vocab_size),
             logprobs=params.logprobs is not None,
+            structured=params.structured,
+            matcher=matcher,
             priority=terms.priority,
             fairness_key=terms.fairness_key,
             salt=terms.cache_salt,

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from overlap.errors import RequestError, nearest
 from overlap.schedule.shaping import MOST_ALTERNATIVES, MOST_BANNED, MOST_BIASED, Shaping
+from overlap.structured import StructuredOutput
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 """Why an answer ended: a stop token, stop id or stop string ("stop"), or `max_tokens` or the context ("length")."""
@@ -21,8 +22,13 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or chat messages (which go through the model's chat template)."""
 
 MAX_STOP_STRINGS: Final = 64
-_LATER: Final = ("best_of", "prompt_logprobs", "bad_words", "guided_decoding")
-_NEVER: Final = {"n": "Give the prompt n times to `generate_batch`, with seeds of their own or none."}
+_LATER: Final = ("best_of", "prompt_logprobs", "bad_words")
+_NEVER: Final = {
+    "n": "A request has one answer. Give the prompt n times to `generate_batch`, with seeds of their own or none.",
+    "guided_decoding": "Give `structured`, a StructuredOutput.",
+    "structured_outputs": "Give `structured`, a StructuredOutput.",
+    "response_format": "Give `structured`, a StructuredOutput.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +82,9 @@ class SamplingParams:
     `Output.token_ids`, and no part of its text."""
     ignore_eos: bool = False
     """Do not end the answer at the model's own end tokens."""
+    structured: StructuredOutput | None = None
+    """Hold the answer to a form: a JSON schema, a regex, a choice, a grammar. The filters above choose among the tokens
+    that it allows; log-probabilities stay the model's own."""
     skip_special_tokens: bool = True
     """Leave special tokens (such as `<|im_end|>`) out of the text."""
     include_stop_str_in_output: bool = False
@@ -86,7 +95,7 @@ class SamplingParams:
         known = [f.name for f in fields(cls)]
         for name in given:
             if name in _NEVER:
-                raise RequestError(f"The sampling parameter {name!r} is not one of one request. {_NEVER[name]}")
+                raise RequestError(f"There is no sampling parameter {name!r} here. {_NEVER[name]}")
             if name in _LATER:
                 raise RequestError(f"The sampling parameter {name!r} is not supported yet. Leave it out.")
             if name not in known:
@@ -133,6 +142,13 @@ class SamplingParams:
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "stop_token_ids", ids)
         self._check_shaping(refuse)
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise refuse("structured", "a StructuredOutput, as in StructuredOutput.json_schema({...}), or None")
+        if self.structured is not None and self.min_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) and structured exclude each other: an answer ends where its form is "
+                "complete. Leave min_tokens out, or ask for a form that is long enough."
+            )
 
     def _check_shaping(self, refuse: Callable[[str, str], RequestError]) -> None:
         for name in ("presence_penalty", "frequency_penalty"):

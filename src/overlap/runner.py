@@ -35,11 +35,11 @@ from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
-from overlap.sample.shaping import shape_logits, told_words
+from overlap.sample.shaping import mask_logits, shape_logits, told_words
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
-from overlap.state.mail import DEPTH, Mail
+from overlap.state.mail import DEPTH, Mail, mask_lines
 from overlap.state.packing import Layout, capacity, pack
 from overlap.state.rows import SlotRows
 from overlap.streams.cpu import use_cores
@@ -231,7 +231,9 @@ class _LaneRunner:
         self._cores = torch.get_num_threads()
         self._shares_cores = False
         self._speculation = speculation
-        most_landing = max_rows * (1 if speculation is None else speculation.width)
+        most_landing = max_rows * (
+            1 if speculation is None else 2 * speculation.width
+        )  # tokens, and drafts of masked rows
         self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), most_landing, kv.device)
         self._lane = Lane(
             program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail, speculation=speculation
@@ -300,13 +302,20 @@ class _LaneRunner:
         """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
         place = self._place = (self._place + 1) % DEPTH
         layout = pack(plan, self._mail.plan_words[place])
-        landings = [self._mail.landed_words[place][: plan.num_landing]]
+        masks = None
+        if plan.masked:
+            rows, lines = mask_lines(plan, -(-self._program.vocab_size // 32))
+            masks = self._mail.put_masks(place, rows, lines)
+        num_landing = plan.num_landing + plan.num_draft_words
+        landings = [self._mail.landed_words[place][:num_landing]]
         if plan.logprobs:
-            landings.append(self._mail.told_words[place][: plan.num_landing])
+            landings.append(self._mail.told_words[place][:num_landing])
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
-            return TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, BLOCK_LAYERS), num_blocks)
-        flight = TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, None), 1)
+            return TorchFlight(
+                plan, self._stream, landings, self._step(plan, layout, place, masks, BLOCK_LAYERS), num_blocks
+            )
+        flight = TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, masks, None), 1)
         flight.launch_block()
         return flight
 
@@ -321,7 +330,9 @@ class _LaneRunner:
         self._stream.mark()  # so that it does not count as the next step's time
         return True
 
-    def _step(self, plan: StepPlan, layout: Layout, place: int, block: int | None) -> Iterator[None]:
+    def _step(
+        self, plan: StepPlan, layout: Layout, place: int, masks: Tensor | None, block: int | None
+    ) -> Iterator[None]:
         """Run a step, pausing behind each `block` layers where it is not one graph."""
         graphs = self._graphs
         shape = graphs.prepare(plan) if graphs is not None else None
@@ -330,12 +341,18 @@ class _LaneRunner:
         if graphs is not None and whole is not None and graphs.replay_decode(whole, place, layout.num_rows):
             return
         if self._speculation is not None:
-            self._speculate(self._speculation, plan, layout, place, pieces)
+            self._speculate(self._speculation, plan, layout, place, pieces, masks)
         else:
-            yield from self._run(plan, layout, place, pieces, block)
+            yield from self._run(plan, layout, place, pieces, masks, block)
 
     def _speculate(
-        self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None
+        self,
+        speculation: Speculation,
+        plan: StepPlan,
+        layout: Layout,
+        place: int,
+        pieces: Shape | None,
+        masks: Tensor | None,
     ) -> None:
         """Run a step with a drafter whose parts the host launches."""
         packed = self._mail.plans[place][: layout.used]
@@ -343,15 +360,20 @@ class _LaneRunner:
             packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
         graphs = self._graphs if pieces is not None else None
         target = None if graphs is None or pieces is None else partial(graphs.run_batch, pieces)
-        brought = speculation.run(plan, layout, packed, target)
+        if masks is not None:
+            masks = masks.to(self._kv.device, non_blocking=True)
+        brought = speculation.run(plan, layout, packed, target, masks)
         if brought is not None:
             self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
+            if brought.drafts_MK is not None:
+                behind = self._mail.landings[place, plan.num_landing : plan.num_landing + plan.num_draft_words]
+                behind.copy_(brought.drafts_MK.view(-1), non_blocking=True)
             if plan.logprobs:
                 told = told_words(brought.logits_LV, brought.choices_L)
                 self._mail.told[place, : plan.num_landing].copy_(told, non_blocking=True)
 
     def _run(
-        self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, block: int | None
+        self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, masks: Tensor | None, block: int | None
     ) -> Generator[None, None, None]:
         """Run a step whose parts the host launches: its forward in `pieces`, or eagerly."""
         graphs = self._graphs if pieces is not None else None
@@ -383,7 +405,11 @@ class _LaneRunner:
             hidden_TC = hidden_TC.index_select(0, inputs.emit_tokens)
         logits_EV = self._program.logits(hidden_TC)
         slots_E, positions_E, shapes = inputs.emit_slots, inputs.emit_positions, self._rows.shapes.rows
-        shaped_EV = shape_logits(logits_EV, shapes, slots_E, positions_E) if plan.shaped else logits_EV
+        shaped_EV = logits_EV
+        if masks is not None:
+            shaped_EV = mask_logits(shaped_EV, masks.to(self._kv.device, non_blocking=True))
+        if plan.shaped:
+            shaped_EV = shape_logits(shaped_EV, shapes, slots_E, positions_E)
         tokens = sample(shaped_EV, self._rows, slots_E, positions_E, sampled_rows(packed, layout), plan.truncated)
         settle_tokens(self._rows, slots_E, tokens)
         if plan.shaped and shapes is not None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overlap import StructuredOutput
 from overlap.errors import OverlapError, RequestError
 from overlap.schedule.request import Request
 from overlap.schedule.settled import End, Settled
@@ -35,7 +36,7 @@ from overlap.serve.link import (
     submit_of,
 )
 
-PLANNERS_OWN = {"queued_at", "life", "slot", "made", "chunked", "node", "num_hit", "coming", "cached"}
+PLANNERS_OWN = {"matcher", "queued_at", "life", "slot", "made", "chunked", "node", "num_hit", "coming", "cached"}
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
@@ -82,6 +83,7 @@ def test_a_request_crosses_as_it_is(
         key=7, front=3, prompt=np.array(prompt, np.int32), limit=9, temperature=temperature, top_k=5, top_p=0.5,
         min_p=0.25, seed=seed, stop_ids=(1, 2), shaping=Shaping(logit_bias=tuple(bias.items())), logprobs=True,
         priority=-4, fairness_key="who", salt=salt, deadline=deadline,
+        structured=StructuredOutput.choice([salt, "b"]) if salt else None,
     )  # fmt: skip
     found = across(request)
     for field in fields(Request):
@@ -143,6 +145,7 @@ def test_tokens_that_are_none_do_not_reach_the_engine(prompt: bytes) -> None:
     settings: dict[str, Any] = {
         "limit": 1, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "stop_ids": (), "shaping": None,
         "logprobs": False, "priority": 0, "fairness_key": "", "salt": "", "seconds": None,
+        "structured": None,
     }  # fmt: skip
     with pytest.raises((BadFrame, RequestError)):
         request_of(Submit(key=0, prompt=prompt, **settings), key=0, front=0, vocab_size=512)

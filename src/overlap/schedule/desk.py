@@ -20,6 +20,7 @@ from overlap.cache.pages import PAGE
 from overlap.cache.store import Hit, PageStore
 from overlap.errors import QueueFull
 from overlap.observe.metrics import SECONDS, Histogram
+from overlap.schedule.forms import may_enter
 from overlap.schedule.life import Life
 from overlap.schedule.queue import Queue
 from overlap.schedule.request import Request
@@ -78,7 +79,7 @@ class Desk:
                 self._store.release(hit.node)
                 self._blocked, self._pressing = state, request
                 return
-            if self._is_coming(request, hit):
+            if self._is_coming(request, hit) or not may_enter(request):
                 self._store.release(hit.node)
                 return
             self.queue.pop_first()
@@ -119,6 +120,12 @@ class Desk:
         request.coming = _next_page(request, node, num_full) if self._store.keeps_prefixes else None
         if request.coming is not None:
             self._coming[request.coming] += 1
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether who comes next was preempted a moment ago, and its mask is still being made."""
+        request = self.queue.first() if len(self.queue) else None
+        return request is not None and not may_enter(request)
 
     @property
     def expects_nothing(self) -> bool:

@@ -30,6 +30,7 @@ from overlap.cache.store import PageStore
 from overlap.errors import InternalError, RequestError
 from overlap.observe.metrics import Histogram
 from overlap.schedule.desk import Desk
+from overlap.schedule.forms import Forms
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
@@ -80,6 +81,7 @@ class Planner:
         self._store = PageStore(num_pages, prefix_cache=prefix_cache)
         ahead = max(1, drafts_ahead)
         self._slots = Slots(max_rows, self._context, self._store, ahead)
+        self._forms = Forms(max_rows)
         self._drafts, self._reach = drafts, drafts + 1 + ahead
         self._drafts_always = drafts_ahead > 0  # then the first wide step behind a plain one is the one without drafts
         self._drafted = 0
@@ -116,6 +118,17 @@ class Planner:
     def wants_side(self) -> bool:
         """Whether the side lane has something to plan."""
         return self._lanes.side_tokens > 0
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether a request could run, and its mask is still being made."""
+        return self._forms.waits or self._desk.waits_for_mask
+
+    def unmatched(self) -> list[Request]:
+        """Return the requests that have to be ended, since their form allows nothing any more; see their matchers."""
+        first = self._queue.first() if len(self._queue) else None
+        waiting = [] if first is None or first.matcher is None or first.matcher.failure is None else [first]
+        return [*self._forms.unmatched(), *waiting]
 
     @property
     def splitter(self) -> Splitter | None:
@@ -163,6 +176,7 @@ class Planner:
             raise InternalError(f"the key {request.key} is in use")
         self._desk.submit(request)
         self._requests[request.key] = request
+        self._forms.requests += request.matcher is not None
 
     def end(self, key: int) -> bool:
         """End a request in whatever state it is; nothing more of it is settled. False if it has ended already."""
@@ -211,6 +225,8 @@ class Planner:
             accepted_tokens=int(self._accepted_at.sum()),
             tried_at=tuple(self._tried_at.tolist()),
             accepted_at=tuple(self._accepted_at.tolist()),
+            structured_requests=self._forms.requests,
+            masked_steps=self._forms.steps,
         )
 
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,10 +238,11 @@ class Planner:
             return self._plan_side(updates)
         self._preempt_for_pressing()
         self._refresh_decoding()
-        decode = self._grow(self._decoding, updates) if len(self._decoding) else NONE
+        free = self._forms.free(self._decoding)
+        decode = self._grow(free, updates) if len(free) else NONE
         width = self._width(len(decode)) if self._drafts and len(decode) else 1
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
-        stalled = (len(self._decoding) - len(decode)) * width
+        stalled = max(0, len(free) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
         chunks = self._cut_chunks(budget, MAIN)
         if alone and chunks:
@@ -309,7 +326,7 @@ class Planner:
         if self._leaving:  # somebody was preempted
             updates[:] = [update for update in updates if at.reading[update[0]].all()]
             self._refresh_decoding()
-            slots = self._decoding
+            slots = self._forms.free(self._decoding)
         return slots[~np.isin(slots, stalled)] if stalled else slots
 
     def _extend(self, slots: Ints) -> Update:
@@ -353,6 +370,7 @@ class Planner:
         budget -= sum(len(r.prompt) - r.chunked for r in self._prefilling)
         for request, update in self._desk.admit(budget):
             updates.append(update)
+            self._forms.enter(request)
             self._prefilling.append(request)
             admissions.append(
                 Admission(
@@ -429,6 +447,7 @@ class Planner:
             if last:
                 sampled = np.flatnonzero(at.sampled[slots[emits]]).astype(np.int32)
                 truncated = truncated or bool(at.truncates[chunk_slots[last]].any())
+        masked, masks = self._forms.masks(slots[emits]) if self._forms else ((), ())
         return StepPlan(
             number=self._planned,
             lane=lane,
@@ -448,6 +467,9 @@ class Planner:
             truncated=truncated,
             shaped=at.num_shaped > 0 and bool(at.shaped[slots[emits]].any()),
             logprobs=at.num_logprobs > 0 and bool(at.logprobs[slots[emits]].any()),
+            masked=masked,
+            masks=masks,
+            tells_drafts=self._drafts if masked else 0,
             admissions=tuple(admissions),
             chunk_pages=chunk_pages,
             **_columns(updates),
@@ -463,11 +485,13 @@ class Planner:
         """
         told = tokens[:, 1:] if plan.logprobs else None
         tokens = tokens[:, 0] if plan.logprobs else tokens
+        tokens, draft_words = tokens[: plan.num_landing], tokens[plan.num_landing :]
         if plan.width > 1:
-            return self._settle_runs(plan, tokens, told)
+            return self._settle_runs(plan, tokens, told, draft_words)
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
         slots = plan.slots[plan.emits]
+        told = None if told is None else told[: plan.num_landing]
         reading = at.reading[slots]
         if not reading.all():
             slots, tokens, told = slots[reading], tokens[reading], None if told is None else told[reading]
@@ -480,10 +504,12 @@ class Planner:
             ends = tuple(
                 self._settle_end(int(slots[i]), bool(stopped[i]), int(tokens[i])) for i in np.flatnonzero(ended)
             )
+        if self._forms:
+            self._forms.note(plan, slots, tokens[:, None].tolist(), draft_words)
         self.pass_step(plan)
         return Settled(keys, fronts, tokens, ends, cached, told)
 
-    def _settle_runs(self, plan: StepPlan, landed: Ints, told: Ints | None) -> Settled:
+    def _settle_runs(self, plan: StepPlan, landed: Ints, told: Ints | None, draft_words: Ints) -> Settled:
         """Take in a wide step: up to `width` tokens a row, cut where the answer ends."""
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
@@ -510,6 +536,9 @@ class Planner:
             self._settle_end(int(slots[i]), bool(cut.stopped[i]), int(runs[i, cut.kept[i] - 1]))
             for i in np.flatnonzero(ended)
         )
+        if self._forms:
+            kept_runs = [run[:kept] for run, kept in zip(runs.tolist(), cut.kept.tolist(), strict=True)]
+            self._forms.note(plan, slots, kept_runs, draft_words)
         self.pass_step(plan)
         told = None if told is None else told[firsts[rows] + places]
         return Settled(keys, fronts, runs[rows, places], ends, cached, told)
@@ -562,6 +591,7 @@ class Planner:
         if request.chunked < len(request.prompt):
             self._prefilling.remove(request)
         self._desk.note_left(request)
+        self._forms.leave(request)
         self._slots.leave(request, self._lanes[MAIN].planned)
         self._leaving = True
         self._open_fences()

@@ -11,6 +11,8 @@ from overlap.schedule.shaping import Shaped, Shaping
 
 if TYPE_CHECKING:
     from overlap.cache.tree import Node
+    from overlap.schedule.matcher import Matcher
+    from overlap.structured import StructuredOutput
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,6 +38,10 @@ class Request:
     """What is done to its logits before a token is drawn; None for nothing."""
     logprobs: bool = False
     """Whether log-probabilities are told with each token."""
+    structured: StructuredOutput | None = None
+    """The form that the answer is held to ..."""
+    matcher: Matcher | None = None
+    """... and what says which tokens may come next, once it is made. It stays over preemptions."""
 
     priority: int = 0
     """Higher goes first, and is preempted last."""

@@ -80,6 +80,10 @@ class PlannerStatistics:
     """For each place of a draft in its run: how many stood there, all before them confirmed."""
     accepted_at: tuple[int, ...] = ()
     """Of those, how many were confirmed."""
+    structured_requests: int = 0
+    """Requests whose answer is held to a form, that were queued."""
+    masked_steps: int = 0
+    """Steps with a row of one of those."""
 
     @property
     def hit_rate(self) -> float:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -19,6 +20,7 @@ from overlap.serve.chat import ChatAnswer, parse_chat
 from overlap.serve.completions import TextAnswer, parse_completion
 from overlap.serve.door import Door
 from overlap.serve.errors import ApiError, to_api_error
+from overlap.serve.grammar import held
 from overlap.serve.openapi import document
 from overlap.serve.protocol import Asked
 from overlap.serve.responses import ResponseAnswer, parse_response
@@ -111,6 +113,7 @@ class Endpoint:
         wanted, asked = parse_response(await self._body(request))
         self._check_model(asked.model)
         prompts = await self._prompts(request, asked)
+        asked = self._held(asked, prompts[0])
         id_ = f"resp_{uuid.uuid4().hex}"
         response = ResponseAnswer(
             wanted, self._reader(asked, prompts[0]), id=id_, created=int(time.time()), model=self._model_name
@@ -126,6 +129,8 @@ class Endpoint:
     async def _answer(self, request: web.Request, asked: Asked, kind: Kind) -> web.StreamResponse:
         self._check_model(asked.model)
         prompts = await self._prompts(request, asked)
+        if kind == "chat":
+            asked = self._held(asked, prompts[0])
         shapes = self._shapes(asked, prompts, kind)
         id_ = ID_PREFIXES[kind] + uuid.uuid4().hex
         created = int(time.time())
@@ -208,6 +213,21 @@ class Endpoint:
             echoed = text if isinstance(text, str) else self._door.decode(prompt)
             shapes.append(TextAnswer(index, self._door.decode, echoed=echoed, token_ids=ids))
         return shapes
+
+    def _held(self, asked: Asked, prompt: Sequence[int]) -> Asked:
+        """Return what was asked for with the form of the whole answer, which hangs on the chat template."""
+        if asked.params.structured is None and not asked.must_call:
+            return asked
+        template = self._door.chat_template
+        params = held(
+            asked.params,
+            asked.tools,
+            asked.must_call,
+            parallel=asked.parallel_tool_calls,
+            calls=call_format(template),
+            thinking=thinking(template, self._door.decode(prompt[-_PROMPT_END:])),
+        )
+        return replace(asked, params=params)
 
     def _reader(self, asked: Asked, prompt: Sequence[int]) -> MessageReader:
         template = self._door.chat_template

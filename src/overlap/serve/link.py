@@ -32,6 +32,7 @@ from overlap.observe.metrics import FrontFigures
 from overlap.schedule.request import Request
 from overlap.schedule.settled import End, Settled
 from overlap.schedule.shaping import TOLD_WORDS, Shaping
+from overlap.structured import StructuredOutput
 
 MOST_TO_ENGINE: Final = 16 << 20
 """Bytes of a frame from a front: a prompt of four million tokens."""
@@ -63,6 +64,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stop_ids: tuple[int, ...]
     shaping: Shaping | None
     logprobs: bool
+    structured: StructuredOutput | None
     priority: int
     fairness_key: str
     salt: str
@@ -205,6 +207,7 @@ def submit_of(request: Request) -> Submit:
         stop_ids=request.stop_ids,
         shaping=request.shaping,
         logprobs=request.logprobs,
+        structured=request.structured,
         priority=request.priority,
         fairness_key=request.fairness_key,
         salt=request.salt,
@@ -232,6 +235,7 @@ def request_of(submit: Submit, *, key: int, front: int, vocab_size: int) -> Requ
         stop_ids=submit.stop_ids,
         shaping=submit.shaping,
         logprobs=submit.logprobs,
+        structured=submit.structured,
         priority=submit.priority,
         fairness_key=submit.fairness_key,
         salt=submit.salt,

@@ -16,7 +16,7 @@ import msgspec
 from overlap.errors import nearest
 from overlap.messages import Prompt, SamplingParams
 from overlap.serve.errors import ApiError
-from overlap.serve.grammar import sampling_of_format
+from overlap.serve.grammar import form_of
 
 MAX_ANSWERS: Final = 256
 """Answers of one request: its prompts times `n`."""
@@ -29,6 +29,9 @@ MAX_LOGPROBS: Final = 20
 MAX_DEPTH: Final = 64
 """How deep messages, tools and schemas may be nested."""
 MAX_PRIORITY: Final = 2**31 - 1
+
+FORM_EXTRAS: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+"""The fields of vLLM's that ask for a form."""
 
 MEANINGLESS: Final = frozenset(
     (
@@ -85,6 +88,11 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
     priority: int = 0
     cache_salt: str = ""
 
@@ -107,6 +115,8 @@ class Asked:
     cache_salt: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     """The functions that the model may call; none with tool_choice "none"."""
+    must_call: tuple[str, ...] = ()
+    """The names of those of which it has to call one, if it has to."""
     parallel_tool_calls: bool = True
 
     def params_of(self, number: int) -> SamplingParams:
@@ -192,7 +202,10 @@ def sampling(request: Sampled, *, max_tokens: int | None, logprobs: int | None) 
         ignore_eos=request.ignore_eos,
         skip_special_tokens=request.skip_special_tokens,
         include_stop_str_in_output=request.include_stop_str_in_output,
-        **sampling_of_format(request.response_format),
+        structured=form_of(
+            request.response_format,
+            {name: value for name in FORM_EXTRAS if (value := getattr(request, name)) is not None},
+        ),
     )
 
 
@@ -203,6 +216,7 @@ def asked(
     *,
     echo: bool = False,
     tools: tuple[Mapping[str, Any], ...] = (),
+    must_call: tuple[str, ...] = (),
     parallel_tool_calls: bool = True,
 ) -> Asked:
     """Put together what was asked for. Raises ApiError for what is out of bounds."""
@@ -229,5 +243,6 @@ def asked(
         priority=request.priority,
         cache_salt=request.cache_salt,
         tools=tools,
+        must_call=must_call,
         parallel_tool_calls=parallel_tool_calls,
     )
