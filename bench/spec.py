@@ -65,7 +65,7 @@ async def timed(engine: AsyncEngine, rows: int, params: SamplingParams) -> tuple
 
 async def settle(engine: AsyncEngine, most_s: float) -> None:
     """Wait until idle moments have captured all graphs, or for `most_s`."""
-    late, captures = time.perf_counter() + most_s, -1
+    late, captures = time.perf_counter() + most_s, -1.0
     while time.perf_counter() < late and (now := engine.statistics().graphs["captures"]) != captures:
         captures = now
         await asyncio.sleep(1)

@@ -51,8 +51,8 @@ LAYERS = [  # an import goes to the same line or further down
     {"ops"},
 ]
 VALUES = {
-    "errors", "messages", "cache", "schedule.plan", "schedule.shaping", "models.config", "streams.stream", "streams.driver",
-    "config",
+    "errors", "messages", "cache", "schedule.plan", "schedule.shaping", "models.config", "config",
+    "streams.stream", "streams.driver",
 }  # fmt: skip
 
 

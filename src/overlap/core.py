@@ -377,5 +377,8 @@ def _give_back_cached_memory() -> None:
     """Let torch's allocator return to CUDA what the engine used, so that the next engine finds it."""
     import torch
 
+    from overlap.graphs.capture import POOLS
+
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
+        with POOLS:
+            torch.cuda.empty_cache()

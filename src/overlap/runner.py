@@ -15,6 +15,7 @@ others with the target's forward in pieces.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -54,26 +55,41 @@ BLOCK_LAYERS: Final = 8
 """Layers of a side lane's step that are launched at once: a fraction of a millisecond of host time in pieces."""
 
 
+LONG_LAUNCH_S: Final = 0.03
+"""A launch that keeps the host for longer has built or loaded a kernel."""
+
+
 class TorchFlight:
     """A plan that is running, or queued to, or of which some blocks are not queued yet."""
 
-    __slots__ = ("_blocks", "_landings", "_mark", "_stream", "blocks_left", "plan")
+    __slots__ = ("_blocks", "_landings", "_mark", "_stream", "_typical", "_usual", "blocks_left", "plan")
 
     def __init__(
-        self, plan: StepPlan, stream: Stream, landings: list[Ints], blocks: Iterator[None], num_blocks: int
+        self,
+        plan: StepPlan,
+        stream: Stream,
+        landings: list[Ints],
+        blocks: Iterator[None],
+        num_blocks: int,
+        usual: Callable[[], bool],
     ) -> None:
+        """`usual` says, once a block has been launched, whether such steps will always run as this one does."""
         self.plan = plan
         self.blocks_left = num_blocks
         self._stream = stream
         self._landings = landings
         self._blocks = blocks
+        self._usual = usual
+        self._typical = True
         self._mark: Mark | None = None
 
     def launch_block(self) -> None:
         """Enqueue the next block; behind the last one stands the mark."""
         self.blocks_left -= 1
         name = "step" if self.plan.lane == MAIN else "prompts"
+        began = time.perf_counter()
         self._stream.launch(name, self._run_block, tokens=self.plan.num_tokens)
+        self._typical &= self._usual() and time.perf_counter() - began < LONG_LAUNCH_S
         if not self.blocks_left:
             self._mark = self._stream.mark()
 
@@ -103,7 +119,7 @@ class TorchFlight:
 
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed."""
-        return self._stream.busy(self.mark)
+        return self._stream.busy(self.mark)._replace(typical=self._typical)
 
 
 class Runner:
@@ -231,9 +247,7 @@ class _LaneRunner:
         self._cores = torch.get_num_threads()
         self._shares_cores = False
         self._speculation = speculation
-        most_landing = max_rows * (
-            1 if speculation is None else 2 * speculation.width
-        )  # tokens, and drafts of masked rows
+        most_landing = max_rows * (1 if speculation is None else 2 * speculation.width)  # tokens; masked rows' drafts
         self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), most_landing, kv.device)
         self._lane = Lane(
             program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail, speculation=speculation
@@ -312,12 +326,16 @@ class _LaneRunner:
             landings.append(self._mail.told_words[place][:num_landing])
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
-            return TorchFlight(
-                plan, self._stream, landings, self._step(plan, layout, place, masks, BLOCK_LAYERS), num_blocks
-            )
-        flight = TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, masks, None), 1)
+            blocks = self._step(plan, layout, place, masks, BLOCK_LAYERS)
+            return TorchFlight(plan, self._stream, landings, blocks, num_blocks, self._is_usual)
+        blocks = self._step(plan, layout, place, masks, None)
+        flight = TorchFlight(plan, self._stream, landings, blocks, 1, self._is_usual)
         flight.launch_block()
         return flight
+
+    def _is_usual(self) -> bool:
+        """Return whether the step that was launched last runs as such steps will from now on."""
+        return self._graphs is None or self._graphs.usual
 
     def warm_up_one(self) -> bool:
         """Capture one more graph; return whether one was left. A side lane's only if it has missed some."""

@@ -23,6 +23,7 @@ from overlap.graphs.driver import GraphDriver
 from overlap.graphs.lane import part
 from overlap.graphs.pieces import rehearse
 from overlap.graphs.policy import Policy, Shape
+from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Attend, Batch
 from overlap.ops.attention import Attention
 from overlap.schedule.request import Request
@@ -117,7 +118,8 @@ def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096, **more: Any)
         if whole is not None:
             rows = row_buckets(8) if whole else ()
             policy = Policy(rows, token_buckets(64, smallest=16 if whole else 1), rows if "speculative" in more else ())
-            runner._main._graphs = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            own = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            runner._main._shares = ShareGraphs(lambda _: own)
         yield parts
     finally:
         parts.own.close()

@@ -15,6 +15,7 @@ pool share their intermediates, and must run one after the other: on one stream.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -24,6 +25,13 @@ from torch import Tensor
 
 _THREAD_LOCAL: Final = 1
 _FREE_ON_LAUNCH: Final = 1
+
+
+POOLS: Final = threading.Lock()
+"""Held while one engine of the process records, and while one gives memory back to CUDA.
+
+torch's allocator ends the process ("captures_underway.empty() INTERNAL ASSERT FAILED") if a pool is given up while any
+thread allocates for a capture."""
 
 
 class CaptureError(RuntimeError):
@@ -77,7 +85,7 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Serve this thread's allocations from the pool; whatever ends the block, no capture is left open."""
         before = torch.cuda.memory_reserved(self._device)
-        with torch.cuda.use_mem_pool(self._pool, self._device):
+        with POOLS, torch.cuda.use_mem_pool(self._pool, self._device):
             try:
                 yield
             finally:
@@ -113,7 +121,8 @@ class Recorder:
 
     def close(self) -> None:
         """Give up the pool; its memory goes back to CUDA once nothing is left in it and torch's cache is emptied."""
-        self._pool = None
+        with POOLS:
+            self._pool = None
 
     def _abandon(self) -> None:
         """End a capture that came to nothing. CUDA takes the stream out of it even where it reports an error."""

@@ -70,10 +70,13 @@ class GraphDriver:
         self._replays = self._piecewise = self._eager = self._captures = self._failures = 0
         self._padded_rows = self._padded_tokens = 0
         self._seconds = 0.0
+        self.usual = True
+        """Whether the step that was prepared last runs as such steps will run from now on."""
 
     def prepare(self, plan: StepPlan) -> Shape | None:
         """Return the graph that is to run a plan, captured now if it is time; None for an eager step."""
         decision = self.policy.decide(plan)
+        self.usual = decision.capture is None and not decision.first
         if decision.capture is not None and not self.capture(decision.capture):
             decision = Decision(None, None)
         if decision.run is None:

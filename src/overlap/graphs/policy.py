@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 from overlap.errors import InternalError
@@ -70,6 +70,8 @@ class Decision:
 
     capture: Shape | None
     run: Shape | None
+    first: bool = field(default=False, compare=False)
+    """Whether it runs without a graph because it is the first of its size: the next ones will take less."""
 
 
 def decode_kind(plan: StepPlan) -> Kind | None:
@@ -142,7 +144,7 @@ class Policy:
             if decision is not None:
                 return decision
         self._reasons[reason] += 1
-        return Decision(None, None)
+        return Decision(None, None, first=reason == _FIRST_USE)
 
     def _decide(self, kind: Kind, count: int) -> tuple[Decision | None, str]:
         size = bucket_for(count, self._buckets[kind])

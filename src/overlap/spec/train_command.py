@@ -72,7 +72,7 @@ def train_drafter(job: Job) -> Report:
     training.run(checkpoint, progress=job.progress)
     report = training.report(judged)
     half = torch.bfloat16 if job.dtype is not torch.float32 else torch.float32
-    notes = {"dtype": str(half).removeprefix("torch."), "target": job.model, **shape_of(training.target)}
+    notes = {"dtype": str(half).removeprefix("torch."), "target": Path(job.model).name, **shape_of(training.target)}
     write_eagle3(job.output, training.config, training.tensors(half), **notes)
     card = _card(job, training, corpus, judged, report)
     (job.output / "README.md").write_text(card, encoding="utf-8")
@@ -123,9 +123,10 @@ def _card(job: Job, training: HeadTraining, corpus: Corpus, judged: Corpus, repo
     """Return the README.md of a head."""
     positions = "\n".join(f"| {place} | {share:.3f} |" for place, share in enumerate(report.accepted, 1))
     source = "built-in topics and questions" if job.prompts is None else f"the {job.num_prompts} prompts given"
-    return f"""# An EAGLE-3 head for {job.model}
+    name = Path(job.model).name
+    return f"""# An EAGLE-3 head for {name}
 
-Made by `overlap train-drafter`. It drafts for `{job.model}` and for no other model. Format: that of the published
+Made by `overlap train-drafter`. It drafts for `{name}` and for no other model. Format: that of the published
 EAGLE-3 heads (config.json, model.safetensors).
 
 - **Data:** {len(corpus)} answers ({len(corpus.tokens)} tokens with their prompts) to {source}, sampled from the

@@ -30,6 +30,8 @@ class Busy(NamedTuple):
     end: float
     gap: float
     """How long the stream had nothing to run before `start`: 0 for its first mark."""
+    typical: bool = True
+    """Whether such work takes as long the next time; not if something was built or captured meanwhile."""
 
 
 class Stream(Protocol):
