@@ -20,7 +20,7 @@ from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
 from overlap.errors import EngineClosed, EngineDead, RequestError
 from overlap.figures import Statistics
-from overlap.front import Answer, Front
+from overlap.front import Answer, Front, PromptScores
 from overlap.generation import Generation
 from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
@@ -354,6 +354,7 @@ class AsyncEngine:
             own_stop_ids=params.stop_token_ids,
             end_request=lambda: self._core.end(key),
             num_logprobs=params.logprobs,
+            scored=None if params.prompt_logprobs is None else PromptScores(tokens.tolist(), params.prompt_logprobs),
         )
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids(live))}
         request = Request(
@@ -369,6 +370,7 @@ class AsyncEngine:
             stop_ids=tuple(sorted(stop_ids)),
             shaping=params.shaping(stop_ids, live.model.vocab_size),
             logprobs=params.logprobs is not None,
+            scores=0 if params.prompt_logprobs is None else len(tokens),
             priority=terms.priority,
             fairness_key=terms.fairness_key,
             salt=terms.cache_salt,

@@ -50,6 +50,7 @@ class Rig:
 
     def __post_init__(self) -> None:
         self.answers: dict[int, list[int]] = {}
+        self.scores: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
         self.failures: dict[int, BaseException] = {}
         self.on_settled: Callable[[], None] = lambda: None
@@ -74,6 +75,11 @@ class Rig:
         )
 
     def tell_settled(self, settled: Settled) -> None:
+        for scored in settled.scored:
+            assert scored.key not in self.answers, "a score came behind the first token"
+            told = self.scores.setdefault(scored.key, [])
+            assert scored.start == 1 + len(told)
+            told += scored.words[:, 0].tolist()
         for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
             assert key not in self.ends, f"request {key} got a token after its end"
             assert key not in self.failures
@@ -165,16 +171,21 @@ async def test_every_answer_is_what_it_would_have_been_alone_in_any_lane(seed: i
         cost=lambda work, tokens: draw.choice([1.0, 1.0, 20.0]),
         overlap=overlap,
     )
-    requests, expected = [], {}
+    requests, expected, expected_scores = [], {}, {}
     shared = [draw.randrange(97) for _ in range(48)]
     for key in range(draw.randint(1, 25)):
         prompt = shared[: draw.choice([0, 0, 16, 40])] + [draw.randrange(97) for _ in range(draw.randint(1, 60))]
         limit = draw.randint(1, 9 * 16 - len(prompt))
         stops = tuple(draw.sample(range(97), draw.choice([0, 0, 1, 3])))
-        requests.append(request(key, prompt, limit, stop_ids=stops, priority=draw.choice([0, 0, 1])))
+        scores = len(prompt) if key % 3 == 0 else 0
+        more = {"stop_ids": stops, "priority": draw.choice([0, 0, 1]), "scores": scores}
+        requests.append(request(key, prompt, limit, **more))
         expected[key] = MODEL.answer(prompt, limit, stop_ids=stops)
+        if scores > 1:
+            expected_scores[key] = MODEL.scores(prompt)
     await rig.serve(*requests)
     assert rig.answers == expected
+    assert rig.scores == expected_scores
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -92,6 +92,10 @@ class StepPlan:
     """Whether the logits of any emitting row are changed before a token is drawn (see `Shaping`)."""
     logprobs: bool = False
     """Whether log-probabilities of any emitting row's token are asked for."""
+    scores: Ints | None = None
+    """[S] indices into `prompt`, ascending: the tokens behind which a score is asked for; None for none ..."""
+    score_tokens: Ints | None = None
+    """[S] ... of these tokens. MOST_SCORED at most."""
     admissions: tuple[Admission, ...]
     """Requests that take their slot with this step, applied before anything else."""
     page_slots: Ints
@@ -119,6 +123,10 @@ class StepPlan:
         return len(self.emits) + (self.width - 1) * self.num_decode
 
 
+def _num(column: Ints | None) -> int:
+    return 0 if column is None else len(column)
+
+
 PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("a step has rows", lambda plan: plan.num_rows > 0),
     ("a slot has one row in a step", lambda plan: len(np.unique(plan.slots)) == plan.num_rows),
@@ -126,6 +134,7 @@ PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("a decode row runs `width` tokens", lambda plan: bool((plan.counts[: plan.num_decode] == plan.width).all())),
     ("the chunks' tokens are all there", lambda plan: int(plan.counts[plan.num_decode :].sum()) == len(plan.prompt)),
     ("a decode row emits", lambda plan: bool((plan.emits[: plan.num_decode] == np.arange(plan.num_decode)).all())),
+    ("as many tokens are scored as places are named", lambda plan: _num(plan.scores) == _num(plan.score_tokens)),
     ("emitting rows ascend", lambda plan: bool((np.diff(plan.emits) > 0).all())),
 )
 """What is true of every plan, as sentences that are also the error messages. Checked in tests (14 µs at 256 rows)."""

@@ -206,7 +206,7 @@ class Endpoint:
                 continue
             text = asked.prompts[index // asked.n] if asked.echo else ""
             echoed = text if isinstance(text, str) else self._door.decode(prompt)
-            shapes.append(TextAnswer(index, self._door.decode, echoed=echoed, token_ids=ids))
+            shapes.append(TextAnswer(index, self._door.decode, prompt=prompt, echoed=echoed, token_ids=ids))
         return shapes
 
     def _reader(self, asked: Asked, prompt: Sequence[int]) -> MessageReader:

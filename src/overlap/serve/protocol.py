@@ -103,6 +103,8 @@ class Asked:
     continuous_usage: bool
     return_token_ids: bool = False
     echo: bool = False
+    only_echo: bool = False
+    """Whether nothing but the prompt is wanted back: `max_tokens` 0."""
     priority: int = 0
     cache_salt: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -168,7 +170,9 @@ def _check_depth(name: str, value: object) -> None:
     raise ApiError(400, f"{name} is nested deeper than {MAX_DEPTH} levels.", param=name)
 
 
-def sampling(request: Sampled, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def sampling(
+    request: Sampled, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+) -> SamplingParams:
     """Return how the engine is to sample. Raises ApiError, and RequestError for a value out of range."""
     if not 0 <= request.temperature <= 2:
         raise ApiError(400, f"temperature must be in [0, 2], not {request.temperature}.", param="temperature")
@@ -187,6 +191,7 @@ def sampling(request: Sampled, *, max_tokens: int | None, logprobs: int | None) 
         repetition_penalty=request.repetition_penalty,
         logit_bias=request.logit_bias or None,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         stop=request.stop,
         stop_token_ids=request.stop_token_ids,
         ignore_eos=request.ignore_eos,
@@ -202,6 +207,7 @@ def asked(
     params: SamplingParams,
     *,
     echo: bool = False,
+    only_echo: bool = False,
     tools: tuple[Mapping[str, Any], ...] = (),
     parallel_tool_calls: bool = True,
 ) -> Asked:
@@ -226,6 +232,7 @@ def asked(
         continuous_usage=options.include_usage and options.continuous_usage_stats,
         return_token_ids=request.return_token_ids,
         echo=echo,
+        only_echo=only_echo,
         priority=request.priority,
         cache_salt=request.cache_salt,
         tools=tools,

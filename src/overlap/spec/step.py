@@ -53,6 +53,8 @@ class Brought:
     """int32 [L]: the target's choice at each of these places, taken or not."""
     logits_LV: Tensor
     """float32 [L, V]: the target's own."""
+    hidden_TC: Tensor
+    """[T, C]: its hidden states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +106,8 @@ class Speculation:
         """Bytes of device memory, the drafter's own left out."""
         return self._drafts_SK.nbytes + self._num_S.nbytes
 
-    def run(self, plan: StepPlan, layout: Layout, packed: Tensor) -> Brought | None:
-        """Enqueue a whole step whose plan is on the device as `packed`. None if no row of it emits."""
+    def run(self, plan: StepPlan, layout: Layout, packed: Tensor) -> Brought:
+        """Enqueue a whole step whose plan is on the device as `packed`."""
         apply_changes(packed, layout, self._rows)
         self._admit(plan.admissions, packed, layout)
         inputs = self._inputs(plan, layout, packed)
@@ -123,9 +125,7 @@ class Speculation:
         tokens_L = torch.cat((_landing(outcome, inputs.num_drafts_D).view(-1), choices_L[run_tokens:]))
         self._settle(plan, inputs, outcome, choices_L[run_tokens:])
         self._draft(plan, inputs, outcome, choices_L, states[:, width:])
-        if not layout.num_emits:
-            return None
-        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV)
+        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV, hidden_TC=states[:, :width])
 
     def _admit(self, admissions: Sequence[Admission], packed: Tensor, layout: Layout) -> None:
         """Forget what the slots' earlier owners left."""

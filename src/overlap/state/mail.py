@@ -15,6 +15,7 @@ from typing import Final
 import torch
 
 from overlap.cache.pages import Ints
+from overlap.schedule.scores import MOST_SCORED
 from overlap.schedule.shaping import TOLD_WORDS
 from overlap.state.packing import HEADER
 
@@ -27,7 +28,18 @@ EMPTY: Final = DEPTH
 class Mail:
     """The places of one lane, and the device's side of them."""
 
-    __slots__ = ("landed_words", "landings", "packed", "plan_words", "plans", "told", "told_words", "turn")
+    __slots__ = (
+        "landed_words",
+        "landings",
+        "packed",
+        "plan_words",
+        "plans",
+        "scored",
+        "scored_words",
+        "told",
+        "told_words",
+        "turn",
+    )
 
     def __init__(self, words: int, max_landing: int, device: torch.device | str) -> None:
         """`words` is the `capacity` of a packed plan; `max_landing` tokens come back at most."""
@@ -42,6 +54,9 @@ class Mail:
         self.told = torch.zeros((DEPTH + 1, max_landing, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
         """int32 [DEPTH + 1, max_landing, TOLD_WORDS] on the host: what is told with tokens, where it is asked for."""
         self.told_words: list[Ints] = list(self.told.numpy())
+        self.scored = torch.zeros((DEPTH, MOST_SCORED, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH, MOST_SCORED, TOLD_WORDS] on the host: the scores of each flight's prompts."""
+        self.scored_words: list[Ints] = list(self.scored.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
         """int32 [words] on the device: the plan of the step that runs."""
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
