@@ -91,7 +91,7 @@ async def test_all_scores_are_there_with_the_first_output(tiny_llama_dir: Path) 
 
 
 async def test_a_long_prompt_is_scored_a_few_tokens_a_step(tiny_llama_dir: Path) -> None:
-    from overlap.schedule.scores import MOST_SCORED
+    from overlap.schedule.shaping import MOST_SCORED
 
     prompt = [DRAW.randrange(3, 500) for _ in range(510)]
     async with AsyncEngine(tiny_llama_dir, **BASE) as engine:

@@ -234,3 +234,21 @@ async def test_arrivals_aborts_and_failed_steps_in_either_lane_lose_nothing(seed
         assert got == (alone if key in rig.ends else alone[: len(got)])
         if key in aborted:
             assert len(got) == aborted[key], "a token came after the abort"
+
+
+async def test_a_preempted_prompt_is_scored_from_where_it_was_and_takes_what_is_before_that_from_the_cache() -> None:
+    rig = Rig(None, num_pages=9, token_budget=16)
+    prompt = [(7 * at) % 97 for at in range(110)]
+    scored = request(0, prompt, 5, scores=len(prompt))
+
+    def press() -> None:
+        if len(rig.scores.get(0, [])) == 48 and 1 not in rig.answers:
+            rig.on_settled = lambda: None
+            rig.loop.submit(request(1, [3] * 50, 4, priority=5))
+
+    rig.on_settled = press
+    await rig.serve(scored)
+    assert rig.planner.statistics().preemptions == 1
+    assert 0 < scored.num_hit < 6  # each score is told once, and what says the next one is run again
+    assert rig.scores[0] == MODEL.scores(prompt)
+    assert rig.answers == {0: MODEL.answer(prompt, 5), 1: MODEL.answer([3] * 50, 4)}

@@ -234,7 +234,6 @@ class Storm:
             assert not case.tokens, "a score came behind the first token"
             assert scored.start == 1 + len(case.scores)
             case.scores += scored.words[:, 0].tolist()
-            self.met["scored again"] += case.request.num_hit > 0
         for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
             case = self.cases[key]
             assert not case.outcome, f"request {key} is {case.outcome}, and got a token"
@@ -344,5 +343,4 @@ async def test_the_storm_meets_all_that_is_hard() -> None:
     for case in (*outcomes, *(f"ended {phase}" for phase in phases), "failed steps", "preemptions", "pressed", "hits"):
         assert met[case] >= 3, f"{case}: {met[case]}"
     assert met["evicted pages"] > 100
-    assert met["scored again"] > 0, "a preempted prompt uses the cache up to what was told of it"
     assert 100 < met["cached tokens"] < met["prompt tokens"]

@@ -36,8 +36,9 @@ from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
 from overlap.schedule.runs import cut_runs, num_drafted, runs_of
-from overlap.schedule.scores import MOST_SCORED, Scored, cut_scores, scores_of
+from overlap.schedule.scores import Scored, cut_scores, scores_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
+from overlap.schedule.shaping import MOST_SCORED
 from overlap.schedule.slots import Slots, Update
 from overlap.schedule.split import Splitter
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from overlap.cache.pages import Ints
 if TYPE_CHECKING:
     from overlap.schedule.plan import StepPlan
     from overlap.schedule.request import Request
-
-MOST_SCORED: Final = 512
-"""The most prompt tokens that one step scores: longer prompts take more steps, and never more memory."""
 
 
 @dataclass(frozen=True, slots=True)

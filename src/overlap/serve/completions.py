@@ -8,7 +8,7 @@ from msgspec import UNSET
 
 from overlap.messages import Output, Prompt
 from overlap.serve.errors import ApiError
-from overlap.serve.logprobs import Decode, TextLogprobs, joined, prompt_logprobs, text_logprobs
+from overlap.serve.logprobs import Decode, TextLogprobs, joined, prompt_logprobs, prompt_table, text_logprobs
 from overlap.serve.protocol import MAX_ANSWERS, MAX_LOGPROBS, Asked, Sampled, asked, decode, sampling
 from overlap.serve.shapes import Choice, Progress, TextChoice
 
@@ -36,7 +36,7 @@ def parse_completion(body: bytes) -> Asked:
         request,
         max_tokens=1 if only_echo else request.max_tokens,  # the engine's least; `answers.answer` leaves it out
         logprobs=logprobs,
-        prompt_logprobs=logprobs if request.echo else None,
+        echoed_logprobs=logprobs if request.echo else None,
     )
     return asked(request, prompts, params, echo=request.echo, only_echo=only_echo)
 
@@ -61,16 +61,27 @@ class TextAnswer:
     """One choice of a completion as it comes."""
 
     def __init__(
-        self, index: int, decode: Decode, *, prompt: Sequence[int] = (), echoed: str = "", token_ids: bool = False
+        self,
+        index: int,
+        decode: Decode,
+        *,
+        prompt: Sequence[int] = (),
+        echoed: str | None = None,
+        token_ids: bool = False,
+        num_scores: int | None = None,
     ) -> None:
-        """`echoed` is the text in front of the answer's, that of `prompt` or nothing."""
+        """`echoed` is the text of `prompt` if it is to stand in front of the answer's.
+
+        `num_scores` alternatives to each token of the prompt are told in a table of their own; None tells none.
+        """
+        self._num_scores = num_scores
         self._index = index
         self._decode = decode
         self._prompt = prompt
         self._echoed = echoed
         self._progress = Progress()
         self._token_ids = token_ids
-        self._offset = len(echoed)
+        self._offset = len(echoed or "")
         self._opened = False
 
     def opening(self) -> list[Choice]:
@@ -103,14 +114,15 @@ class TextAnswer:
         scores = self._scores(output)
         return TextChoice(
             index=self._index,
-            text=self._echoed + output.text,
+            text=(self._echoed or "") + output.text,
             logprobs=self._logprobs(output) if scores is None else joined(scores, self._logprobs(output)),
             finish_reason=output.finish_reason,
             token_ids=tuple(output.token_ids) if self._token_ids else UNSET,
+            prompt_logprobs=prompt_table(output, self._num_scores, self._decode),
         )
 
     def _scores(self, output: Output) -> TextLogprobs | None:
-        if output.prompt_logprobs is None:
+        if output.prompt_logprobs is None or self._echoed is None:
             return None
         return prompt_logprobs(self._prompt, output.prompt_logprobs, self._decode, self._echoed)
 

@@ -19,6 +19,7 @@ from overlap.serve.chat import ChatAnswer, parse_chat
 from overlap.serve.completions import TextAnswer, parse_completion
 from overlap.serve.door import Door
 from overlap.serve.errors import ApiError, to_api_error
+from overlap.serve.logprobs import prompt_table
 from overlap.serve.openapi import document
 from overlap.serve.protocol import Asked
 from overlap.serve.responses import ResponseAnswer, parse_response
@@ -152,6 +153,9 @@ class Endpoint:
                 choices=tuple(shape.whole(finals[index]) for index, shape in enumerate(shapes)),
                 usage=total_usage(usages, asked.n),
                 prompt_token_ids=tuple(prompts[0]) if asked.return_token_ids else UNSET,
+                prompt_logprobs=prompt_table(finals[0], asked.prompt_logprobs, self._door.decode)
+                if kind == "chat"
+                else UNSET,  # each choice has its own
             )
         )
 
@@ -204,9 +208,12 @@ class Endpoint:
             if kind == "chat":
                 shapes.append(ChatAnswer(index, self._door.decode, self._reader(asked, prompt), token_ids=ids))
                 continue
-            text = asked.prompts[index // asked.n] if asked.echo else ""
-            echoed = text if isinstance(text, str) else self._door.decode(prompt)
-            shapes.append(TextAnswer(index, self._door.decode, prompt=prompt, echoed=echoed, token_ids=ids))
+            text = asked.prompts[index // asked.n] if asked.echo else None
+            echoed = text if text is None or isinstance(text, str) else self._door.decode(prompt)
+            scores = asked.prompt_logprobs
+            shapes.append(
+                TextAnswer(index, self._door.decode, prompt=prompt, echoed=echoed, token_ids=ids, num_scores=scores)
+            )
         return shapes
 
     def _reader(self, asked: Asked, prompt: Sequence[int]) -> MessageReader:

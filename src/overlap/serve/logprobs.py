@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from overlap.errors import RequestError
-from overlap.messages import TokenLogprob
+from overlap.messages import Output, TokenLogprob
 
 Decode = Callable[[Sequence[int]], str]
 LEAST: Final = -9999.0
@@ -47,6 +48,19 @@ class TextLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     token_logprobs: tuple[float | None, ...]
     top_logprobs: tuple[dict[str, float] | None, ...]
     text_offset: tuple[int, ...]
+
+
+class TableLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of vLLM's table of a prompt."""
+
+    logprob: float
+    rank: int | None
+    """1 for the most likely token; None for one that is not among those that were asked for."""
+    decoded_token: str
+
+
+PromptTable: TypeAlias = tuple[dict[str, TableLogprob] | None, ...]
+"""Of each token of a prompt, None for the first: by token id, itself first."""
 
 
 def _text(decode: Decode, token: int) -> str:
@@ -107,13 +121,33 @@ def prompt_logprobs(
     )
 
 
-def _top(entry: TokenLogprob, text: str, decode: Decode) -> dict[str, float] | None:
+def prompt_table(output: Output, num: int | None, decode: Decode) -> PromptTable | UnsetType:
+    """Return an answer's `prompt_logprobs` as vLLM has them, with `num` alternatives to each token; None for none."""
+    if num is None or output.prompt_logprobs is None:
+        return UNSET
+
+    def told(token: int, logprob: float, rank: int | None) -> TableLogprob:
+        return TableLogprob(logprob=max(logprob, LEAST), rank=rank, decoded_token=_text(decode, token))
+
+    rows: list[dict[str, TableLogprob] | None] = []
+    for entry in output.prompt_logprobs:
+        if entry is None:
+            rows.append(None)
+            continue
+        ranks = {token: rank for rank, (token, _) in enumerate(entry.alternatives, start=1)}
+        row = {str(entry.token): told(entry.token, entry.logprob, ranks.get(entry.token))}
+        for token, logprob in entry.alternatives[:num]:
+            row.setdefault(str(token), told(token, logprob, ranks[token]))
+        rows.append(row)
+    return tuple(rows)
+
+
+def _top(entry: TokenLogprob, text: str, decode: Decode) -> dict[str, float]:
     top: dict[str, float] = {}
     for token, logprob in entry.alternatives:
         top.setdefault(_text(decode, token), max(logprob, LEAST))
-    if entry.alternatives:
-        top.setdefault(text, max(entry.logprob, LEAST))
-    return top or None
+    top.setdefault(text, max(entry.logprob, LEAST))
+    return top
 
 
 def joined(first: TextLogprobs, second: TextLogprobs | None) -> TextLogprobs:

@@ -15,8 +15,7 @@ from typing import Final
 import torch
 
 from overlap.cache.pages import Ints
-from overlap.schedule.scores import MOST_SCORED
-from overlap.schedule.shaping import TOLD_WORDS
+from overlap.schedule.shaping import MOST_SCORED, TOLD_WORDS
 from overlap.state.packing import HEADER
 
 DEPTH: Final = 3
