@@ -19,8 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import numpy as np
-
 from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.figures import Statistics, statistics_of
 from overlap.front import Front, dead
@@ -249,13 +247,13 @@ class Core:
 
     def tell_settled(self, settled: Settled) -> None:
         """Outbox: hand a step's tokens to the fronts that read them."""
-        if not len(settled.keys):
+        if not len(settled.keys) and not settled.scored:
             return
-        for number in np.unique(settled.fronts).tolist():
+        for number in {*settled.fronts.tolist(), *(one.front for one in settled.scored)}:
             part = settled.of_front(number)
             front = self._fronts.get(number)
             if front is None or not front.post_settled(part):  # its event loop was closed: nobody reads there any more
-                for key in part.keys.tolist():
+                for key in (*part.keys.tolist(), *(one.key for one in part.scored)):
                     self.end(key)
 
     def tell_failed(self, key: int, front: int, failure: BaseException) -> None:

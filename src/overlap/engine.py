@@ -20,7 +20,7 @@ from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
 from overlap.errors import EngineClosed, EngineDead, RequestError
 from overlap.figures import Statistics
-from overlap.front import Answer, Front
+from overlap.front import Answer, Front, PromptScores
 from overlap.generation import Generation
 from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
@@ -361,6 +361,7 @@ class AsyncEngine:
             num_logprobs=params.logprobs,
             whole=whole,
             turns=front.turns,
+            scored=None if params.prompt_logprobs is None else PromptScores(tokens.tolist(), params.prompt_logprobs),
         )
         goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
         stop_ids = {*params.stop_token_ids, *(() if goes_on else self._eos_ids(live))}
@@ -379,6 +380,7 @@ class AsyncEngine:
             logprobs=params.logprobs is not None,
             structured=params.structured,
             matcher=matcher,
+            scores=0 if params.prompt_logprobs is None else len(tokens),
             priority=terms.priority,
             fairness_key=terms.fairness_key,
             salt=terms.cache_salt,

@@ -53,6 +53,9 @@ class Flight(Protocol):
     async def wait_landed(self) -> Ints:
         """Return the tokens [E] once the device is done; raise what the step raised."""
 
+    def scored(self) -> Ints | None:
+        """Return the scores [S, TOLD_WORDS] of a plan that asks for some. Only once it has landed, and at once then."""
+
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed, and not if it failed."""
 
@@ -96,6 +99,10 @@ class _FailedFlight:
 
     async def wait_landed(self) -> Ints:
         """Raise why."""
+        raise self.failure
+
+    def scored(self) -> Ints | None:
+        """Raise why: it never ran."""
         raise self.failure
 
     def busy(self) -> Busy:
@@ -208,7 +215,8 @@ class Loop:
                 await self._wait_mask()
             if main:
                 await self._settle(main, beside=side)
-            if side and (not main or side[0].landed):
+            # a request's own steps are settled in their order, in whichever lane they ran
+            if side and (not main or (side[0].landed and main[0].plan.number > side[0].plan.follows)):
                 self._launch_blocks(side[0], beside=main)
                 await self._settle(side, beside=main)
 
@@ -278,7 +286,7 @@ class Loop:
             if lane:
                 watchdog.watch(lane[0].plan)
         with self._timeline.span("settle", flight.plan):
-            settled = self._planner.settle(flight.plan, tokens)
+            settled = self._planner.settle(flight.plan, tokens, flight.scored())
             self._steps += 1
             self._tokens_in += flight.plan.num_tokens
             self._tokens_out += len(settled.keys)

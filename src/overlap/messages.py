@@ -22,7 +22,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or chat messages (which go through the model's chat template)."""
 
 MAX_STOP_STRINGS: Final = 64
-_LATER: Final = ("best_of", "prompt_logprobs", "bad_words")
+_LATER: Final = ("best_of", "bad_words")
 _NEVER: Final = {
     "n": "A request has one answer. Give the prompt n times to `generate_batch`, with seeds of their own or none.",
     "guided_decoding": "Give `structured`, a StructuredOutput.",
@@ -75,6 +75,10 @@ class SamplingParams:
     """Tell with each token its log-probability, and the ids and log-probabilities of this many most likely tokens, 0 to
     20. They are the model's own: the log-softmax of its logits before penalties, bias, temperature and filters. None
     tells nothing."""
+    prompt_logprobs: int | None = None
+    """Tell also of each token of the prompt its log-probability given those before it, and this many most likely
+    tokens in its place, 0 to 20: `Output.prompt_logprobs`. The prompt is then run whole: nothing of it comes from the
+    prefix cache. None tells nothing."""
     stop: str | Sequence[str] | None = None
     """End the answer before any of these strings. No part of one is ever emitted."""
     stop_token_ids: Sequence[int] = field(default=())
@@ -114,7 +118,7 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise refuse(name, "a finite number")
-        for name in ("top_k", "min_tokens", "seed", "max_tokens", "logprobs"):
+        for name in ("top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             optional = name not in ("top_k", "min_tokens")
             if isinstance(value, bool) or not isinstance(value, int | (NoneType if optional else int)):
@@ -158,8 +162,9 @@ class SamplingParams:
             raise refuse("repetition_penalty", "above 0: 1 is none, more makes repetition less likely (1e-6 to 1e6)")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise refuse("min_tokens", "from 0 to max_tokens")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_ALTERNATIVES:
-            raise refuse("logprobs", f"from 0 to {MOST_ALTERNATIVES}, or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= MOST_ALTERNATIVES:
+                raise refuse(name, f"from 0 to {MOST_ALTERNATIVES}, or None")
         given = self.logit_bias or {}
         pairs = tuple(given.items() if isinstance(given, Mapping) else given)
         if len(pairs) > MOST_BIASED:
@@ -273,6 +278,7 @@ class Output:
         "_tokens",
         "finish_reason",
         "index",
+        "prompt_logprobs",
         "request_id",
         "stop_reason",
         "text",
@@ -292,6 +298,7 @@ class Output:
         stop_reason: int | str | None,
         usage: Usage,
         logprobs: list[TokenLogprob] | None = None,
+        prompt_logprobs: list[TokenLogprob | None] | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -305,6 +312,9 @@ class Output:
         self.stop_reason = stop_reason
         """The stop token id or stop string that ended the answer, if one of the request's own did."""
         self.usage = usage
+        self.prompt_logprobs = prompt_logprobs
+        """One entry for each token of the prompt, None for the first; all are there from the first Output on. None if
+        `SamplingParams.prompt_logprobs` did not ask for it."""
         self._tokens = tokens  # grows after this; only the first _num_tokens are ours
         self._num_tokens = len(tokens)
         self._logprobs = logprobs  # grows with the tokens

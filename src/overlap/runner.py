@@ -36,6 +36,7 @@ from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
+from overlap.sample.score import write_scores
 from overlap.sample.shaping import mask_logits, shape_logits, told_words
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.spec.step import Speculation
@@ -62,13 +63,14 @@ LONG_LAUNCH_S: Final = 0.03
 class TorchFlight:
     """A plan that is running, or queued to, or of which some blocks are not queued yet."""
 
-    __slots__ = ("_blocks", "_landings", "_mark", "_stream", "_typical", "_usual", "blocks_left", "plan")
+    __slots__ = ("_blocks", "_landings", "_mark", "_scores", "_stream", "_typical", "_usual", "blocks_left", "plan")
 
     def __init__(
         self,
         plan: StepPlan,
         stream: Stream,
         landings: list[Ints],
+        scores: Ints | None,
         blocks: Iterator[None],
         num_blocks: int,
         usual: Callable[[], bool],
@@ -78,6 +80,7 @@ class TorchFlight:
         self.blocks_left = num_blocks
         self._stream = stream
         self._landings = landings
+        self._scores = scores
         self._blocks = blocks
         self._usual = usual
         self._typical = True
@@ -116,6 +119,10 @@ class TorchFlight:
         """
         await self._stream.wait_reached(self.mark)
         return self._landings[0].copy() if len(self._landings) == 1 else np.column_stack(self._landings)
+
+    def scored(self) -> Ints | None:
+        """Return the scores [S, TOLD_WORDS] of a plan that asks for some. Only once it has landed, and at once then."""
+        return None if self._scores is None else self._scores.copy()
 
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed."""
@@ -324,12 +331,13 @@ class _LaneRunner:
         landings = [self._mail.landed_words[place][:num_landing]]
         if plan.logprobs:
             landings.append(self._mail.told_words[place][:num_landing])
+        scores = None if plan.scores is None else self._mail.scored_words[place][: len(plan.scores)]
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
             blocks = self._step(plan, layout, place, masks, BLOCK_LAYERS)
-            return TorchFlight(plan, self._stream, landings, blocks, num_blocks, self._is_usual)
+            return TorchFlight(plan, self._stream, landings, scores, blocks, num_blocks, self._is_usual)
         blocks = self._step(plan, layout, place, masks, None)
-        flight = TorchFlight(plan, self._stream, landings, blocks, 1, self._is_usual)
+        flight = TorchFlight(plan, self._stream, landings, scores, blocks, 1, self._is_usual)
         flight.launch_block()
         return flight
 
@@ -381,7 +389,8 @@ class _LaneRunner:
         if masks is not None:
             masks = masks.to(self._kv.device, non_blocking=True)
         brought = speculation.run(plan, layout, packed, target, masks)
-        if brought is not None:
+        self._score(plan, brought.hidden_TC, place)
+        if layout.num_emits:
             self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
             if brought.drafts_MK is not None:
                 behind = self._mail.landings[place, plan.num_landing : plan.num_landing + plan.num_draft_words]
@@ -417,6 +426,7 @@ class _LaneRunner:
             hidden_TC = yield from drive_in_blocks(forward, self._attention, block)
         else:
             hidden_TC = yield from graphs.run_pieces(pieces, layout.num_tokens, block)
+        self._score(plan, hidden_TC, place)
         if not layout.num_emits:
             return
         if layout.num_emits != layout.num_tokens:
@@ -435,6 +445,10 @@ class _LaneRunner:
         self._mail.landings[place, : layout.num_emits].copy_(tokens, non_blocking=True)
         if plan.logprobs:
             self._mail.told[place, : layout.num_emits].copy_(told_words(logits_EV, tokens), non_blocking=True)
+
+    def _score(self, plan: StepPlan, hidden_TC: Tensor, place: int) -> None:
+        if plan.scores is not None:
+            write_scores(self._program, plan, hidden_TC, self._mail.scored[place, : len(plan.scores)])
 
     @property
     def nbytes(self) -> int:

@@ -57,8 +57,8 @@ class MaskedRunner(SimRunner):
 
     formed: Callable[[int], bool]
 
-    def _run(self, plan: StepPlan, out: list[int]) -> None:
-        super()._run(plan, out)
+    def _run(self, plan: StepPlan, out: list[int], scores: list[int]) -> None:
+        super()._run(plan, out, scores)
         masks = dict(zip(plan.masked, plan.masks, strict=True))
         for emit, row in enumerate(plan.emits.tolist()):
             slot = int(plan.slots[row])

@@ -73,7 +73,8 @@ class Desk:
             if self._blocked is not None and _no_better(state, self._blocked):
                 self._pressing = request
                 return
-            hit = self._store.find(request.prompt, request.salt)
+            # a token is scored by what is computed one position before it, so that has to be run
+            hit = self._store.find(request.prompt, request.salt, request.scored - 1 if request.scoring else None)
             wanted = self._slots.pages_at_first(len(request.prompt)) - len(hit.pages)
             if wanted + self._slots.num_running > self._store.num_available:
                 self._store.release(hit.node)
@@ -99,6 +100,8 @@ class Desk:
 
     def _is_coming(self, request: Request, hit: Hit) -> bool:
         """Whether the next page of this prompt is being computed for another right now."""
+        if request.scoring:  # it runs that page itself
+            return False
         page = _next_page(request, hit.node, len(hit.pages)) if self._coming else None
         return page is not None and self._coming[page] > 0
 

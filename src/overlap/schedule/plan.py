@@ -100,6 +100,10 @@ class StepPlan:
     tells_drafts: int = 0
     """With a drafter: behind all else land so many numbers and one for each masked row: how many drafts its slot holds
     now, and these."""
+    scores: Ints | None = None
+    """[S] indices into `prompt`, ascending: the tokens behind which a score is asked for; None for none ..."""
+    score_tokens: Ints | None = None
+    """[S] ... of these tokens. MOST_SCORED at most."""
     admissions: tuple[Admission, ...]
     """Requests that take their slot with this step, applied before anything else."""
     page_slots: Ints
@@ -136,6 +140,10 @@ class StepPlan:
         return len(self.masked) * (1 + self.tells_drafts) if self.tells_drafts else 0
 
 
+def _num(column: Ints | None) -> int:
+    return 0 if column is None else len(column)
+
+
 PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("a step has rows", lambda plan: plan.num_rows > 0),
     ("a slot has one row in a step", lambda plan: len(np.unique(plan.slots)) == plan.num_rows),
@@ -144,6 +152,7 @@ PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("the chunks' tokens are all there", lambda plan: int(plan.counts[plan.num_decode :].sum()) == len(plan.prompt)),
     ("a decode row emits", lambda plan: bool((plan.emits[: plan.num_decode] == np.arange(plan.num_decode)).all())),
     ("each masked row has its mask", lambda plan: len(plan.masked) == len(plan.masks)),
+    ("as many tokens are scored as places are named", lambda plan: _num(plan.scores) == _num(plan.score_tokens)),
     ("emitting rows ascend", lambda plan: bool((np.diff(plan.emits) > 0).all())),
 )
 """What is true of every plan, as sentences that are also the error messages. Checked in tests (14 µs at 256 rows)."""

@@ -37,7 +37,9 @@ from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
 from overlap.schedule.runs import count_drafts, cut_runs, runs_of
+from overlap.schedule.scores import Scored, cut_scores, scores_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
+from overlap.schedule.shaping import MOST_SCORED
 from overlap.schedule.slots import Slots, Update
 from overlap.schedule.split import Splitter
 
@@ -147,7 +149,8 @@ class Planner:
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Take in what a landed step took on the device."""
-        self._lanes.note_time(plan, seconds)
+        if plan.scores is None:  # a step that scores is no measure for others
+            self._lanes.note_time(plan, seconds)
         if self._pace is not None and plan.num_decode == plan.num_rows:
             self._pace.note_time(plan.num_decode, plan.width, seconds)
 
@@ -389,11 +392,16 @@ class Planner:
 
     def _cut_chunks(self, budget: int, lane: int) -> list[tuple[Request, int, int]]:
         """Cut this step's prompt chunks, as (request, start, count)."""
-        at, chunks = self._slots, []
+        at, chunks, may_score = self._slots, [], MOST_SCORED
         for request in self._prefilling:
             count = min(budget, self._prefill_chunk, len(request.prompt) - request.chunked)
             if count <= 0:
                 break
+            if request.scoring:
+                count = min(count, may_score)
+                may_score -= count
+                if not count:
+                    continue
             chunks.append((request, request.chunked, count))
             request.chunked += count
             budget -= count
@@ -430,8 +438,9 @@ class Planner:
         at.left[decode] -= 1
         self._leaving = self._leaving or not bool(at.left[decode].all())
         prompt = chunk_pages = NONE
-        behind = None
+        behind = scores = None
         if chunks:
+            scores = scores_of(chunks)
             chunk_slots = np.array([request.slot for request, _, _ in chunks], dtype=np.int32)
             last = [i for i, (request, _, _) in enumerate(chunks) if request.chunked == len(request.prompt)]
             emits = np.concatenate([emits, np.array([num_decode + i for i in last], dtype=np.int32)])
@@ -470,6 +479,8 @@ class Planner:
             masked=masked,
             masks=masks,
             tells_drafts=self._drafts if masked else 0,
+            scores=None if scores is None else scores[0],
+            score_tokens=None if scores is None else scores[1],
             admissions=tuple(admissions),
             chunk_pages=chunk_pages,
             **_columns(updates),
@@ -477,17 +488,18 @@ class Planner:
 
     # ── settle ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def settle(self, plan: StepPlan, tokens: Ints) -> Settled:
+    def settle(self, plan: StepPlan, tokens: Ints, words: Ints | None = None) -> Settled:
         """Take in the tokens [E] that a step emitted: end what ends, and give back what waited for this step.
 
         Of a wide plan `num_landing` numbers land. Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each
-        token, then what is told with it.
+        token, then what is told with it. Of a plan with `scores` their `words` [S, TOLD_WORDS] land, too.
         """
+        scored = self._settle_scores(plan, words) if words is not None else ()
         told = tokens[:, 1:] if plan.logprobs else None
         tokens = tokens[:, 0] if plan.logprobs else tokens
         tokens, draft_words = tokens[: plan.num_landing], tokens[plan.num_landing :]
         if plan.width > 1:
-            return self._settle_runs(plan, tokens, told, draft_words)
+            return self._settle_runs(plan, tokens, told, draft_words, scored)
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
         slots = plan.slots[plan.emits]
@@ -507,9 +519,21 @@ class Planner:
         if self._forms:
             self._forms.note(plan, slots, tokens[:, None].tolist(), draft_words)
         self.pass_step(plan)
-        return Settled(keys, fronts, tokens, ends, cached, told)
+        return Settled(keys, fronts, tokens, ends, cached, told, scored)
 
-    def _settle_runs(self, plan: StepPlan, landed: Ints, told: Ints | None, draft_words: Ints) -> Settled:
+    def _settle_scores(self, plan: StepPlan, words: Ints) -> tuple[Scored, ...]:
+        """Take in the scores of prompts that are still read."""
+        scored = []
+        for slot, start, own in cut_scores(plan, words):
+            request = self._slots.owners[slot]
+            if request is not None and self._slots.reading[slot]:
+                request.scored = start + len(own)
+                scored.append(Scored(request.key, request.front, start, own))
+        return tuple(scored)
+
+    def _settle_runs(
+        self, plan: StepPlan, landed: Ints, told: Ints | None, draft_words: Ints, scored: tuple[Scored, ...]
+    ) -> Settled:
         """Take in a wide step: up to `width` tokens a row, cut where the answer ends."""
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
@@ -541,7 +565,7 @@ class Planner:
             self._forms.note(plan, slots, kept_runs, draft_words)
         self.pass_step(plan)
         told = None if told is None else told[firsts[rows] + places]
-        return Settled(keys, fronts, runs[rows, places], ends, cached, told)
+        return Settled(keys, fronts, runs[rows, places], ends, cached, told, scored)
 
     def _settle_chunks(self, plan: StepPlan) -> dict[int, int]:
         """Share what the chunks have filled; return the prefix hits of requests whose first token this step brings."""

@@ -43,6 +43,9 @@ class Request:
     matcher: Matcher | None = None
     """... and what says which tokens may come next, once it is made. It stays over preemptions."""
 
+    scores: int = 0
+    """How many tokens its prompt has, if they are to be scored (see `schedule.scores`); 0 if not."""
+
     priority: int = 0
     """Higher goes first, and is preempted last."""
     fairness_key: str = ""
@@ -52,6 +55,8 @@ class Request:
     deadline: float | None = None
     """When it has to have ended, in `time.monotonic` seconds."""
 
+    scored: int = 1
+    """The position of the first token whose score has not been told."""
     life: Life = field(default=Life.WAITING)
     queued_at: float = 0.0
     """When it came, in `time.monotonic` seconds. For figures only."""
@@ -85,6 +90,11 @@ class Request:
         if self.shaping is None:
             return None
         return Shaped(shaping=self.shaping, tokens=self.prompt, made=self.made)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether scores of its prompt are still to be told."""
+        return self.scored < self.scores
 
     @property
     def truncates(self) -> bool:

@@ -97,6 +97,7 @@ class Line(Front):
 
     def _take_settled(self, settled: Settled) -> None:
         size = settled.keys.nbytes + settled.tokens.nbytes + (0 if settled.told is None else settled.told.nbytes)
+        size += sum(one.words.nbytes for one in settled.scored)
         self._put(settled, size)
 
     def _take_failed(self, key: int, failure: BaseException) -> None:

@@ -34,7 +34,7 @@ from overlap.sample.sampler import SampleKind, sample, sample_all
 from overlap.sample.shaping import mask_logits, shape_logits
 from overlap.schedule.plan import Admission, StepPlan
 from overlap.spec.drafter import Drafter, Read
-from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs, to_device
+from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs
 from overlap.spec.rows import DraftRows
 from overlap.spec.runs import Outcome, Runs, build_runs, keep_drafts, land_runs, settle_runs
 from overlap.state.inputs import apply_changes, sampled_rows
@@ -42,6 +42,7 @@ from overlap.state.mail import Mail
 from overlap.state.packing import ADMISSION_WORDS, Layout
 from overlap.state.replay import take_plan
 from overlap.state.rows import SlotRows
+from overlap.state.shapes import to_device
 
 DRAFT_COST: Final = 0.0
 """What one more draft costs its row: nothing, for a wide step computes all its positions whether they hold drafts or
@@ -62,6 +63,8 @@ class Brought:
     """float32 [L, V]: the target's own."""
     drafts_MK: Tensor | None
     """int32 [M, 1 + K], for each masked row: how many drafts its slot holds now, and these. None without such rows."""
+    hidden_TC: Tensor
+    """[T, C]: its final states."""
 
 
 class Speculation:
@@ -122,8 +125,8 @@ class Speculation:
         packed: Tensor,
         target: RunTarget | None = None,
         masks: Tensor | None = None,
-    ) -> Brought | None:
-        """Enqueue a whole step whose plan is on the device as `packed`. None if no row of it emits.
+    ) -> Brought:
+        """Enqueue a whole step whose plan is on the device as `packed`.
 
         `target` runs the target's forward in another way than kernel by kernel. `masks` says which tokens rows that are
         held to a form may choose at each place of theirs that counts (see `mask_logits`). The host knows their drafts,
@@ -143,11 +146,11 @@ class Speculation:
         outcome = settle_runs(runs, choices_L[:num_run], self._rows, self._drafts, DRAFT_COST)
         self._settle(plan, runs, outcome, choices_L[num_run:])
         self._draft(plan, inputs, outcome, ends_C, choices_L, taps_TX)
-        if not layout.num_emits:
-            return None
         tokens_L = torch.cat((outcome.landing_DJ.view(-1), choices_L[num_run:]))
         drafts_MK = self._drafts_of(plan, inputs, emits_L) if plan.masked else None
-        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV, drafts_MK=drafts_MK)
+        return Brought(
+            tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV, drafts_MK=drafts_MK, hidden_TC=final_TC
+        )
 
     # ── what both are made of ────────────────────────────────────────────────────────────────────────────────────
 

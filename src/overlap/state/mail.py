@@ -20,7 +20,7 @@ from torch import Tensor
 
 from overlap.cache.pages import Ints
 from overlap.schedule.plan import StepPlan
-from overlap.schedule.shaping import TOLD_WORDS
+from overlap.schedule.shaping import MOST_SCORED, TOLD_WORDS
 from overlap.state.packing import HEADER, USED
 from overlap.streams.driver import check, driver
 
@@ -41,6 +41,8 @@ class Mail:
         "packed",
         "plan_words",
         "plans",
+        "scored",
+        "scored_words",
         "told",
         "told_words",
         "turn",
@@ -59,6 +61,9 @@ class Mail:
         self.told = torch.zeros((DEPTH + 1, max_landing, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
         """int32 [DEPTH + 1, max_landing, TOLD_WORDS] on the host: what is told with tokens, where it is asked for."""
         self.told_words: list[Ints] = list(self.told.numpy())
+        self.scored = torch.zeros((DEPTH, MOST_SCORED, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH, MOST_SCORED, TOLD_WORDS] on the host: the scores of each flight's prompts."""
+        self.scored_words: list[Ints] = list(self.scored.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
         """int32 [words] on the device: the plan of the step that runs."""
         self._addresses = [plan.data_ptr() for plan in self.plans] if pinned else []
