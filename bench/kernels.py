@@ -104,6 +104,10 @@ def candidates(op: Op, question: Question, rows: int) -> Iterator[Tiles]:
             yield Tiles("dot", 32, 256, 4, 4)
             yield Tiles("dot", 64, 128, 4, 4)
             yield Tiles("dot", 64, 64, 4, 6)
+            yield Tiles("dot", 64, 256, 8, 3)
+            yield Tiles("dot", 128, 64, 4, 4)
+            yield Tiles("dot", 128, 128, 8, 3)
+            yield Tiles("dot", 32, 512, 4, 3)
 
 
 class Bench:

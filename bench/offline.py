@@ -66,6 +66,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+WARM_REQUESTS = 48
+"""So many of a workload's requests are answered, shortly, before it is measured."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """Requests that are there at once: (tokens in, tokens out) of each."""
@@ -185,6 +189,15 @@ async def run_once(engine: AsyncEngine, workload: Workload, vocabulary: int, sal
     return seconds
 
 
+async def settled(engine: AsyncEngine, quiet_s: float = 1.0, most_s: float = 60.0) -> None:
+    """Return once nothing more is captured in idle gaps."""
+    deadline = time.monotonic() + most_s
+    before = -1.0
+    while (now := engine.statistics().graphs.get("captures", before)) != before and time.monotonic() < deadline:
+        before = now
+        await asyncio.sleep(quiet_s)
+
+
 async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any], todo: list[Workload]) -> None:
     """Open the engine once and print a line for each workload."""
     cuda = asked.device != "cpu" and torch.cuda.is_available()
@@ -197,11 +210,12 @@ async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any]
         shape = engine._opened.model  # type: ignore[union-attr]
         dtype = getattr(torch, engine.config.dtype)
         first = await run_once(engine, Workload("first", ((128 // asked.scale or 1, 1),)), shape.vocab_size, "first")
-        await asyncio.sleep(asked.settle)
         for workload in todo:
             rounds = asked.rounds or (3 if len(workload.lengths) <= 8 else 1)
-            await run_once(engine, workload, shape.vocab_size, "warm", cut=16)
-            await asyncio.sleep(asked.settle)
+            part = Workload("warm", workload.lengths[:WARM_REQUESTS])
+            for number in range(2):  # a size is captured when it comes for the second time
+                await run_once(engine, part, shape.vocab_size, f"warm {number}", cut=asked.warm_tokens)
+                await settled(engine)
             took = [await run_once(engine, workload, shape.vocab_size, f"round {n}") for n in range(rounds)]
             seconds = statistics.median(took)
             allowed, bound = limit(workload, shape, best, dtype.itemsize)
@@ -235,7 +249,7 @@ def main() -> None:
     arguments.add_argument("--workload", choices=known, nargs="+", default=["single", "small"])
     arguments.add_argument("--rounds", type=int, default=0, help="default: 3 of single and small, 1 of the others")
     arguments.add_argument("--scale", type=int, default=1, help="divide requests and lengths by this, to try it out")
-    arguments.add_argument("--settle", type=float, default=0.05, metavar="S", help="pause before measuring")
+    arguments.add_argument("--warm-tokens", type=int, default=8, help="length of each answer of the two warm-up rounds")
     arguments.add_argument("--max-rows", type=int)
     arguments.add_argument("--token-budget", type=int)
     arguments.add_argument("--kv-cache")

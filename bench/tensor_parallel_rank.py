@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from overlap.cache.pages import PAGE
-from overlap.graphs.capture import CaptureError, Recorder
+from overlap.graphs.capture import CaptureError, Graph, Recorder
 from overlap.graphs.eager import drive
 from overlap.microbatch.halves import Half, cut, drive_together
 from overlap.models.config import ModelConfig
@@ -148,6 +148,11 @@ class Switch:
         return self.to.gather(x)
 
 
+def _launch(graph: Graph, recorded: Callable[[], None]) -> None:  # noqa: ARG001
+    """Launch a graph. It keeps addresses only, so `recorded` keeps the tensors that it was recorded with."""
+    graph.launch()
+
+
 class Rank:
     """One rank's part of the model, and what measures it."""
 
@@ -179,6 +184,7 @@ class Rank:
         chosen = [choose_attention(self.kv, own.num_heads, max_pages_per_row=most)[0] for _ in range(2)]
         self.attentions: list[Attention] = chosen
         self.recorder = Recorder(self.device) if cuda and not asked.eager else None
+        self.graphs: list[Graph] = []
 
     # ── what is run ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,7 +225,8 @@ class Rank:
             with self.recorder.recording():
                 self.recorder.begin()
                 run()
-                return self.recorder.end().launch, True
+                self.graphs.append(self.recorder.end())
+                return partial(_launch, self.graphs[-1], run), True
         except CaptureError as failure:
             print(f"{load.name} could not be captured: {failure}", file=sys.stderr)
             return run, False
@@ -346,6 +353,8 @@ def be_rank(asked: argparse.Namespace) -> None:
                     f"{asked.shape} on {asked.size} ranks ({name_of(rank.device)}): {load.name}, {load.tokens} tokens"
                 )
                 Path(asked.picture).write_text(picture(found, title), encoding="utf-8")
+        for graph in rank.graphs:  # NCCL does not end while a graph has a sum of it
+            graph.close()
         if rank.group is not None:
             rank.group.sum(torch.ones(1, device=rank.device))  # nobody leaves while another still sums
             rank.group.close()

@@ -8,15 +8,19 @@ nothing runs, so weights, KV memory and graphs are the same for all.
 
     serial     prompt chunks and decode rows in steps of their own, in turn
     mixed      in one step (chunked prefill)
-    streams    at the same time, in two lanes
-    auto       the policy chooses for each step by what steps took; with --target-itl-ms also "target", which keeps that
+    streams    at the same time, in two lanes that compete for the SMs
+    sm:N       the same, with N SMs the decode rows' own and the rest the prompts': the smallest and the largest share
+               that the policy has; not where SMs cannot be shared out
+    auto       the policy chooses for each step by what steps took; with --target-itl-ms under the Poisson load also
+               "target", which keeps that
 
 Two loads, JSON lines: `offline`, many requests at once, tokens in and out over the seconds; `poisson`, long prompts at
 random moments (the same for every way) over answers that run already: time between two tokens of those (one that
 brought several counts as several), time to the first token of the prompts, and all tokens over the seconds until the
-last prompt is done. Then a line each of how the policy compares with the best fixed way. Before any figure all ways
-run a part of the load, for graphs, kernels and the policy to settle. Doubt it as you doubt one round on a shared
-machine: `--rounds` more of them shows the spread.
+last prompt is done. Then a line each of how the policy compares with the best fixed way. Before any figure the graphs
+of all shares are captured and all ways run a part of the load, for kernels and the policy to settle. A way that fails
+or takes more than `--limit` seconds has a line that says so, and the others go on. Doubt it as you doubt one round on
+a shared machine: `--rounds` more of them shows the spread. Both shapes are meant to take two minutes on an H100.
 """
 
 from __future__ import annotations
@@ -28,15 +32,18 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from two_lanes_cases import CASES, Case  # type: ignore[import-not-found]
 
 from overlap import AsyncEngine, SamplingParams
+from overlap.graphs.policy import Kind, Shape
 from overlap.microbatch.cost import CostModel, Nominal
 from overlap.microbatch.policy import SplitPolicy
 from overlap.observe.picture import picture
@@ -44,50 +51,8 @@ from overlap.observe.progress import bar
 from overlap.observe.trace import Tracing
 from overlap.schedule.split import Always, Splitter
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16", "rope_theta": 100000.0, "max_position_embeddings": 32768, "eos_token_id": 2,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """A shape, and loads that fit it."""
-
-    config: dict[str, Any]
-    max_rows: int
-    requests: int
-    """Of the offline load, `tokens_in` and `tokens_out` each."""
-    tokens_in: int
-    tokens_out: int
-    running: int
-    """Answers that run under the Poisson load."""
-    prompt: int
-    """Tokens of each of its prompts."""
-    rate: float
-    """Prompts a second."""
-    seconds: float
-    """How long prompts come."""
-
-
-CASES = {
-    "smollm2-135m": Case(
-        {**LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-         "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
-        256, 768, 1024, 128, 192, 4096, 12.0, 5.0,
-    ),
-    "llama-8b": Case(
-        {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
-        64, 128, 1024, 128, 48, 4096, 2.0, 6.0,
-    ),
-    "tiny": Case(
-        {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 500, "tie_word_embeddings": True, "max_position_embeddings": 2048},
-        6, 12, 40, 8, 3, 200, 20.0, 0.4,
-    ),
-}  # fmt: skip
-WAYS = ("serial", "mixed", "streams", "auto")
+WAYS = ("serial", "mixed", "streams", "shares", "auto")
+"""What can be asked for; "shares" are two ways, "sm:N" each."""
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -112,12 +77,18 @@ class Bench:
         if not isinstance(policy, SplitPolicy):  # on a CPU, where "auto" is "mixed"
             cost = CostModel(Nominal(weights_s=1e-3, kv_token_s=1e-8, token_s=1e-5, step_s=1e-3), "bench")
             policy = SplitPolicy(cost, token_budget=engine.config.token_budget)
+        self.shares: tuple[int, ...] = policy.shares
+        edges = dict.fromkeys([*self.shares[:1], *self.shares[-1:]])
         self.ways: dict[str, Splitter | None] = {
-            "serial": Always("serial"), "mixed": None, "streams": Always("lanes"), "auto": policy,
+            "serial": Always("serial"), "mixed": None, "streams": Always("lanes"),
+            **{f"sm:{share}": Always("lanes", share=share) for share in edges}, "auto": policy,
         }  # fmt: skip
         if target_itl_ms is not None:
             self.ways["target"] = SplitPolicy(
-                policy.cost, token_budget=engine.config.token_budget, target_itl_s=target_itl_ms / 1e3
+                policy.cost,
+                token_budget=engine.config.token_budget,
+                target_itl_s=target_itl_ms / 1e3,
+                shares=self.shares,
             )
         self._salt = 0
 
@@ -131,12 +102,28 @@ class Bench:
 
         await asyncio.wrap_future(self.core.call(turn))
 
+    async def prepare(self) -> None:
+        """Let idle moments capture what lanes run at each share: decode rows in the main lane, prompts in the other."""
+
+        def want() -> None:
+            wanted: tuple[tuple[Kind, tuple[int, ...]], ...] = (("greedy", self.shares), ("pieces", (0, *self.shares)))
+            for lane, (kind, shares) in zip(self.core._runner._lanes, wanted, strict=True):
+                for share in shares:
+                    lane.turn_to(share)
+                    if lane._graphs is not None:
+                        policy = lane._graphs.policy
+                        policy._missed.update(Shape(kind, size) for size in policy._buckets[kind])
+                lane.turn_to(0)
+
+        await asyncio.wrap_future(self.core.call(want))
+        await asyncio.wrap_future(self.core.idle())
+
     async def settled(self, limit_s: float) -> float:
         """Wait until no more graphs are captured, so many seconds at most; return how long that took."""
         began, before = time.perf_counter(), -1
         while (now := self.core._runner.statistics().captures) != before and time.perf_counter() - began < limit_s:
             before = now
-            await asyncio.sleep(min(0.5, limit_s))
+            await asyncio.sleep(min(0.4, limit_s))
         return time.perf_counter() - began
 
     def prompt(self, length: int) -> list[int]:
@@ -260,40 +247,57 @@ async def measure(asked: argparse.Namespace, shape: str) -> None:
         }  # fmt: skip
         async with AsyncEngine(folder, **options) as engine:
             bench = Bench(engine, case, asked.target_itl_ms)
-            ways = [way for way in bench.ways if way in asked.lanes or way == "target"]
-            with bar((1 + asked.rounds) * len(ways) * len(asked.load), shape, "run", asked=None) as progress:
-                await warm_up(bench, asked, ways, progress)
+            with bar((1 + asked.rounds) * len(bench.ways) * len(asked.load), shape, "run", asked=None) as progress:
+                await warm_up(bench, asked, progress)
                 for load in asked.load:
-                    await turns(bench, asked, shape, load, ways, progress)
+                    await turns(bench, asked, shape, load, progress)
             if asked.trace or asked.picture:
-                await bench.traced(shape, asked.trace or Path(folder) / "trace.json", asked.picture)
+                trace, drawn = (of_shape(path, shape, asked) for path in (asked.trace, asked.picture))
+                await bench.traced(shape, trace or Path(folder) / "trace.json", drawn)
             if asked.explain:
                 print(engine.explain())
 
 
-async def warm_up(bench: Bench, asked: argparse.Namespace, ways: list[str], progress: Any) -> None:
+def of_shape(path: Path | None, shape: str, asked: argparse.Namespace) -> Path | None:
+    """Return where a shape's file goes: as asked, with its name if there are several."""
+    return path.with_stem(f"{path.stem}-{shape}") if path is not None and len(asked.shape) > 1 else path
+
+
+def ways_of(bench: Bench, asked: argparse.Namespace, load: str) -> list[str]:
+    """Return the ways that run under a load."""
+    wanted = [*asked.lanes, *(["target"] if load == "poisson" else [])]
+    return [way for way in bench.ways if way in wanted or (way.startswith("sm:") and "shares" in wanted)]
+
+
+async def warm_up(bench: Bench, asked: argparse.Namespace, progress: Any) -> None:
     """Run a part of each load each way, and wait for the graphs that were missing."""
-    await bench.settled(asked.settle)
+    await bench.prepare()
+    await bench.settled(3 * asked.settle)
     for load in asked.load:
-        for way in ways:
-            await bench.switch(way)
-            await (bench.offline(asked.warm) if load == "offline" else bench.poisson(bench.case.seconds * asked.warm))
+        for way in ways_of(bench, asked, load):
+            with suppress(Exception):  # told when it is measured
+                await run_way(bench, asked, load, way, asked.warm)
             await bench.settled(asked.settle)
             progress.update()
 
 
-async def turns(bench: Bench, asked: argparse.Namespace, shape: str, load: str, ways: list[str], progress: Any) -> None:
-    """Measure a load all ways in turns and print a line each, and one that compares."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-    for _ in range(asked.rounds):
-        for way in ways:
-            await bench.switch(way)
-            before = bench.engine.statistics()
-            figures = await (bench.offline() if load == "offline" else bench.poisson(bench.case.seconds))
-            after = bench.engine.statistics()
-            steps = {name: getattr(after, name) - getattr(before, name) for name in ("steps", "side_steps")}
-            found[way].append({**figures, **steps, "bubble_s": round(after.bubble_s - before.bubble_s, 4)})
-            progress.update()
+async def run_way(bench: Bench, asked: argparse.Namespace, load: str, way: str, share: float) -> dict[str, Any]:
+    """Run a load, or a share of it, one way; return the figures. Raises what fails, TimeoutError past the limit."""
+    async with asyncio.timeout(asked.limit):
+        await bench.switch(way)
+        before = bench.engine.statistics()
+        figures = await (bench.offline(share) if load == "offline" else bench.poisson(bench.case.seconds * share))
+        after = bench.engine.statistics()
+    steps = {name: getattr(after, name) - getattr(before, name) for name in ("steps", "side_steps")}
+    chosen = Counter(after.lane_choices) - Counter(before.lane_choices)
+    more = {"bubble_s": round(after.bubble_s - before.bubble_s, 4), "choices": dict(chosen)}
+    captured = after.graphs.get("captures", 0) - before.graphs.get("captures", 0)
+    return {**figures, **steps, **more, "captures": captured}
+
+
+async def turns(bench: Bench, asked: argparse.Namespace, shape: str, load: str, progress: Any) -> None:
+    """Measure a load all ways in turns; print a line each as soon as it is known, and one that compares."""
+    found: dict[str, list[dict[str, Any]]] = {}
     device = bench.engine.config.device
     about = {"bench": "two_lanes", "load": load, "shape": shape}
     about_run = {
@@ -302,29 +306,45 @@ async def turns(bench: Bench, asked: argparse.Namespace, shape: str, load: str, 
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "torch": torch.__version__,
     }  # fmt: skip
-    middle: dict[str, dict[str, Any]] = {}
-    for way, each in found.items():
-        rates = [one["total_tokens_per_s"] for one in each]
-        middle[way] = sorted(each, key=lambda one: float(one["total_tokens_per_s"]))[len(each) // 2]
-        chosen = {"target_itl_ms": asked.target_itl_ms} if way == "target" else {}
-        line = {**about, "lanes": way, **chosen, **middle[way], "spread": [min(rates), max(rates)], **about_run}
-        if load == "poisson":
-            line["itl_p99_ms_each"] = [one["itl_ms"].get("p99") for one in each]
-        print(json.dumps(line), flush=True)
+    for number in range(asked.rounds):
+        for way in ways_of(bench, asked, load):
+            target = {"target_itl_ms": asked.target_itl_ms} if way == "target" else {}
+            try:
+                found.setdefault(way, []).append(await run_way(bench, asked, load, way, 1.0))
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {failure}"[:500]
+                print(json.dumps({**about, "lanes": way, **target, "error": error, **about_run}), flush=True)
+            if number == asked.rounds - 1 and found.get(way):
+                print(
+                    json.dumps({**about, "lanes": way, **target, **middle(load, found[way]), **about_run}), flush=True
+                )
+            progress.update()
+    found = {way: each for way, each in found.items() if each}
     print(json.dumps({**about, "figure": "compared", **compared(load, found), **about_run}), flush=True)
+
+
+def middle(load: str, each: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median round, and how far the others were from it."""
+    inside = sorted(each, key=lambda one: float(one["total_tokens_per_s"]))
+    rates = [one["total_tokens_per_s"] for one in inside]
+    line = {**inside[len(inside) // 2], "spread": [rates[0], rates[-1]]}
+    if load == "poisson":
+        line["itl_p99_ms_each"] = [one["itl_ms"].get("p99") for one in each]
+    return line
 
 
 def compared(load: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Return what the ways are to each other, by medians."""
     rate = {way: statistics.median(one["total_tokens_per_s"] for one in each) for way, each in found.items()}
     line: dict[str, Any] = {}
-    fixed = {way: value for way, value in rate.items() if way in WAYS[:3]}
+    fixed = {way: value for way, value in rate.items() if way not in ("auto", "target")}
     if "auto" in rate and fixed:
         best = max(fixed, key=lambda way: fixed[way])
         line |= {"best_fixed": best, "auto_over_best_fixed": round(rate["auto"] / fixed[best], 4)}
     alone = [rate[way] for way in ("serial", "mixed") if way in rate]
-    if alone and "streams" in rate:
-        line["streams_over_best_of_serial_and_mixed"] = round(rate["streams"] / max(alone), 4)
+    if alone:
+        others = {way: round(value / max(alone), 4) for way, value in rate.items() if way not in ("serial", "mixed")}
+        line["over_best_of_serial_and_mixed"] = others
     if load == "poisson" and "mixed" in found:
         p99 = {way: statistics.median(one["itl_ms"].get("p99", 0.0) for one in each) for way, each in found.items()}
         line["itl_p99_over_mixed"] = {way: round(one / p99["mixed"], 4) for way, one in p99.items() if p99["mixed"]}
@@ -340,6 +360,7 @@ def main() -> None:
     arguments.add_argument("--load", choices=("offline", "poisson"), nargs="+", default=["offline", "poisson"])
     arguments.add_argument("--target-itl-ms", type=float, help="measure the policy with this target, too")
     arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--limit", type=float, default=60.0, metavar="S", help="for one way under one load")
     arguments.add_argument("--warm", type=float, default=0.3, help="share of a load that each way runs before")
     arguments.add_argument("--settle", type=float, default=15.0, metavar="S", help="wait for graphs so long at most")
     for name, kind in (("requests", int), ("tokens-in", int), ("tokens-out", int), ("running", int), ("prompt", int),

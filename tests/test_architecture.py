@@ -27,6 +27,8 @@ HOT_PATH = [
     *(ROOT / "state").glob("*.py"),
     *(ROOT / "sample").glob("*.py"),
     *(ROOT / "ops").glob("*.py"),
+    *(ROOT / "spec" / f"{name}.py" for name in ("step", "runs", "inputs", "rows", "accept", "control", "chain")),
+    *(ROOT / "spec" / f"{name}.py" for name in ("places", "pair", "eagle", "ngram", "drafter")),
     ROOT / "models" / "llama.py",
     ROOT / "models" / "program.py",
 ]

@@ -289,6 +289,10 @@ def test_the_package_index_is_pips_else_pypi(monkeypatch: pytest.MonkeyPatch) ->
 def test_lanes_are_left_to_the_engine_on_a_gpu_and_where_a_target_is_given() -> None:
     assert resolved(HOPPER).lanes == "auto"
     assert resolved(PLAIN).lanes == "mixed"
+    assert resolved(HOPPER, lanes="streams", decode_sms=40).decode_sms == 40
+    assert resolved(HOPPER, lanes="streams").decode_sms == 0
+    with pytest.raises(ConfigError, match="decode_sms is for CUDA; the device is 'cpu'"):
+        resolved(PLAIN, lanes="streams", decode_sms=40)
     chosen = resolved(PLAIN, target_itl_ms=40)
     assert (chosen.lanes, chosen.target_itl_s) == ("auto", 0.04)
 
@@ -300,6 +304,9 @@ def test_lanes_are_left_to_the_engine_on_a_gpu_and_where_a_target_is_given() -> 
         ({"target_itl_ms": 0}, "target_itl_ms must be a number of milliseconds above 0, or None, not 0"),
         ({"target_itl_ms": True}, "target_itl_ms must be a number"),
         ({"target_itl_ms": 5.0, "lanes": "serial"}, "nothing is left to choose"),
+        ({"decode_sms": 20, "lanes": "streams"}, "decode_sms must be a multiple of 8, or None, not 20"),
+        ({"decode_sms": 0, "lanes": "streams"}, "decode_sms must be a multiple of 8, or None, not 0"),
+        ({"decode_sms": 24}, "decode_sms is for lanes=\"streams\"; lanes is 'auto'"),
     ],
 )
 def test_lanes_and_targets_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:

@@ -355,6 +355,14 @@ async def test_an_engine_that_was_not_started_or_was_closed_says_so(tiny_llama_d
         await unused.start()
 
 
+async def test_whoever_stops_waiting_for_the_engine_to_be_idle_leaves_it_as_it_was(engine: AsyncEngine) -> None:
+    for wait in (engine._core.idle, lambda: engine._core.call(engine._core.parts[0].check_idle)):
+        waiting = asyncio.ensure_future(asyncio.wrap_future(wait()))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert len((await last(engine, [5, 6, 7], max_tokens=4, ignore_eos=True)).token_ids) == 4
+
+
 async def test_closing_ends_what_runs_and_draining_lets_it_end(tiny_llama_dir: Path) -> None:
     engine = AsyncEngine(tiny_llama_dir, **OPTIONS)
     await engine.start()

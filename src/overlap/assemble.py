@@ -23,6 +23,7 @@ from overlap.config import (
     page_bytes,
     resolve,
 )
+from overlap.errors import ConfigError
 from overlap.microbatch.cost import CostModel, Nominal, cost_path
 from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
@@ -169,12 +170,15 @@ def _parts(
         dtype=getattr(torch, resolved.dtype),
         device=device,
     )
-    attention, why = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
-    splitter, costs = _splitter(resolved, model, program.weight_bytes(), device, cache)
-    side = None
-    if splitter is not None and resolved.lanes != "serial":
+    attention, why = choose_attention(
+        kv, model.num_heads, max_pages_per_row=pages_for(context), width=resolved.num_drafts + 1
+    )
+    side, shares, share_notes = None, tuple[int, ...](), tuple[str, ...]()
+    if resolved.lanes in ("auto", "streams"):
         side_attention, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
-        side = side_attention, _stream(device, "prompts", priority=1)
+        side = side_attention, _stream(device, "prompts", side=True)
+        shares, share_notes = _shares(resolved, device, (stream, side[1]))
+    splitter, costs = _splitter(resolved, model, program.weight_bytes(), device, cache, shares)
     own = Runner(
         program,
         attention,
@@ -223,7 +227,7 @@ def _parts(
         planner=planner,
         runner=runner,
         own=own,
-        notes=(*notes, *shared, *drafter_notes(resolved, head)),
+        notes=(*notes, *shared, *share_notes, *drafter_notes(resolved, head)),
         team=team,
         costs=costs,
     )
@@ -276,14 +280,47 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def _shares(
+    resolved: Resolved, device: torch.device, lanes: tuple[Stream, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return how many SMs the decode rows can have to themselves in two lanes, and what is to be said of it."""
+    if device.type != "cuda" or (resolved.lanes == "streams" and not resolved.decode_sms):
+        return (), ()
+    from overlap.streams.green import NoShares, default_shares, fits, splits
+
+    try:
+        cuts = splits(device.index or 0)
+        shares = (resolved.decode_sms,) if resolved.decode_sms else default_shares(cuts.num_sms)
+        if not all(fits(share, cuts.num_sms) for share in shares):
+            raise ConfigError(
+                f"decode_sms is {resolved.decode_sms}; this device has {cuts.num_sms} SMs. Leave prompts some."
+            )
+        for lane in lanes:
+            try:
+                for share in shares:
+                    lane.use(share)
+            finally:
+                lane.use(0)
+        parts = [f"{cuts.num_sms_of(share, 'own')} + {cuts.num_sms_of(share, 'rest')}" for share in shares]
+    except NoShares as why:
+        return (), (f"lanes: no SM shares: {why}",)
+    return shares, (f"lanes: SM shares, decode rows + prompts: {', '.join(parts)} of {cuts.num_sms}",)
+
+
 def _splitter(
-    resolved: Resolved, model: ModelConfig, weight_bytes: int, device: torch.device, cache: Path
+    resolved: Resolved,
+    model: ModelConfig,
+    weight_bytes: int,
+    device: torch.device,
+    cache: Path,
+    shares: tuple[int, ...],
 ) -> tuple[Splitter | None, Costs | None]:
     """Return what says how prompts and decode rows share the device (None if they share each step), and its memory."""
     if resolved.lanes == "mixed":
         return None, None
     if resolved.lanes != "auto":
-        return Always("serial" if resolved.lanes == "serial" else "lanes"), None
+        fixed = shares[0] if shares else 0
+        return Always("serial" if resolved.lanes == "serial" else "lanes", share=fixed), None
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"a CPU of {torch.get_num_threads()} cores"
     size = getattr(torch, resolved.dtype).itemsize
@@ -298,15 +335,16 @@ def _splitter(
     cost = CostModel(nominal, machine)
     costs = Costs(cost, cost_path(cache, machine))
     cost.load(costs.path)
-    return SplitPolicy(cost, token_budget=resolved.token_budget, target_itl_s=resolved.target_itl_s), costs
+    target_s = resolved.target_itl_s
+    return SplitPolicy(cost, token_budget=resolved.token_budget, target_itl_s=target_s, shares=shares), costs
 
 
-def _stream(device: torch.device, name: str = "compute", *, priority: int = 0) -> Stream:
-    """Return a new stream. `priority` 0 goes before 1: the lane whose readers wait for each token."""
+def _stream(device: torch.device, name: str = "compute", *, side: bool = False) -> Stream:
+    """Return a new stream. The main lane's goes before the side lane's: its readers wait for each token."""
     if device.type == "cuda":
         from overlap.streams.cuda import CudaStream
 
-        return CudaStream(device, name, priority=priority - 1)
+        return CudaStream(device, name, priority=0 if side else -1, half="rest" if side else "own")
     from overlap.streams.cpu import CpuStream
 
     return CpuStream(name)

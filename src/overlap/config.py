@@ -85,6 +85,9 @@ class EngineConfig:
     """How prompts and decode rows share the device. "mixed": in one step. "serial": in steps of their own, in turn.
     "streams": at the same time, in two lanes. "auto" chooses for each step by what steps have taken so far, on CUDA; on
     a CPU it is "mixed"."""
+    decode_sms: int | None = None
+    """With `lanes="streams"` on CUDA: how many SMs are the decode rows' own while prompts are read beside them; the
+    prompts have the others. A multiple of 8. None lets the two compete for all; `lanes="auto"` chooses by itself."""
     target_itl_ms: float | None = None
     """With `lanes="auto"`: the longest time between two tokens of a running answer to aim at, in milliseconds. Prompts
     are then read as fast as that allows. None aims at the most tokens a second. > 0."""
@@ -96,7 +99,8 @@ class EngineConfig:
     the last tokens when they last stood in the text. "eagle": a small head on the model's own states. "draft": a
     smaller model of the same family. None drafts nothing."""
     draft_model: str | None = None
-    """With "eagle" the directory of the head, with "draft" the small model, named as `model` is."""
+    """With "eagle" the directory of the head, None for the one that comes with overlap; with "draft" the small model,
+    named as `model` is."""
     num_drafts: int | Literal["auto"] = "auto"
     """How many tokens are drafted for a row at most, 1 to 15. "auto": 4, and none while plain steps bring more tokens a
     second at this load."""
@@ -136,6 +140,11 @@ class EngineConfig:
             raise ConfigError(
                 f'target_itl_ms is for lanes="auto"; with lanes={self.lanes!r} nothing is left to choose.'
             )
+        sms = self.decode_sms
+        if sms is not None and (not isinstance(sms, int) or isinstance(sms, bool) or sms < 8 or sms % 8):
+            raise refuse("decode_sms", "a multiple of 8, or None")
+        if sms is not None and self.lanes != "streams":
+            raise ConfigError(f'decode_sms is for lanes="streams"; lanes is {self.lanes!r}.')
         size = self.tensor_parallel
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise refuse("tensor_parallel", "an integer of 1 or more")
@@ -155,9 +164,8 @@ class EngineConfig:
             not isinstance(drafts, int) or isinstance(drafts, bool) or not 1 <= drafts <= MOST_DRAFTS
         ):
             raise ConfigError(f'num_drafts must be an integer from 1 to {MOST_DRAFTS}, or "auto", not {drafts!r}.')
-        if kind in ("eagle", "draft") and not self.draft_model:
-            what = "the directory of an EAGLE head" if kind == "eagle" else "a smaller model of the same family"
-            raise ConfigError(f"speculative={kind!r} needs draft_model, {what}.")
+        if kind == "draft" and not self.draft_model:
+            raise ConfigError("speculative='draft' needs draft_model, a smaller model of the same family.")
         if self.draft_model is not None and kind not in ("eagle", "draft"):
             raise ConfigError(f'draft_model is for speculative="eagle" and "draft"; speculative is {kind!r}.')
         if kind is None:
@@ -255,6 +263,8 @@ class Resolved:
     draft_model: str | None = None
     num_drafts: int = 0
     """0 without a drafter."""
+    decode_sms: int = 0
+    """0 lets two lanes compete for SMs."""
     paces_drafts: bool = False
     """Drafts only while that pays."""
 
@@ -298,8 +308,15 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         speculative=asked.speculative,
         draft_model=asked.draft_model,
         num_drafts=_num_drafts(asked, chose),
+        decode_sms=_decode_sms(asked, device),
         paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
     )
+
+
+def _decode_sms(asked: EngineConfig, device: str) -> int:
+    if asked.decode_sms is not None and not device.startswith("cuda"):
+        raise ConfigError(f"decode_sms is for CUDA; the device is {device!r}.")
+    return asked.decode_sms or 0
 
 
 def _num_drafts(asked: EngineConfig, chose: _Chose) -> int:

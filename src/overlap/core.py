@@ -147,10 +147,15 @@ class Core:
         future: Future[T] = Future()
 
         def run() -> None:
+            awaited = future.set_running_or_notify_cancel()
             try:
-                future.set_result(function(*args, **kwargs))
+                result = function(*args, **kwargs)
             except BaseException as error:
-                future.set_exception(error)
+                if awaited:
+                    future.set_exception(error)
+            else:
+                if awaited:
+                    future.set_result(result)
 
         self._post(run)
         return future
@@ -167,7 +172,12 @@ class Core:
     def idle(self) -> Future[None]:
         """Return a future of the moment when no request is left and nothing is in flight."""
         future: Future[None] = Future()
-        self._post(self._live_loop.when_idle, lambda: future.set_result(None))
+
+        def tell() -> None:
+            if future.set_running_or_notify_cancel():  # else whoever waited has gone
+                future.set_result(None)
+
+        self._post(self._live_loop.when_idle, tell)
         return future
 
     def watch(self, timeline: Timeline | None) -> Future[None]:
@@ -347,5 +357,8 @@ def _give_back_cached_memory() -> None:
     """Let torch's allocator return to CUDA what the engine used, so that the next engine finds it."""
     import torch
 
+    from overlap.graphs.capture import POOLS
+
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
+        with POOLS:
+            torch.cuda.empty_cache()

@@ -282,12 +282,7 @@ class AsyncEngine:
         not there, and while another trace is recorded.
         """
         planner, _ = self._core.parts
-
-        def queue() -> tuple[int, int]:
-            figures = planner.statistics()
-            return figures.waiting, figures.running
-
-        return Tracing(path, Trace(self.model_name, queue=queue), self._core.watch)
+        return Tracing(path, Trace(self.model_name, queue=planner.queue), self._core.watch)
 
     def explain(self) -> str:
         """Return what was chosen and why, a line each."""
@@ -317,15 +312,22 @@ class AsyncEngine:
         return self._prompts
 
     def _generation(
-        self, prompt: Prompt, params: SamplingParams | None, terms: Terms, request_id: str | None, index: int
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        terms: Terms,
+        request_id: str | None,
+        index: int,
+        *,
+        whole: bool = False,
     ) -> Generation:
-        begin = partial(self._begin, prompt, params or SamplingParams(), terms)
+        begin = partial(self._begin, prompt, params or SamplingParams(), terms, whole=whole)
         return Generation(begin, self._forget, request_id or f"req-{secrets.token_hex(8)}", index)
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         last: Output | None = None
         try:
-            async for output in self._generation(prompt, params, terms, None, index):
+            async for output in self._generation(prompt, params, terms, None, index, whole=True):
                 last = output
         except Exception as error:
             error.add_note(f"This was prompt {index} of the batch.")
@@ -333,7 +335,9 @@ class AsyncEngine:
         assert last is not None, "an answer ends with an Output or an error"
         return last
 
-    async def _begin(self, prompt: Prompt, params: SamplingParams, terms: Terms, request_id: str, index: int) -> Answer:
+    async def _begin(
+        self, prompt: Prompt, params: SamplingParams, terms: Terms, request_id: str, index: int, *, whole: bool
+    ) -> Answer:
         """Check, encode and submit a request, and open its answer."""
         self._core.check_open()
         live = self._live
@@ -355,6 +359,8 @@ class AsyncEngine:
             end_request=lambda: self._core.end(key),
             num_logprobs=params.logprobs,
             scored=None if params.prompt_logprobs is None else PromptScores(tokens.tolist(), params.prompt_logprobs),
+            whole=whole,
+            turns=front.turns,
         )
         stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids(live))}
         request = Request(

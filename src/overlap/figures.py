@@ -25,6 +25,8 @@ class Statistics(PlannerStatistics, LoopStatistics):
     """Eager steps by why they had no graph."""
     lane_choices: Mapping[str, int] = field(default_factory=dict)
     """Steps with prompts beside decode rows by how they were run: "mixed", "serial", "lanes", "lanes sm:N"."""
+    sm_shares: int = 0
+    """How many shares of SMs the lanes can choose from; 0 where SMs are not shared out (`explain` says why)."""
     queue_seconds: Mapping[str, Any] = field(default_factory=dict)
     """How long requests waited for their first slot: a histogram's `bounds`, `counts` and `total`."""
 
@@ -38,5 +40,6 @@ def statistics_of(planner: Planner, loop: Loop, graphs: GraphStatistics) -> Stat
         graphs={each.name: getattr(graphs, each.name) for each in fields(graphs) if each.name != "fallbacks"},
         graph_fallbacks=dict(graphs.fallbacks),
         lane_choices=dict(planner.lane_choices),
+        sm_shares=len(planner.splitter.shares) if planner.splitter is not None else 0,
         queue_seconds={"bounds": waited.bounds, "counts": waited.counts, "total": waited.total},
     )

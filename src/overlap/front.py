@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -32,6 +33,28 @@ if TYPE_CHECKING:
     from overlap.text.answer import AnswerText
 
 
+TURN_S: Final = 2e-4
+
+
+class Turns:
+    """Lets the engine's thread have the interpreter now and then; one for each thread that reads.
+
+    Python takes the interpreter's lock from a thread only every 5 ms, longer than most steps take: a reader of many
+    answers would hold up the engine that feeds it.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def take(self) -> None:
+        """Give up the lock for a moment, if this thread has had it for TURN_S."""
+        if time.perf_counter() - self._last > TURN_S:
+            time.sleep(0)
+            self._last = time.perf_counter()
+
+
 class Answer:
     """One answer as it grows."""
 
@@ -47,7 +70,10 @@ class Answer:
         end_request: Callable[[], None],
         num_logprobs: int | None = None,
         scored: PromptScores | None = None,
+        whole: bool = False,
+        turns: Turns | None = None,
     ) -> None:
+        """With `whole` the reader is woken once, at the end: for answers of which nobody reads the beginning."""
         self.key = key
         self.request_id = request_id
         self._index = index
@@ -56,6 +82,9 @@ class Answer:
         self._own_stop_ids = own_stop_ids
         self._end_request = end_request
         self._tokens: list[int] = []
+        self._turns = turns or Turns()
+        self._whole = whole
+        self._collects = whole and num_logprobs is None and not text.looks_for_stops
         self._num_logprobs = num_logprobs or 0
         self._logprobs: list[TokenLogprob] | None = None if num_logprobs is None else []
         self._scored = scored
@@ -78,7 +107,13 @@ class Answer:
         """Take in a token, the end of the answer if this is its last, and what is told with it (`Settled.told`)."""
         if self.ended or self._muted:
             return  # a stop string or an abort was faster than the engine
-        self._tokens.append(token)
+        if self._collects:
+            self._tokens.append(token)
+            if end is None:
+                return
+            self._text = "".join(self._answer_text.push(before)[0] for before in self._tokens[:-1])
+        else:
+            self._tokens.append(token)
         if self._logprobs is not None and told is not None:
             self._logprobs.append(_logprob(token, told, self._num_logprobs))
         self._news = True
@@ -115,13 +150,16 @@ class Answer:
         self._muted = True
 
     def wake(self) -> None:
-        """Let the reader look."""
+        """Let the reader look, unless it wants the whole answer and there is more to come."""
+        if self._whole and not self.ended:
+            return
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def next_output(self) -> Output:
         """Return what is new; raise StopAsyncIteration behind the last Output, or the failure."""
-        while self._muted or not self._news:
+        self._turns.take()
+        while self._muted or not self._news or (self._whole and not self.ended):
             if self._failure is not None:
                 failure, self._failure = self._failure, EngineClosed(f"request {self.request_id!r} has ended")
                 raise failure
@@ -176,6 +214,7 @@ class Front:
     def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
         self.number = number
         self.loop = loop
+        self.turns = Turns()
         self._answers: dict[int, Answer] = {}
         self._lock = threading.Lock()  # guards the two below: the engine posts, the event loop reads
         self._mail: list[tuple[Callable[..., None], tuple[object, ...]]] = []

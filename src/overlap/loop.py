@@ -285,7 +285,8 @@ class Loop:
             bubble = 0.0 if slept or beside else busy.gap
             self._busy_s += busy.end - busy.start
             self._bubble_s += bubble
-        self._planner.note_time(flight.plan, busy.end - busy.start)
+        if busy.typical:
+            self._planner.note_time(flight.plan, busy.end - busy.start)
         self._timeline.ran(flight.plan, busy, bubble)
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:

@@ -9,12 +9,15 @@ Two lanes have a stream, a mail, an attention and graphs each; weights, KV and t
 the side lane is launched in blocks of layers, so that the main lane's next step never waits for the host to launch all
 of a long prompt.
 
-With a drafter each step verifies, accepts and drafts again (`spec.step`), in one lane.
+With a drafter each step verifies, accepts and drafts again (`spec.step`), in one lane: decode steps as one graph, too,
+others with the target's forward in pieces.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -29,6 +32,7 @@ from overlap.graphs.driver import GraphDriver, GraphStatistics
 from overlap.graphs.eager import drive_in_blocks
 from overlap.graphs.lane import Lane
 from overlap.graphs.policy import Policy, Shape
+from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
@@ -52,10 +56,14 @@ BLOCK_LAYERS: Final = 8
 """Layers of a side lane's step that are launched at once: a fraction of a millisecond of host time in pieces."""
 
 
+LONG_LAUNCH_S: Final = 0.03
+"""A launch that keeps the host for longer has built or loaded a kernel."""
+
+
 class TorchFlight:
     """A plan that is running, or queued to, or of which some blocks are not queued yet."""
 
-    __slots__ = ("_blocks", "_landings", "_mark", "_scores", "_stream", "blocks_left", "plan")
+    __slots__ = ("_blocks", "_landings", "_mark", "_scores", "_stream", "_typical", "_usual", "blocks_left", "plan")
 
     def __init__(
         self,
@@ -65,20 +73,26 @@ class TorchFlight:
         scores: Ints | None,
         blocks: Iterator[None],
         num_blocks: int,
+        usual: Callable[[], bool],
     ) -> None:
+        """`usual` says, once a block has been launched, whether such steps will always run as this one does."""
         self.plan = plan
         self.blocks_left = num_blocks
         self._stream = stream
         self._landings = landings
         self._scores = scores
         self._blocks = blocks
+        self._usual = usual
+        self._typical = True
         self._mark: Mark | None = None
 
     def launch_block(self) -> None:
         """Enqueue the next block; behind the last one stands the mark."""
         self.blocks_left -= 1
         name = "step" if self.plan.lane == MAIN else "prompts"
+        began = time.perf_counter()
         self._stream.launch(name, self._run_block, tokens=self.plan.num_tokens)
+        self._typical &= self._usual() and time.perf_counter() - began < LONG_LAUNCH_S
         if not self.blocks_left:
             self._mark = self._stream.mark()
 
@@ -112,7 +126,7 @@ class TorchFlight:
 
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed."""
-        return self._stream.busy(self.mark)
+        return self._stream.busy(self.mark)._replace(typical=self._typical)
 
 
 class Runner:
@@ -135,11 +149,12 @@ class Runner:
         """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are.
 
         `side` makes a side lane: a stream of its own, and an attention that shares no workspace with the main lane's.
-        `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane, and graphs.
+        `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane.
         """
         self._device = kv.device
         self._kv = kv
-        self._rows = SlotRows(max_rows, pages_for(context), kv.device)
+        # Of a row that verifies drafts some positions may lie past the context: a page more, for them to be read from.
+        self._rows = SlotRows(max_rows, pages_for(context) + (speculate is not None), kv.device)
 
         speculation = None if speculate is None else speculate(self._rows)
 
@@ -164,6 +179,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> TorchFlight:
         """Enqueue a plan (of a side lane's: nothing yet but what it follows) and return at once."""
         lane = self._lanes[plan.lane]
+        lane.turn_to(plan.share)
         if plan.follows:
             lane.follow(self._ends[1 - plan.lane], plan.follows)
         if len(self._lanes) == 1:
@@ -240,23 +256,32 @@ class _LaneRunner:
         self._speculation = speculation
         most_landing = max_rows * (1 if speculation is None else speculation.width)
         self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), most_landing, kv.device)
-        self._lane = Lane(program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail)
-        self._graphs: GraphDriver | None = None
-        if speculation is not None:
-            self._graph_note = "graphs: none with a drafter yet: its steps are launched kernel by kernel"
-        elif not graphs:
+        self._lane = Lane(
+            program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail, speculation=speculation
+        )
+        self._share = 0
+        self._shares: ShareGraphs | None = None
+        if not graphs:
             self._graph_note = "graphs: off, as asked"
         elif not kv.is_cuda:
             self._graph_note = "graphs: none on a CPU"
         else:
-            self._graphs, self._graph_note = self._driver(max_rows, token_budget)
+            self._shares, self._graph_note = self._share_graphs(max_rows, token_budget)
 
-    def _driver(self, max_rows: int, token_budget: int) -> tuple[GraphDriver, str]:
-        whole = self._attention.captures_decode and self._decodes
+    def _share_graphs(self, max_rows: int, token_budget: int) -> tuple[ShareGraphs, str]:
+        speculation = self._speculation
+        whole = self._decodes and (self._attention.captures_decode if speculation is None else speculation.captures)
         parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
         most = min(token_budget, max(max_rows, int(HOST_BOUND / (2 * parameters))))
         tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
-        policy = Policy(row_buckets(max_rows) if whole else (), tokens)
+        wide_rows: tuple[int, ...] = ()
+        if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
+            wide_rows = row_buckets(max(1, min(max_rows, (token_budget - 1) // speculation.width)))
+
+        def make(_share: int) -> GraphDriver:
+            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows)
+            return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows)
+
         note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"
         if not self._decodes:
             note = f"graphs: in pieces, up to {most} tokens, captured when they are used again"
@@ -265,7 +290,21 @@ class _LaneRunner:
                 f"graphs: in pieces, up to {most} tokens; no whole decode steps, since {self._attention.name} "
                 "attention takes its sizes from the host"
             )
-        return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows), note
+        return ShareGraphs(make), note
+
+    @property
+    def _graphs(self) -> GraphDriver | None:
+        return self._shares.current if self._shares is not None else None
+
+    def turn_to(self, share: int) -> None:
+        """Let steps from now on have a share of the SMs (see `StepPlan.share`), in order with those before."""
+        if share == self._share:
+            return
+        self._stream.use(share)
+        self._share = share
+        self._lane = replace(self._lane, sms=share if self._decodes else 0)
+        if self._shares is not None:
+            self._stream.launch("share", partial(self._shares.turn_to, share))
 
     def share_cores(self, shared: bool) -> None:
         """On a CPU: leave half of the cores to the other lane, or take all of them again."""
@@ -290,19 +329,25 @@ class _LaneRunner:
         scores = None if plan.scores is None else self._mail.scored_words[place][: len(plan.scores)]
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
-            steps = self._step(plan, layout, place, BLOCK_LAYERS)
-            return TorchFlight(plan, self._stream, landings, scores, steps, num_blocks)
-        flight = TorchFlight(plan, self._stream, landings, scores, self._step(plan, layout, place, None), 1)
+            blocks = self._step(plan, layout, place, BLOCK_LAYERS)
+            return TorchFlight(plan, self._stream, landings, scores, blocks, num_blocks, self._is_usual)
+        steps = self._step(plan, layout, place, None)
+        flight = TorchFlight(plan, self._stream, landings, scores, steps, 1, self._is_usual)
         flight.launch_block()
         return flight
 
+    def _is_usual(self) -> bool:
+        """Return whether the step that was launched last runs as such steps will from now on."""
+        return self._graphs is None or self._graphs.usual
+
     def warm_up_one(self) -> bool:
         """Capture one more graph; return whether one was left. A side lane's only if it has missed some."""
-        graphs = self._graphs
-        shape = graphs.policy.next_idle(missed_only=not self._decodes) if graphs is not None else None
-        if graphs is None or shape is None:
+        wanted = self._shares.next_idle(missed_only=not self._decodes) if self._shares is not None else None
+        if wanted is not None:
+            self.turn_to(wanted[0])
+        if wanted is None or self._graphs is None:
             return False
-        self._stream.launch("capture", partial(graphs.capture, shape))
+        self._stream.launch("capture", partial(self._graphs.capture, wanted[1]))
         self._stream.mark()  # so that it does not count as the next step's time
         return True
 
@@ -310,19 +355,25 @@ class _LaneRunner:
         """Run a step, pausing behind each `block` layers where it is not one graph."""
         graphs = self._graphs
         shape = graphs.prepare(plan) if graphs is not None else None
+        pieces = shape if shape is not None and shape.kind == "pieces" else None
+        whole = shape if pieces is None else None
+        if graphs is not None and whole is not None and graphs.replay_decode(whole, place, layout.num_rows):
+            return
         if self._speculation is not None:
-            self._speculate(self._speculation, plan, layout, place)
-        elif graphs is None or shape is None or shape.kind == "pieces":
-            yield from self._run(plan, layout, place, shape, block)
-        elif not graphs.replay_decode(shape, place, layout.num_rows):
-            yield from self._run(plan, layout, place, None, block)
+            self._speculate(self._speculation, plan, layout, place, pieces)
+        else:
+            yield from self._run(plan, layout, place, pieces, block)
 
-    def _speculate(self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int) -> None:
-        """Run a step with a drafter."""
+    def _speculate(
+        self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None
+    ) -> None:
+        """Run a step with a drafter whose parts the host launches."""
         packed = self._mail.plans[place][: layout.used]
         if self._kv.is_cuda:
             packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
-        brought = speculation.run(plan, layout, packed)
+        graphs = self._graphs if pieces is not None else None
+        target = None if graphs is None or pieces is None else partial(graphs.run_batch, pieces)
+        brought = speculation.run(plan, layout, packed, target)
         self._score(plan, brought.hidden_TC, place)
         if layout.num_emits:
             self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
@@ -349,6 +400,7 @@ class _LaneRunner:
                 starts=plan.starts,
                 counts=plan.counts,
                 chunk_pages=plan.chunk_pages,
+                sms=self._lane.sms,
             )
         )
         if graphs is None or pieces is None:
@@ -383,14 +435,14 @@ class _LaneRunner:
 
     def statistics(self) -> GraphStatistics:
         """Return what graphs did so far: zeros without any."""
-        return self._graphs.statistics() if self._graphs is not None else GraphStatistics()
+        return self._shares.statistics() if self._shares is not None else GraphStatistics()
 
     def explain(self) -> tuple[str, ...]:
         """Return what runs as which graph, what was captured, and every fallback with its reason: a sentence each."""
-        return (self._graph_note, *(self._graphs.explain() if self._graphs is not None else ()))
+        return (self._graph_note, *(self._shares.explain() if self._shares is not None else ()))
 
     def close(self) -> None:
         """Finish what is queued and free the graphs. The memory goes with the last reference."""
         self._stream.close()
-        if self._graphs is not None:
-            self._graphs.close()
+        if self._shares is not None:
+            self._shares.close()

@@ -32,9 +32,8 @@ def test_all_ways_take_turns_in_one_engine_under_both_loads(tmp_path: Path) -> N
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     steps = [line for line in lines if "lanes" in line]
-    assert [(line["load"], line["lanes"]) for line in steps] == [
-        (load, w) for load in ("offline", "poisson") for w in WAYS
-    ]
+    assert [line["lanes"] for line in steps if line["load"] == "offline"] == WAYS[:-1], "a target is for a load in time"
+    assert [line["lanes"] for line in steps if line["load"] == "poisson"] == WAYS
     for line in steps:
         assert line["total_tokens_per_s"] > line["output_tokens_per_s"] > 0
         if line["lanes"] in ("serial", "mixed"):
@@ -51,3 +50,24 @@ def test_all_ways_take_turns_in_one_engine_under_both_loads(tmp_path: Path) -> N
     assert compared["auto_over_best_fixed"] == pytest.approx(rate["auto"] / best, abs=1e-3)
     assert 'data-lane="prompts"' in drawn.read_text()
     assert json.loads(traced.read_text())["traceEvents"]
+
+
+def test_a_way_that_fails_is_reported_and_the_others_go_on() -> None:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--settle",
+        "0.1",
+        "--load",
+        "offline",
+    ]
+    more = ["--kv-cache", "8192", "--token-budget", "64", "--lanes", "serial", "mixed", "--limit", "1e-6"]
+    run = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [line["lanes"] for line in lines if "lanes" in line] == ["serial", "mixed"]
+    assert all(line["error"].startswith("TimeoutError") for line in lines if "lanes" in line)

@@ -1,21 +1,37 @@
-"""What only a GPU can answer about streams: that the device's own clock tells work from waiting."""
+"""What only a GPU can answer about streams: a clock that tells work from waiting, and shares of the SMs."""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import time
 from functools import partial
 
 import pytest
 import torch
 
+from overlap.graphs.capture import Recorder
+from overlap.streams import green
+from overlap.streams.cuda import CudaStream
+from overlap.streams.green import Half, NoShares, default_shares, splits
+from overlap.streams.stream import Busy
+from overlap.testing import check_stream
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CYCLES = 20_000_000  # some 10 ms
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture(scope="module")
+def shares() -> tuple[int, ...]:
+    """The shares of this device; skips where its SMs cannot be shared out."""
+    try:
+        return default_shares(splits(0).num_sms)
+    except NoShares as why:
+        pytest.skip(f"no SM shares here: {why}")
 
 
 async def test_what_is_queued_in_time_leaves_no_gap_and_a_slow_host_leaves_its_own() -> None:
-    from overlap.streams.cuda import CudaStream
-
     stream = CudaStream(torch.device("cuda:0"), "compute")
     sleep = partial(torch.cuda._sleep, CYCLES)
     try:
@@ -37,3 +53,97 @@ async def test_what_is_queued_in_time_leaves_no_gap_and_a_slow_host_leaves_its_o
         assert all(span.end - span.start > 1e-3 for span in spans)
     finally:
         stream.close()
+
+
+# ── streams on some of the SMs ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("half", ["own", "rest"])
+def test_a_stream_on_some_of_the_sms_keeps_the_promise(shares: tuple[int, ...], half: Half) -> None:
+    made: list[CudaStream] = []
+
+    def make(name: str) -> CudaStream:
+        made.append(CudaStream(CUDA, name, half=half))
+        return made[-1]
+
+    for share in (0, *shares):
+        asyncio.run(check_stream(make, share=share))
+
+
+def test_the_driver_gives_the_sms_that_were_asked_for(shares: tuple[int, ...]) -> None:
+    cuts = splits(0)
+    print(
+        f"\n{cuts.num_sms} SMs:",
+        {share: (cuts.num_sms_of(share, "own"), cuts.num_sms_of(share, "rest")) for share in shares},
+    )
+    for share in shares:
+        assert cuts.num_sms_of(share, "own") == share
+        assert share + cuts.num_sms_of(share, "rest") <= cuts.num_sms
+        assert cuts.num_sms_of(share, "rest") >= cuts.num_sms - share - 2 * green.STEP
+
+
+async def timed(stream: CudaStream, x: torch.Tensor) -> float:
+    """Return the shortest of a few large products on a stream."""
+    spans: list[Busy] = []
+    for _ in range(5):
+        stream.launch("product", lambda: x @ x)
+        mark = stream.mark()
+        await stream.wait_reached(mark)
+        spans.append(stream.busy(mark))
+    return min(span.end - span.start for span in spans)
+
+
+async def test_fewer_sms_take_longer_and_all_of_them_are_back_afterwards(shares: tuple[int, ...]) -> None:
+    stream = CudaStream(CUDA, "own")
+    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device=CUDA)
+    torch.cuda.synchronize()
+    try:
+        took = {}
+        for share in (0, *shares, 0):
+            stream.use(share)
+            took[share] = await timed(stream, x)
+    finally:
+        stream.close()
+    print("\nms of a product by share:", {share: round(1e3 * one, 2) for share, one in took.items()})
+    for share in shares:
+        ideal = splits(0).num_sms / share
+        assert 0.6 * ideal < took[share] / took[0] < 1.8 * ideal
+    assert [took[share] for share in shares] == sorted((took[share] for share in shares), reverse=True)
+
+
+def test_a_graph_runs_on_the_sms_of_the_stream_that_it_was_recorded_on_wherever_it_is_launched(
+    shares: tuple[int, ...],
+) -> None:
+    stream = CudaStream(CUDA, "own")
+    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device=CUDA)
+    out = torch.empty_like(x)
+    torch.cuda.synchronize()
+    graphs, times = {}, {}
+    everywhere = stream.stream
+    try:
+        for share in (0, shares[0]):
+            stream.use(share)
+            with torch.cuda.stream(stream.stream):
+                torch.mm(x, x, out=out)
+                recorder = Recorder(CUDA)
+                with recorder.recording():
+                    recorder.begin()
+                    torch.mm(x, x, out=out)
+                    graphs[share] = recorder, recorder.end()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(everywhere):
+            for share, (recorder, graph) in graphs.items():
+                recorder._stream = ctypes.c_void_p(everywhere.cuda_stream)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                graph.launch()
+                begin.record()
+                graph.launch()
+                end.record()
+                end.synchronize()
+                times[share] = begin.elapsed_time(end)
+                graph.close()
+                recorder.close()
+    finally:
+        stream.close()
+    print("\nms of a product by the share that it was recorded with, all launched where there are all SMs:", times)
+    assert times[shares[0]] > 0.6 * times[0] * splits(0).num_sms / shares[0]

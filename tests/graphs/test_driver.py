@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from overlap.config import EngineConfig
 from overlap.graphs.buckets import row_buckets, token_buckets
 from overlap.graphs.capture import CaptureError
 from overlap.graphs.driver import GraphDriver
-from overlap.graphs.lane import decode_step, part
+from overlap.graphs.lane import part
 from overlap.graphs.pieces import rehearse
 from overlap.graphs.policy import Policy, Shape
+from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Attend, Batch
 from overlap.ops.attention import Attention
 from overlap.schedule.request import Request
@@ -38,6 +40,7 @@ class Repeated:
     """Stands for a graph, and for the recorder that it was made by."""
 
     pool_bytes = 0
+    stream = 0
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.launch = call
@@ -55,7 +58,7 @@ class RepeatedPieces:
 
     def run(self, attention: Attention, num_tokens: int, block: int | None = None) -> Generator[None, None, Tensor]:
         yield from ()
-        forward = self._driver._lane.program.forward(self._batch)
+        forward = self._driver._lane.forward(self._batch)
         try:
             joint = next(forward)
             while True:
@@ -85,14 +88,14 @@ class RepeatingDriver(GraphDriver):
         assert shape.kind != "pieces"
         if shape in self.refuses:
             raise CaptureError("no")
-        inputs, kind = part(self._inputs, shape.size, shape.size, shape.size), shape.kind
         self._lane.mail.turn.fill_(3)
-        decode_step(self._lane, inputs, kind)
+        self._lane.mail.bring(3)
+        self.run_eagerly(shape)
 
         def launch() -> None:
             if shape in self.loses:
                 raise CaptureError("lost")
-            decode_step(self._lane, inputs, kind)
+            self.run_eagerly(shape)
 
         self._full[shape] = Repeated(launch)  # type: ignore[assignment]
 
@@ -101,20 +104,22 @@ class RepeatingDriver(GraphDriver):
         inputs.kv_index.fill_(-1)
         batch = self._lane.batch(inputs)
         answers = torch.zeros(2, shape.size, self._lane.program.num_heads * self._lane.program.head_dim)
-        rehearse(self._lane.program, batch, (answers[0], answers[1]))
+        rehearse(self._lane.forward(batch), batch, (answers[0], answers[1]))
         self._pieces[shape] = RepeatedPieces(self, batch)  # type: ignore[assignment]
 
 
 @contextmanager
-def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096) -> Iterator[Parts]:
+def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096, **more: Any) -> Iterator[Parts]:
     """Parts on the CPU; `whole` says whether decode steps get graphs of their own, None means no graphs at all."""
     options: dict[str, Any] = {"max_rows": 8, "token_budget": 64, "kv_cache": kv_cache}
-    parts = assemble(EngineConfig(model=str(path), device="cpu", dtype="float32", **options))
+    parts = assemble(EngineConfig(model=str(path), device="cpu", dtype="float32", **options, **more))
     runner = parts.own
     try:
         if whole is not None:
-            policy = Policy(row_buckets(8) if whole else (), token_buckets(64, smallest=16 if whole else 1))
-            runner._main._graphs = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            rows = row_buckets(8) if whole else ()
+            policy = Policy(rows, token_buckets(64, smallest=16 if whole else 1), rows if "speculative" in more else ())
+            own = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            runner._main._shares = ShareGraphs(lambda _: own)
         yield parts
     finally:
         parts.own.close()
@@ -173,6 +178,30 @@ def test_answers_are_those_of_eager_steps_while_requests_come_go_and_are_preempt
             assert statistics.eager_steps > 0
             assert statistics.padded_tokens > 0
             assert any("first use of its size" in line for line in parts.own.explain())
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "itself"])
+def test_with_a_drafter_too(tiny_llama_dir: Path, drafter: str) -> None:
+    options: dict[str, Any] = {"speculative": "ngram", "num_drafts": 3}
+    if drafter == "itself":
+        options |= {"speculative": "draft", "draft_model": str(tiny_llama_dir)}
+    with opened(tiny_llama_dir, whole=None, kv_cache=320) as parts:
+        expected = serve(parts, 0)
+    for whole in (True, False):
+        with opened(tiny_llama_dir, whole=whole, kv_cache=320, **options) as parts:
+            if drafter == "itself":  # plain steps, too
+                turns = itertools.cycle((1, 4, 4, 4))
+                parts.planner._width = lambda num_decode, turns=turns: next(turns)  # type: ignore[misc,method-assign]
+            answers = serve(parts, 0, warm=True)
+            for key, answer in answers.items():  # one that is aborted has more or fewer tokens at that step
+                both = min(len(answer), len(expected[key])) if key in (2, 9, 13) else None
+                assert answer[:both] == expected[key][:both]
+            statistics = parts.own.statistics()
+            assert statistics.capture_failures == 0, parts.own.explain()
+            assert (statistics.full_replays > 10) == whole
+            assert statistics.piecewise_replays > 3
+            assert parts.planner.statistics().drafted_tokens > 0
+            assert any("whole wide sampled decode steps" in line for line in parts.own.explain()) == whole
 
 
 def test_graphs_that_cannot_be_captured_or_are_lost_change_no_answer(tiny_llama_dir: Path) -> None:

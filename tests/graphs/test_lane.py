@@ -15,7 +15,7 @@ from overlap.cache.pages import Ints
 from overlap.config import EngineConfig
 from overlap.graphs.lane import decode_step, part
 from overlap.graphs.pieces import answer_buffers, rehearse
-from overlap.graphs.policy import decode_kind
+from overlap.graphs.policy import decode_kind, width_of
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.request import Request
 from overlap.schedule.shaping import Shaping
@@ -60,8 +60,9 @@ class Replaying:
         lane, place = self._runner._main._lane, plan.number % DEPTH
         pack(plan, lane.mail.plan_words[place])
         lane.mail.turn.fill_(place)
+        lane.mail.bring(place)
         size = plan.num_rows + self._padding
-        decode_step(lane, part(self._inputs, size, size, size), kind)
+        decode_step(lane, part(self._inputs, size, size, size), width_of(kind)[0])
         return lane.mail.landed_words[place][: plan.num_rows].copy()
 
 
@@ -119,9 +120,11 @@ def test_a_run_with_nothing_but_padding_changes_no_slot_and_no_page(tiny_llama_d
         inputs = lane.static_inputs(16, 16)
         for kind in ("greedy", "sampled", "truncated", "shaped"):
             lane.mail.turn.fill_(EMPTY)
+            lane.mail.bring(EMPTY)
             decode_step(lane, part(inputs, 8, 8, 8), kind)
         inputs.kv_index.fill_(-1)
-        rehearse(lane.program, lane.batch(inputs), answer_buffers(lane.program, 16, lane.kv))
+        batch = lane.batch(inputs)
+        rehearse(lane.forward(batch), batch, answer_buffers(lane.program, 16, lane.kv))
         assert torch.equal(lane.kv, kv)
         for name, column in before.items():
             assert torch.equal(columns[name], column), name

@@ -78,6 +78,16 @@ def test_a_size_that_was_never_measured_is_guessed_the_better_the_more_is_known(
     assert slacks[0] == slacks[1] > slacks[2] > slacks[3] > slacks[4] == 0
 
 
+def test_a_size_whose_first_steps_were_slow_is_taken_to_be_like_its_neighbours_until_many_were() -> None:
+    cost = CostModel(NOMINAL)
+    for _ in range(20):
+        cost.note("decode", 8, 4000, 0, 0.002)
+    for number in range(12):
+        assert cost.guess("decode", 12, 6000, 0).seconds < 0.003, number
+        cost.note("decode", 12, 6000, 0, 0.010)
+    assert cost.seconds("decode", 12, 6000, 0) == pytest.approx(0.010)
+
+
 def test_steps_that_were_never_run_are_put_together_from_their_parts() -> None:
     cost = CostModel(NOMINAL)
     for tokens in (1000, 2000):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -33,6 +33,8 @@ class Truth:
     """How many times as long a prompt step and a decode step take beside each other."""
     share: tuple[float, float] = (2.0, 2.0)
     """The same, with SMs of the decode rows' own."""
+    shares: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """The same for each number of them, where that makes a difference."""
 
     def decode(self, rows: int, context: int) -> float:
         return self.step_s + rows * self.row_s + context * self.kv_s
@@ -45,7 +47,7 @@ class Truth:
 
     def beside(self, choice: Choice, decode_s: float, tokens: int) -> tuple[float, float]:
         """Return what a prompt step and a decode step take; a decode step is slower only while prompts are read."""
-        prompt, decode = self.share if choice.share else self.slower
+        prompt, decode = self.shares.get(choice.share, self.share) if choice.share else self.slower
         took_s = self.prefill(tokens) * prompt
         return took_s, min(decode_s * decode, decode_s + took_s * (1 - 1 / decode))
 
@@ -97,7 +99,10 @@ def none(_: int) -> float:
 
 @dataclass
 class Device:
-    """Runs episodes: a prompt arrives beside rows that decode, and is read; then they decode to the episode's end."""
+    """Runs episodes: a prompt arrives beside rows that decode so many steps, then end.
+
+    What is left of the prompt by then is read alone; what is left of the steps runs alone.
+    """
 
     truth: Truth
     splitter: Splitter
@@ -118,7 +123,7 @@ class Device:
     def episode(self, rows: int, context: int, prompt: int, steps: int) -> None:
         truth, decode_s = self.truth, self.truth.decode(rows, context)
         left, passed, self.longest_s = prompt, 0.0, 0.0
-        while left:
+        while left and passed < steps:
             choice = self.splitter.choose(Outlook(rows, context, left, side_busy=False))
             chunk = min(left, choice.prefill_tokens, BUDGET - rows)
             left -= chunk
@@ -138,6 +143,11 @@ class Device:
             passed += took_s / between_s
             self.seconds += took_s
             self.longest_s = max(self.longest_s, between_s)
+        while left:
+            chunk = min(left, BUDGET)
+            left -= chunk
+            self.note(0, 0, chunk, truth.prefill(chunk))
+            self.seconds += truth.prefill(chunk)
         for _ in range(2):
             self.note(rows, context, 0, decode_s)
         self.seconds += max(0.0, steps - passed) * decode_s
@@ -180,6 +190,24 @@ def test_it_is_within_two_percent_of_the_best_fixed_choice(
         chosen = policy()
         took = run(Device(truth, chosen, noise(seed)), 600, seed)
         assert took < 1.02 * min(fixed), (seed, truth, took, fixed, chosen.explain())
+
+
+@pytest.mark.parametrize("noise", [hiccups, slow_starts], ids=["hiccups", "slow starts"])
+@pytest.mark.parametrize("seed", [0, 9, 21])
+def test_with_three_shares_to_learn_it_is_still_within_two_percent(seed: int, noise: Callable[[int], Noise]) -> None:
+    """Of 192 draws the worst lost 1.04%. In 9 and 21 it once lost 3.1% and 2.3%, by first steps that were slow."""
+    draw, shares = random.Random(seed), (24, 40, 56)
+    truth = any_device(draw)
+    slower = {
+        share: ((132 / (132 - share)) ** draw.uniform(0.7, 1.05), (132 / share) ** draw.uniform(0.3, 0.8))
+        for share in shares
+    }
+    truth = replace(truth, shares=slower)
+    ways = [*FIXED[:3], *(Always("lanes", share=share) for share in shares)]
+    fixed = [run(Device(truth, each, none), 600, seed) for each in ways]
+    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, shares=shares)
+    took = run(Device(truth, chosen, noise(seed)), 600, seed)
+    assert took < 1.02 * min(fixed), (took, fixed, chosen.explain())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -261,7 +289,7 @@ def test_trials_are_few() -> None:
     for seed in range(3):
         chosen = policy()
         run(Device(any_device(random.Random(seed)), chosen, hiccups(seed)), 1500, seed)
-        assert 0 < chosen.trials <= FIRST_TRIALS + TRIAL_SHARE * chosen.choices.total() + 12
+        assert 0 < chosen.trials <= FIRST_TRIALS * len(FIXED) + TRIAL_SHARE * chosen.choices.total() + 12
 
 
 def test_when_the_device_changes_the_choice_follows() -> None:

@@ -39,7 +39,7 @@ ENGINE: EngineFigures = {
     "graphs": {"full_replays": 7, "piecewise_replays": 5, "eager_steps": 3, "captures": 2, "capture_failures": 1,
                "padded_rows": 11, "padded_tokens": 13, "capture_seconds": 0.5, "pool_bytes": 4096},
     "graph_fallbacks": {"first use of its size": 3}, "lane_choices": {"mixed": 4, "serial": 1, "lanes": 9},
-    "drafted_tokens": 40, "accepted_tokens": 30,
+    "drafted_tokens": 40, "accepted_tokens": 30, "tried_at": (20, 18), "accepted_at": (18, 12),
 }  # fmt: skip
 """Every figure that a metric is made of."""
 
@@ -181,6 +181,7 @@ def test_each_figure_has_its_name() -> None:
         "overlap_graph_capture_failures_total": 1, "overlap_graph_capture_seconds_total": 0.5,
         'overlap_graph_padding_total{kind="padded_rows"}': 11, "overlap_graph_pool_bytes": 4096,
         "overlap_spec_drafted_tokens_total": 40, "overlap_spec_accepted_tokens_total": 30,
+        'overlap_spec_tried_drafts_total{place="2"}': 18, 'overlap_spec_confirmed_drafts_total{place="1"}': 18,
         "overlap_spec_acceptance_rate": 0.75, "overlap_request_queue_time_seconds_count": 1,
         'overlap_kv_pages{state="held"}': 20, 'overlap_engine_up{model_name="tiny"}': 1,
     }  # fmt: skip
@@ -188,7 +189,10 @@ def test_each_figure_has_its_name() -> None:
 
 
 def test_figures_that_the_engine_does_not_have_are_left_out() -> None:
-    optional = ("graphs", "graph_fallbacks", "lane_choices", "drafted_tokens", "accepted_tokens", "side_steps")
+    optional = (
+        "graphs", "graph_fallbacks", "lane_choices", "drafted_tokens", "accepted_tokens", "tried_at", "accepted_at",
+        "side_steps",
+    )  # fmt: skip
     lean = {name: value for name, value in ENGINE.items() if name not in optional}
     text = render(lean, [Meter(Clock()).figures()]).decode()
     assert not [word for word in ("graph", "spec_", "lane_choices", "queue_time") if f"overlap_{word}" in text]

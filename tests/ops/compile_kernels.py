@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from overlap.ops import (
     activation_triton,
+    decode_triton,
     embedding_triton,
     launch_triton,
     linear_triton,
@@ -27,6 +28,9 @@ from overlap.ops.linear_choice import Op, bucket, guess
 from overlap.sample import draw_triton, philox_triton
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
+from overlap.spec import pair_triton, places_triton, runs_triton
+from overlap.spec.drafter import Drafts, Read
+from overlap.spec.rows import DraftRows
 from overlap.state import inputs_triton, replay_triton
 from overlap.state.inputs import empty_inputs
 from overlap.state.mail import Mail
@@ -91,6 +95,13 @@ def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden:
     qkv_triton.norm_qkv(torch.empty(rows, hidden), torch.empty(hidden), 1e-5, weight, None, tiles, *rotation)
 
 
+def decoded(num_kv_heads: int, group: int, head_dim: int, width: int) -> None:
+    kv = torch.empty(4, 2, 2, 16, num_kv_heads, head_dim, dtype=torch.bfloat16)
+    q, ints = torch.empty(width, num_kv_heads * group, head_dim, dtype=torch.bfloat16), torch.zeros(1, 4).int()
+    kernel = decode_triton.DecodeKernel(kv, num_kv_heads * group, 1, width)
+    kernel.attend(1, q, ints, ints[0, :1], torch.empty_like(q), width)
+
+
 def main() -> None:
     compile_only()
     compile_all()
@@ -104,6 +115,9 @@ def compile_all() -> None:
     linears(64, 128, 1)
     rotated(1, 9, 3, 64, 576)
     rotated(2, 32, 8, 128, 4096)
+    for width in (1, 5):
+        decoded(3, 3, 64, width)
+        decoded(8, 4, 128, width)
     embedding_triton.embed(torch.zeros(4, dtype=torch.int32), torch.empty(9, 64, dtype=torch.bfloat16))
     for dtype in (torch.bfloat16, torch.float32):
         residual = torch.randn(4, 64)
@@ -133,6 +147,27 @@ def compile_all() -> None:
     replay_triton.build_decode_inputs(mail.packed, rows, inputs)
     for dtype in (torch.int64, torch.int32):
         replay_triton.settle_decode(mail, rows, torch.zeros(4, dtype=dtype))
+    for width in (1, 4):
+        speculated(rows, width)
+
+
+def speculated(rows: SlotRows, width: int) -> None:
+    mail, drafts = Mail(1000, 16, "cpu"), DraftRows(4, 3, "cpu")
+    runs = runs_triton.build_runs(mail.packed, rows, drafts, 4, width, 100)
+    for dtype in (torch.int64, torch.int32):
+        outcome = runs_triton.settle_runs(runs, torch.zeros(4 * width, dtype=dtype), rows, drafts, 0.0)
+    one, three = torch.zeros(4, dtype=torch.int32), torch.zeros((4, 3), dtype=torch.int32)
+    runs_triton.keep_drafts(one, Drafts(tokens_RK=three, num_R=one), outcome.most_D, drafts)
+    runs_triton.land_runs(mail, outcome.landing_DJ)
+    read = Read(
+        token_ids=runs.token_ids_N, next_tokens=runs.token_ids_N, positions=runs.positions_N,
+        kv_index=runs.kv_index_N, hidden=None, rows=None, last=outcome.last_D, slots=runs.slots_D,  # type: ignore[arg-type]
+        token_slots=runs.token_slots_N, page_table=runs.page_table, longest=99,
+    )  # fmt: skip
+    places_triton.chain_places(read, 2, 100, 2)
+    table, norm = torch.empty(9, 576, dtype=torch.bfloat16), torch.empty(576)
+    for dtype in (torch.bfloat16, torch.float32):
+        pair_triton.normed_pair(one, table, torch.empty(4, 576, dtype=dtype), norm, norm, 1e-5)
 
 
 if __name__ == "__main__":

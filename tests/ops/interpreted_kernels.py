@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from triton.runtime import interpreter
 
 from overlap.ops import (
     activation,
     activation_triton,
+    decode_triton,
     embedding,
     embedding_triton,
     fused,
@@ -22,12 +24,18 @@ from overlap.ops import (
     rope,
     rope_triton,
 )
+from overlap.ops.attention import AttentionRows, TorchAttention
 from overlap.ops.linear import Linear
 from overlap.ops.linear_choice import Op, Tiles
 from overlap.sample import philox, philox_triton
 from overlap.schedule.plan import Admission, StepPlan
+from overlap.spec import pair, pair_triton, places, places_triton, runs, runs_triton
+from overlap.spec.control import DraftControl
+from overlap.spec.drafter import Drafts, Read
+from overlap.spec.rows import DraftRows
 from overlap.state import inputs_triton
 from overlap.state.inputs import StepInputs, build_inputs, empty_inputs
+from overlap.state.mail import Mail
 from overlap.state.packing import capacity, pack
 from overlap.state.rows import SlotRows
 
@@ -273,6 +281,136 @@ def check_inputs(chance: random.Random) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+def check_decode(chance: random.Random) -> None:
+    """Rows of all lengths, in one part and in many, decoding and verifying; one behind the other in one workspace."""
+    for dtype in (torch.float32, torch.float16):  # of bfloat16 the interpreter multiplies the bits
+        num_kv_heads, group, head_dim = chance.choice([(1, 3, 64), (2, 4, 16), (3, 3, 48), (2, 1, 32)])
+        pages, layers, table_width = 60, 2, chance.choice([3, 10])
+        kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
+        kernel = decode_triton.DecodeKernel(kv, num_kv_heads * group, 3, 5)
+        for _ in range(2):
+            rows, width, layer = chance.randint(1, 3), chance.choice([1, 1, 2, 5]), chance.randrange(layers)
+            assert kernel.takes(rows, width)
+            table = torch.randint(0, pages, (rows, table_width), dtype=torch.int32)
+            longest = table_width * 16
+            lengths = [chance.choice([width, longest, chance.randint(width, longest)]) for _ in range(rows)]
+            q = torch.randn(rows * width, num_kv_heads * group, head_dim).to(dtype)
+            out = torch.full_like(q, float("nan"))
+            kernel.attend(layer, q, table, torch.tensor(lengths, dtype=torch.int32), out, width)
+            reference = TorchAttention(kv.float(), num_kv_heads * group)
+            counts = np.full(rows, width, dtype=np.int32)
+            told = torch.tensor(lengths, dtype=torch.int32)
+            starts, none = np.array(lengths, dtype=np.int32) - counts, np.empty(0, np.int32)
+            reference.plan(
+                AttentionRows(
+                    num_decode=rows, width=width, seq_lens=told, page_table=table, starts=starts, counts=counts,
+                    chunk_pages=none,
+                )
+            )  # fmt: skip
+            expected = reference.attend(layer, q.float()).view(q.shape)
+            tolerance = 1e-4 if dtype is torch.float32 else 2e-2
+            torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+        kernel.attend(0, q[:1], table[:1], torch.zeros(1, dtype=torch.int32), out[:1])
+        assert not out[:1].any()  # padding
+        assert not kernel._counters.any()
+
+
+def let_ranges_end_where_tensors_say() -> None:
+    """The interpreter (Triton 3.6) makes an index of an array of one element, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+def random_drafts(chance: random.Random, rows: SlotRows, width: int) -> DraftRows:
+    drafts = DraftRows(rows.scratch, width, "cpu")
+    slots = rows.scratch
+    drafts.tokens_SK[:slots] = torch.randint(0, 3, (slots, width)).int()
+    drafts.num_S[:slots] = torch.randint(0, width + 1, (slots,)).int()
+    drafts.control.hits[:slots], drafts.control.tries[:slots] = torch.rand(slots), 1 + torch.rand(slots)
+    drafts.control.idle[:slots] = torch.randint(0, 200, (slots,)).int()
+    rows.last_token[:slots] = torch.randint(0, 999, (slots,)).int()
+    rows.seq_len[:slots] = torch.randint(0, 16 * (rows.page_table.shape[1] - 1), (slots,)).int()
+    rows.page_table[:slots] = torch.randint(0, 999, rows.page_table[:slots].shape).int()
+    return drafts
+
+
+def same(got: object, expected: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def check_runs(chance: random.Random) -> None:
+    """A verify of some rows and some padding: its inputs, what it settles, what it lands, and what is drafted next."""
+    slots, table, most = 6, 13, chance.choice([1, 3, 4])
+    width, size, real = chance.choice([1, most + 1]), chance.randint(1, 6), chance.randint(0, 6)
+    words = np.zeros(100, dtype=np.int32)
+    words[0], words[16 : 16 + slots] = real, chance.sample(range(slots), slots)
+    packed = torch.from_numpy(words)
+    found = []
+    choices = torch.randint(0, 3, (size * width,)).to(chance.choice([torch.int32, torch.int64]))
+    proposed = Drafts(
+        tokens_RK=torch.randint(0, 999, (size, most)).int(), num_R=torch.full((size,), most, dtype=torch.int32)
+    )
+    seed = torch.get_rng_state()
+    for module in (runs, runs_triton):
+        torch.set_rng_state(seed)
+        rows, mail = SlotRows(slots, table, "cpu"), Mail(100, 6 * 5, "cpu")
+        drafts = random_drafts(chance, rows, most)
+        mail.packed.copy_(packed)
+        built = module.build_runs(packed, rows, drafts, size, width, 16 * (table - 1) - 5)
+        outcome = module.settle_runs(built, choices, rows, drafts, 0.1)
+        num_real = min(real, size)
+        if num_real:
+            some = Drafts(tokens_RK=proposed.tokens_RK[:num_real], num_R=proposed.num_R[:num_real])
+            module.keep_drafts(built.slots_D[:num_real], some, outcome.most_D[:num_real], drafts)
+        module.land_runs(mail, outcome.landing_DJ)
+        found.append((built, outcome, rows, drafts, drafts.control, mail))
+    names: tuple[tuple[str, ...], ...] = (
+        tuple(name for name in runs.Runs.__slots__ if name not in ("packed", "width")),
+        ("landing_DJ", "last_D", "most_D"),
+        SlotRows.COLUMNS,
+        ("tokens_SK", "num_S"),
+        ("hits", "tries", "idle"),
+        ("landings", "turn"),
+    )
+    for expected, got, some in zip(*found, names, strict=True):
+        same(got, expected, some)
+    assert isinstance(found[0][4], DraftControl)
+
+
+def check_places(chance: random.Random) -> None:
+    rows, table, steps = chance.randint(1, 5), 4, chance.randint(1, 7)
+    tokens = rows * 3
+    read = Read(
+        token_ids=torch.zeros(tokens), next_tokens=torch.zeros(tokens), hidden=None,
+        positions=torch.randint(0, 60, (tokens,)).int(), kv_index=torch.randint(-1, 3, (tokens,)).int(),
+        rows=None,  # type: ignore[arg-type]
+        last=torch.randint(0, tokens, (rows,)), slots=torch.zeros(rows, dtype=torch.int32),
+        token_slots=torch.zeros(tokens), page_table=torch.randint(0, 99, (rows, table)).int(), longest=99,
+    )  # fmt: skip
+    same(
+        places.Places(*places_triton.chain_places(read, steps, 60, 2)),
+        places.chain_places(read, steps, 60, 2),
+        places.Places.__slots__,
+    )
+
+
+def check_pair(chance: random.Random) -> None:
+    for dtype in DTYPES:
+        tokens, channels = chance.randint(1, 5), chance.choice([8, 100, 576])
+        ids, table = torch.randint(0, 50, (tokens,)).int(), torch.randn(50, channels).to(dtype)
+        hidden = torch.randn(tokens, channels + 4).to(chance.choice([dtype, torch.float32]))[:, :channels]
+        norms = torch.randn(channels), torch.randn(channels)
+        expected = pair.normed_pair(ids, table, hidden, *norms, 1e-5)
+        for got, want in zip(pair_triton.normed_pair(ids, table, hidden, *norms, 1e-5), expected, strict=True):
+            close(got, want)
+
+
 CHECKS = {
     "norm": check_norm,
     "activation": check_activation,
@@ -284,9 +422,14 @@ CHECKS = {
     "greedy": check_greedy,
     "philox": check_philox,
     "inputs": check_inputs,
+    "decode": check_decode,
+    "runs": check_runs,
+    "places": check_places,
+    "pair": check_pair,
 }
 
 if __name__ == "__main__":
+    let_ranges_end_where_tensors_say()
     for name, check in CHECKS.items():
         for seed in range(6):
             torch.manual_seed(seed)

@@ -56,3 +56,11 @@ def test_the_table_names_only_what_can_be_asked() -> None:
         assert inputs % 8 == 0
         assert rows == bucket(rows) <= MAX_ROWS
         assert tiles is None or not (tiles.kernel == "dot" and "norm" in op)
+
+
+def test_a_product_that_lost_with_what_stands_around_it_is_the_librarys() -> None:
+    assert MEASURED["gated", 14336, 4096, 8] is None
+    assert choose("plain", 2 * 14336, 4096, 8) is None
+    assert MEASURED["add", 4096, 14336, 8] is None
+    assert choose("plain", 4096, 14336, 8) is None
+    assert choose("plain", 6144, 4096, 8) == MEASURED["plain", 6144, 4096, 8]

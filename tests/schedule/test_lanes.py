@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ class Drawn(Always):
         assert outlook.num_decode >= 0
         assert outlook.prefill_tokens > 0
         mode = self._draw.choice(["mixed", "serial", "lanes", "lanes"])
-        return Choice(mode, self._draw.choice([1, 7, 40, 1000]))  # type: ignore[arg-type]
+        share = self._draw.choice([0, 24, 40]) if mode == "lanes" else 0
+        return Choice(mode, self._draw.choice([1, 7, 40, 1000]), share)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -157,6 +159,36 @@ async def test_prompts_and_decode_rows_take_turns_when_told_to() -> None:
     assert rig.answers[1] == MODEL.answer([5] * 200, 4)
     mixed = [plan for plan in rig.runner.plans if 0 < plan.num_decode < plan.num_rows]
     assert not mixed
+
+
+async def test_a_share_holds_for_both_lanes_while_both_run_and_for_neither_alone() -> None:
+    def cost(work: str, tokens: int) -> float:
+        return {"rows": 4.0, "rows sm:24": 6.0, "prompts sm:24": 48.0}[work]
+
+    rig = Rig(Always("lanes", share=24), cost=cost)
+    await rig.serve(request(0, [1, 2, 3], 200), request(1, [5] * 640, 4))
+    assert rig.answers[1] == MODEL.answer([5] * 640, 4)
+    assert {plan.share for plan in rig.of_lane(SIDE)} == {24}
+    assert {plan.share for plan in rig.of_lane(MAIN) if plan.beside} == {24}
+    assert {plan.share for plan in rig.of_lane(MAIN) if not plan.beside} == {0}
+    assert rig.device.hidden("side", behind="main") > 0.9
+    assert rig.planner.lane_choices["lanes sm:24"] > 0
+
+
+async def test_the_share_may_change_from_step_to_step_and_each_lane_keeps_its_order() -> None:
+    turns = iter(range(1000))
+
+    class Turning(Always):
+        def choose(self, outlook: Outlook) -> Choice:
+            return Choice("lanes", 16, (0, 24, 40, 56)[next(turns) % 4])
+
+    rig = Rig(Turning("lanes"), cost=lambda work, tokens: 2.0)
+    await rig.serve(request(0, [1, 2], 90), request(1, [3] * 300, 3))
+    assert rig.answers == {0: MODEL.answer([1, 2], 90), 1: MODEL.answer([3] * 300, 3)}
+    assert {plan.share for plan in rig.of_lane(SIDE)} == {0, 24, 40, 56}
+    for name in ("main", "side"):
+        spans = rig.device.streams[name].spans
+        assert all(one.end <= other.start for one, other in pairwise(spans))
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -38,3 +38,19 @@ def test_other_numbers_of_rows_are_judged_by_their_own_steps_and_a_change_is_not
     share_of_wide(pace, 20 * EVERY, 64, 1.1, 3.0)  # the text has become easy
     assert share_of_wide(pace, 100, 64, 1.1, 3.0) > 0.8
     assert "under 4 rows it brings 3.00 tokens a row and step, and 2.73 times" in pace.explain()[0]
+
+
+def test_a_few_slow_steps_without_their_graphs_do_not_decide() -> None:
+    pace = Pace()
+    for width, seconds in ((5, (9.0, 50.0, 1.2, 1.2, 1.2, 1.2)), (1, (9.0, 1.0, 1.0, 1.0, 1.0, 1.0))):
+        for one in seconds:
+            assert pace.choose(4) == (width > 1)
+            pace.note_emitted(2.5)
+            pace.note_time(4, width, one)
+    assert pace.choose(4)
+
+
+def test_a_trial_that_is_lost_again_and_again_becomes_rare() -> None:
+    pace = Pace()
+    share_of_wide(pace, 100, 8, 2.0, 1.2)
+    assert share_of_wide(pace, 40 * EVERY, 8, 2.0, 1.2) < 8 * TRIAL / (40 * EVERY)

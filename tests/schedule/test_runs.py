@@ -18,7 +18,7 @@ from overlap.errors import InternalError
 from overlap.schedule.plan import REFUSED, UNUSED, StepPlan, broken_rules
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
-from overlap.schedule.runs import cut_runs, num_drafted, runs_of
+from overlap.schedule.runs import count_drafts, cut_runs, runs_of
 
 JUNK = -7
 
@@ -49,7 +49,10 @@ def test_a_run_is_cut_behind_its_first_stop_id_and_at_the_limit() -> None:
 
 def test_drafts_are_counted_by_what_lands() -> None:
     runs = np.array([[5, 6, REFUSED, UNUSED], [7, UNUSED, UNUSED, UNUSED], [1, 2, 3, 4]], dtype=np.int32)
-    assert num_drafted(runs) == (2 + 0 + 3, 1 + 0 + 3)
+    counts = count_drafts(runs)
+    assert counts.drafted == 2 + 0 + 3
+    assert counts.tried_at.tolist() == [2, 2, 1]
+    assert counts.accepted_at.tolist() == [2, 1, 1]
 
 
 @dataclass

@@ -60,11 +60,12 @@ def fresh_rows(slots: int, width: int) -> SlotRows:
 
 
 def mail_with(plan: StepPlan, place: int, slots: int, width: int) -> Mail:
-    """Mail with the plan at each place of the host, and the turn at `place`."""
+    """Mail with the plan at each place of the host, and the one of `place` brought to the device."""
     mail = Mail(capacity(slots, slots, slots * width), slots, "cpu")
     for words in mail.plan_words[:EMPTY]:
         pack(plan, words)
     mail.turn.fill_(place)
+    mail.bring(place)
     return mail
 
 

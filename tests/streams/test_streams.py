@@ -14,10 +14,30 @@ from overlap.testing import SimDevice, check_stream
 
 async def test_a_simulated_stream_keeps_the_promise() -> None:
     await check_stream(SimDevice().stream)
+    await check_stream(SimDevice().stream, share=24)
 
 
 async def test_a_cpu_stream_keeps_the_promise() -> None:
     await check_stream(CpuStream)
+
+
+async def test_a_share_has_a_cost_of_its_own_and_changes_no_order() -> None:
+    device = SimDevice(cost=lambda work, tokens: 5.0 if work.endswith("sm:24") else 1.0)
+    stream = device.stream("compute")
+    for number, share in enumerate((0, 24, 24, 0)):
+        stream.use(share)
+        stream.launch(f"step {number}", lambda: None)
+    assert [(span.work, span.end) for span in stream.spans] == [
+        ("step 0", 1.0), ("step 1 sm:24", 6.0), ("step 2 sm:24", 11.0), ("step 3", 12.0),
+    ]  # fmt: skip
+
+
+def test_a_cpu_stream_has_no_shares() -> None:
+    stream = CpuStream()
+    stream.use(0)
+    with pytest.raises(InternalError, match="no share 24"):
+        stream.use(24)
+    stream.close()
 
 
 async def test_two_cpu_streams_run_at_the_same_time() -> None:

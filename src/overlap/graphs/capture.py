@@ -15,6 +15,7 @@ pool share their intermediates, and must run one after the other: on one stream.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -24,6 +25,13 @@ from torch import Tensor
 
 _THREAD_LOCAL: Final = 1
 _FREE_ON_LAUNCH: Final = 1
+
+
+POOLS: Final = threading.Lock()
+"""Held while one engine of the process records, and while one gives memory back to CUDA.
+
+torch's allocator ends the process ("captures_underway.empty() INTERNAL ASSERT FAILED") if a pool is given up while any
+thread allocates for a capture."""
 
 
 class CaptureError(RuntimeError):
@@ -41,6 +49,11 @@ class Graph:
         self.num_nodes = num_nodes
         """How many kernels and copies it has."""
 
+    @property
+    def stream(self) -> int:
+        """The address of the stream that it was recorded on."""
+        return self._recorder.stream
+
     def launch(self) -> None:
         """Enqueue all of it on the stream that it was recorded on. Raises CaptureError, and then nothing was."""
         self._recorder.launch(self._address)
@@ -57,7 +70,9 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        self.stream: Final[int] = torch.cuda.current_stream(device).cuda_stream
+        """Its address."""
+        self._stream = ctypes.c_void_p(self.stream)
         self._cuda = _driver(ctypes.CDLL("libcuda.so.1"))
         # A launch returns within microseconds: to keep the interpreter's lock over it is faster than to win it back.
         self._launch = _driver(ctypes.PyDLL("libcuda.so.1")).cuGraphLaunch
@@ -70,7 +85,7 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Serve this thread's allocations from the pool; whatever ends the block, no capture is left open."""
         before = torch.cuda.memory_reserved(self._device)
-        with torch.cuda.use_mem_pool(self._pool, self._device):
+        with POOLS, torch.cuda.use_mem_pool(self._pool, self._device):
             try:
                 yield
             finally:
@@ -106,7 +121,8 @@ class Recorder:
 
     def close(self) -> None:
         """Give up the pool; its memory goes back to CUDA once nothing is left in it and torch's cache is emptied."""
-        self._pool = None
+        with POOLS:
+            self._pool = None
 
     def _abandon(self) -> None:
         """End a capture that came to nothing. CUDA takes the stream out of it even where it reports an error."""

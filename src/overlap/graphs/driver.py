@@ -19,7 +19,8 @@ from overlap.errors import InternalError
 from overlap.graphs.capture import CaptureError, Graph, Recorder
 from overlap.graphs.lane import Lane, decode_step, part
 from overlap.graphs.pieces import Pieces, answer_buffers, record, rehearse
-from overlap.graphs.policy import Decision, Policy, Shape
+from overlap.graphs.policy import Decision, Policy, Shape, width_of
+from overlap.models.program import Batch
 from overlap.schedule.plan import StepPlan
 from overlap.state.inputs import StepInputs
 from overlap.state.mail import DEPTH, EMPTY
@@ -67,15 +68,22 @@ class GraphDriver:
         self._replays = self._piecewise = self._eager = self._captures = self._failures = 0
         self._padded_rows = self._padded_tokens = 0
         self._seconds = 0.0
+        self.usual = True
+        """Whether the step that was prepared last runs as such steps will run from now on."""
 
     def prepare(self, plan: StepPlan) -> Shape | None:
         """Return the graph that is to run a plan, captured now if it is time; None for an eager step."""
         decision = self.policy.decide(plan)
+        self.usual = decision.capture is None and not decision.first
         if decision.capture is not None and not self.capture(decision.capture):
             decision = Decision(None, None)
         if decision.run is None:
             self._eager += 1
         return decision.run
+
+    def forget_turn(self) -> None:
+        """Take in that something else has used the mail since."""
+        self._turn = None
 
     @torch.inference_mode()
     def replay_decode(self, shape: Shape, place: int, num_rows: int) -> bool:
@@ -84,6 +92,7 @@ class GraphDriver:
         if self._turn != place:
             self._lane.mail.turn.fill_(place)
         self._turn = None
+        self._lane.mail.bring(place, graph.stream)
         try:
             graph.launch()
         except CaptureError as failure:
@@ -107,6 +116,21 @@ class GraphDriver:
         self._piecewise += 1
         self._padded_tokens += shape.size - num_tokens
         return self._pieces[shape].run(self._lane.attention, num_tokens, block)
+
+    def run_batch(self, shape: Shape, batch: Batch) -> Tensor:
+        """Enqueue a forward over a batch in pieces; return what it returns, to be used before the next step."""
+        num_tokens = len(batch.token_ids)
+        inputs = self.inputs(shape, 0, 0)
+        for name in ("token_ids", "positions", "kv_index"):
+            getattr(inputs, name)[:num_tokens].copy_(getattr(batch, name))
+        inputs.kv_index[num_tokens:].fill_(-1)
+        blocks = self.run_pieces(shape, num_tokens)
+        while True:
+            try:
+                next(blocks)
+            except StopIteration as end:
+                states: Tensor = end.value
+                return states
 
     @torch.inference_mode()
     def capture(self, shape: Shape) -> bool:
@@ -134,15 +158,22 @@ class GraphDriver:
         return True
 
     def _capture_full(self, shape: Shape, recorder: Recorder) -> None:
-        if shape.kind == "pieces":
-            raise InternalError("pieces are no decode step")
-        inputs = part(self._inputs, shape.size, shape.size, shape.size)
         self._lane.mail.turn.fill_(EMPTY)
-        decode_step(self._lane, inputs, shape.kind)
+        self._lane.mail.bring(EMPTY, recorder.stream)
+        self.run_eagerly(shape)
         with recorder.recording():
             recorder.begin()
-            decode_step(self._lane, inputs, shape.kind)
+            self.run_eagerly(shape)
             self._full[shape] = recorder.end()
+
+    def run_eagerly(self, shape: Shape) -> None:
+        """Make the calls of a whole decode step one by one: those that its graph replays."""
+        speculation, (kind, width) = self._lane.speculation, width_of(shape.kind)
+        if speculation is not None:
+            speculation.decode(self._lane.mail, shape.size, width or speculation.width, kind)
+            return
+        inputs = part(self._inputs, shape.size, shape.size, shape.size)
+        decode_step(self._lane, inputs, kind)
 
     def _capture_pieces(self, shape: Shape, recorder: Recorder) -> None:
         program = self._lane.program
@@ -151,8 +182,8 @@ class GraphDriver:
         inputs = part(self._inputs, shape.size, 0, 0)
         inputs.kv_index.fill_(-1)
         batch = self._lane.batch(inputs)
-        rehearse(program, batch, self._answers)
-        self._pieces[shape] = record(program, batch, self._answers, recorder)
+        rehearse(self._lane.forward(batch), batch, self._answers)
+        self._pieces[shape] = record(self._lane.forward(batch), batch, self._answers, recorder)
 
     def _lose(self, shape: Shape, failure: Exception) -> None:
         self._failures += 1
@@ -160,6 +191,11 @@ class GraphDriver:
         self.policy.lost(shape, f"{type(failure).__name__}: {first[0] if first else 'no message'}")
         self._full.pop(shape, None)
         self._pieces.pop(shape, None)
+
+    @property
+    def num_nodes(self) -> dict[Shape, int]:
+        """How many kernels and copies each whole decode step has."""
+        return {shape: graph.num_nodes for shape, graph in self._full.items()}
 
     def statistics(self) -> GraphStatistics:
         """Return the figures so far."""

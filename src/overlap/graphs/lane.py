@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from overlap.graphs.eager import drive
-from overlap.models.program import Batch, Program
+from overlap.models.program import Batch, Forward, Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import SampleKind, sample_all
+from overlap.spec.step import Speculation
 from overlap.state.inputs import StepInputs, empty_inputs
 from overlap.state.mail import Mail
 from overlap.state.replay import build_decode_inputs, settle_decode, take_plan
@@ -27,6 +28,16 @@ class Lane:
     kv: Tensor
     rows: SlotRows
     mail: Mail
+    speculation: Speculation | None = None
+    """What verifies and drafts in each decode step, where there is a drafter."""
+    sms: int = 0
+    """How many SMs its decode rows are cut for; 0 for all of the device."""
+
+    def forward(self, batch: Batch) -> Forward:
+        """Return the model's forward over a batch, with what a drafter reads of it beside the hidden states."""
+        if self.speculation is None:
+            return self.program.forward(batch)
+        return self.speculation.forward(batch)
 
     def batch(self, inputs: StepInputs) -> Batch:
         """Return a step's inputs as the model takes them."""
@@ -72,6 +83,7 @@ def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
             starts=np.zeros(num_rows, dtype=np.int32),
             counts=np.ones(num_rows, dtype=np.int32),
             chunk_pages=np.empty(0, dtype=np.int32),
+            sms=lane.sms,
         )
     )
     hidden_TC = drive(lane.program.forward(lane.batch(inputs)), lane.attention)

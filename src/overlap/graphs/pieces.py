@@ -15,7 +15,7 @@ from torch import Tensor
 
 from overlap.graphs.capture import Graph, Place, Recorder
 from overlap.graphs.eager import next_attend
-from overlap.models.program import Batch, Program
+from overlap.models.program import Batch, Forward, Program
 from overlap.ops.attention import Attention
 
 
@@ -63,12 +63,11 @@ def answer_buffers(program: Program, num_tokens: int, kv: Tensor) -> tuple[Tenso
 
 
 @torch.inference_mode()
-def rehearse(program: Program, batch: Batch, answers: tuple[Tensor, Tensor]) -> None:
+def rehearse(forward: Forward, batch: Batch, answers: tuple[Tensor, Tensor]) -> None:
     """Run the pieces once with whatever the answers hold, so that every kernel is compiled and loaded.
 
     Writes no KV if the batch's kv_index is -1 throughout.
     """
-    forward = program.forward(batch)
     number = 0
     try:
         joint = next(forward)
@@ -81,11 +80,10 @@ def rehearse(program: Program, batch: Batch, answers: tuple[Tensor, Tensor]) -> 
 
 
 @torch.inference_mode()
-def record(program: Program, batch: Batch, answers: tuple[Tensor, Tensor], recorder: Recorder) -> Pieces:
+def record(forward: Forward, batch: Batch, answers: tuple[Tensor, Tensor], recorder: Recorder) -> Pieces:
     """Record a forward over `batch`, whose tensors must stay; nothing runs. Raises what capture raises."""
     graphs: list[Graph] = []
     joints: list[tuple[int, Place, Tensor]] = []
-    forward = program.forward(batch)
     try:
         with recorder.recording():
             recorder.begin()

@@ -11,14 +11,27 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
+from overlap.errors import InternalError
 from overlap.graphs.buckets import bucket_for
 from overlap.schedule.plan import StepPlan
 
-Kind: TypeAlias = Literal["greedy", "sampled", "truncated", "shaped", "pieces"]
-"""A whole decode step, by what its rows ask of the sampler (see `sample_all`), or a forward in pieces."""
+SampleKind: TypeAlias = Literal["greedy", "sampled", "truncated", "shaped"]
+"""That of `sample.sampler`, which imports torch."""
+Kind: TypeAlias = Literal[
+    "greedy", "sampled", "truncated", "shaped", "pieces",
+    "wide greedy", "wide sampled", "wide truncated", "wide shaped",
+]  # fmt: skip
+"""A whole decode step, by what its rows ask of the sampler (see `sample_all`), wide if it verifies drafts; or a forward
+in pieces."""
+_WIDE: Final[dict[SampleKind, Kind]] = {
+    "greedy": "wide greedy",
+    "sampled": "wide sampled",
+    "truncated": "wide truncated",
+    "shaped": "wide shaped",
+}
 SECOND_USE: Final = 2
 PATIENCE: Final = 16
 """Uses of a size before it gets its own graph although a larger one serves it."""
@@ -32,6 +45,10 @@ _SERVES: Final[dict[Kind, tuple[Kind, ...]]] = {
     "truncated": ("truncated",),
     "shaped": ("shaped",),
     "pieces": ("pieces",),
+    "wide greedy": ("wide greedy", "wide sampled"),
+    "wide sampled": ("wide sampled",),
+    "wide truncated": ("wide truncated",),
+    "wide shaped": ("wide shaped",),
 }
 """Whose graphs may run a step, the best first; by rows that are greedy a graph that samples gives the same tokens."""
 
@@ -53,30 +70,48 @@ class Decision:
 
     capture: Shape | None
     run: Shape | None
+    first: bool = field(default=False, compare=False)
+    """Whether it runs without a graph because it is the first of its size: the next ones will take less."""
 
 
 def decode_kind(plan: StepPlan) -> Kind | None:
     """Return the kind of decode graph that runs a plan; None for prompt chunks, admissions and log-probabilities."""
     if plan.num_decode != plan.num_rows or plan.admissions or plan.logprobs:
         return None
+    kind: SampleKind = "truncated" if plan.truncated else "sampled"
     if plan.shaped:
-        return "shaped"
-    if not len(plan.sampled):
-        return "greedy"
-    return "truncated" if plan.truncated else "sampled"
+        kind = "shaped"
+    elif not len(plan.sampled):
+        kind = "greedy"
+    return _WIDE[kind] if plan.width > 1 else kind
+
+
+def width_of(kind: Kind) -> tuple[SampleKind, int | None]:
+    """Return what the rows of a decode kind ask of the sampler, and how many positions each has: None if it is wide."""
+    for narrow, wide in _WIDE.items():
+        if kind == wide:
+            return narrow, None
+        if kind == narrow:
+            return narrow, 1
+    raise InternalError(f"{kind} are no decode step")
 
 
 class Policy:
     """Keeps what is captured, what was missed, and what failed. One a lane."""
 
-    def __init__(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """`rows` and `tokens` are the buckets of whole decode steps and of pieces; empty for none of the kind."""
+    def __init__(self, rows: Sequence[int], tokens: Sequence[int], wide_rows: Sequence[int] = ()) -> None:
+        """`rows`, `wide_rows` and `tokens` are the buckets of whole decode steps, of those that verify drafts, and of
+        pieces; empty for none of the kind."""
         self._buckets: dict[Kind, Sequence[int]] = {
+            "wide sampled": wide_rows,
+            "wide greedy": wide_rows,
             "sampled": rows,
             "greedy": rows,
             "pieces": tokens,
             "truncated": rows,
             "shaped": rows,
+            "wide truncated": wide_rows,
+            "wide shaped": wide_rows,
         }
         self._captured: dict[Kind, list[int]] = {kind: [] for kind in self._buckets}
         self._missed: Counter[Shape] = Counter()
@@ -99,7 +134,7 @@ class Policy:
             if decision is not None:
                 return decision
         self._reasons[reason] += 1
-        return Decision(None, None)
+        return Decision(None, None, first=reason == _FIRST_USE)
 
     def _decide(self, kind: Kind, count: int) -> tuple[Decision | None, str]:
         size = bucket_for(count, self._buckets[kind])
@@ -134,7 +169,7 @@ class Policy:
             return wanted
         asked = {shape.kind for shape in self._missed}
         for kind, sizes in self._buckets.items():
-            if kind in ("truncated", "shaped") and kind not in asked:
+            if kind.endswith(("truncated", "shaped")) and kind not in asked:
                 continue  # sorting is dear to capture, and few ask for it; nobody has asked for the memory of shaping
             for size in reversed(sizes):
                 if size not in self._captured[kind] and self._may_capture(Shape(kind, size)):

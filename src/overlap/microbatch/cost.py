@@ -23,6 +23,9 @@ Size: TypeAlias = tuple[str, int, int, int, int]
 VERSION: Final = 2
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
+_SURE: Final = 4 * FIRM
+"""Measurements from which on a size is believed to take much longer than its neighbours: until then something may
+have been built in its first steps, and the neighbours say what it takes."""
 _WEIGHT: Final = 1 / 16
 """Of a new measurement, once many were taken."""
 _CLIP: Final = 1.5
@@ -150,9 +153,10 @@ class CostModel:
         size = _size(kind, rows, context, tokens, share)
         nominal_s = self._nominal_s(kind, rows, context, tokens)
         known = self._sizes.get(size)
-        if known is not None:
+        near = self._near(size) if known is None or known.count < _SURE else None
+        if known is not None and (near is None or known.times < near * _CLIP):
             return Guess(known.times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
-        if (near := self._near(size)) is not None:
+        if near is not None:
             return Guess(near * nominal_s, _SLACK_NEAR)
         of_kind = self._kinds.get(kind)
         if of_kind is not None:

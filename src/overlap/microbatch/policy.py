@@ -3,11 +3,14 @@
 The ways are compared by what reading a prompt token costs beyond the decode steps that pass meanwhile. With d and p
 what a decode step and a chunk of c tokens take alone:
 
-    in turn    p / c                      each chunk delays the rows by p
-    mixed      (m - d) / c                one step of m does the work of a chunk and of a decode step
-    lanes      P (1 - d / D) / c          during the P of a chunk, at least a step of D passes, where d would do
+    in turn    (p + d - v) / c            a chunk, and a decode step
+    mixed      (m - v) / c                one step of m does the work of a chunk and of a decode step
+    lanes      P (1 - v / D) / c          during the P of a chunk, at least a step of D passes
 
-Then all work takes (decode steps) * d + (prompt tokens) * that, so the least wins, whatever the mix of work. With a
+where v is what a decode step's tokens are worth: what they would cost later. With no more prompts to come that is d.
+But r rows of which there will be R once the waiting prompts are read can be had later for r / R of a step of R rows,
+and a step of a few rows takes about as long as one of many: then it does not pay to decode beside prompts, and what
+reads them fastest wins. All work takes (decode steps) * d + (prompt tokens) * that, so the least wins. With a
 target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the largest
 chunk that keeps it; if none does, those that come nearest.
 
@@ -39,8 +42,8 @@ SOON: Final = 32
 """The least number of choices of a size before a way that was not chosen is tried again; doubled with each trial."""
 WORTH: Final = 0.002
 """How much longer all work may take for trying again what was slower."""
-FIRST_TRIALS: Final = 48
-"""Choices that may be trials to begin with, and..."""
+FIRST_TRIALS: Final = 12
+"""Choices for each way that may be trials to begin with, and..."""
 TRIAL_SHARE: Final = 0.01
 """...the share of all choices that may be in the long run."""
 _TRIAL_CHOICES: Final = 12
@@ -48,6 +51,20 @@ _TRIAL_CHOICES: Final = 12
 _SECOND_OPINIONS: Final = 2
 _TARGET_MARGIN: Final = 0.95
 _LEAST_CHUNK: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What there is to do."""
+
+    rows: int
+    """That decode."""
+    context: int
+    """Tokens in KV of all of them."""
+    tokens: int
+    """Of prompts, in one step at most."""
+    worth_s: float
+    """What a decode step is worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +122,7 @@ class SplitPolicy:
         `two_lanes` False leaves mixed and serial to choose from.
         """
         self.cost = cost
+        self.shares: Final = shares
         self.choices: Counter[str] = Counter()
         """How many steps were planned each way: "mixed", "serial", "lanes", or "lanes sm:N"."""
         self.trials = 0
@@ -113,16 +131,17 @@ class SplitPolicy:
         self._target_s = target_itl_s
         lanes: tuple[Route, ...] = tuple(("lanes", share) for share in (0, *shares)) if two_lanes else ()
         self._routes: tuple[Route, ...] = (("mixed", 0), *lanes, ("serial", 0))
-        self._sizes: dict[tuple[int, int, int], _Size] = {}
+        self._sizes: dict[tuple[int, int, int, int], _Size] = {}
         self._total = 0
         self._last: Route | None = None
         self._beside = Outlook(0, 0, 0, side_busy=False)
 
     def choose(self, outlook: Outlook) -> Choice:
         """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
-        rows = outlook.num_decode
+        rows, later = outlook.num_decode, outlook.num_decode + max(0, outlook.num_prompts - 1)
         tokens = max(1, min(outlook.prefill_tokens, self._budget - rows))
-        key = size_bucket(rows), size_bucket(outlook.decode_context // rows if rows else 0), size_bucket(tokens)
+        context = outlook.decode_context // rows if rows else 0
+        key = size_bucket(rows), size_bucket(context), size_bucket(tokens), size_bucket(later)
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = _Size(route=self._last)
@@ -132,7 +151,7 @@ class SplitPolicy:
         if size.left and choice is not None:
             size.left -= 1
         else:
-            choice = size.choice = self._look(size, rows, outlook.decode_context, tokens)
+            choice = size.choice = self._look(size, rows, outlook.decode_context, tokens, later)
         self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
         if choice.mode == "lanes":
             self._beside = outlook
@@ -158,8 +177,9 @@ class SplitPolicy:
 
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self, size: _Size, rows: int, context: int, tokens: int) -> Choice:
-        ways = {route: self._way(route, rows, context, tokens) for route in self._routes}
+    def _look(self, size: _Size, rows: int, context: int, tokens: int, later: int) -> Choice:
+        work = _Work(rows, context, tokens, self._worth_s(rows, context, later))
+        ways = {route: self._way(route, work) for route in self._routes}
         if size.trial is not None:
             way = ways[size.trial]
             if size.trial_left and way.samples < size.trial_samples + FIRM:
@@ -171,7 +191,7 @@ class SplitPolicy:
         size.seen[chosen.route] = size.chosen
         size.left, self._last = LOOK - 1, chosen.route
         size.why = _why(chosen, ways, self._target_s)
-        if self.trials < FIRST_TRIALS + TRIAL_SHARE * self._total:
+        if self.trials < FIRST_TRIALS * len(self._routes) + TRIAL_SHARE * self._total:
             for way in sorted(ways.values(), key=lambda each: each.total_s - each.slack_s):
                 if way.route != chosen.route and self._is_worth_a_trial(size, way, chosen):
                     size.trial, size.trial_left, size.trial_samples = way.route, _TRIAL_CHOICES - 1, way.samples
@@ -214,38 +234,48 @@ class SplitPolicy:
 
     # ── the ways ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _way(self, route: Route, rows: int, context: int, tokens: int) -> _Way:
+    def _worth_s(self, rows: int, context: int, later: int) -> float:
+        """Return what the tokens of a decode step would cost as part of a step of the `later` rows there will be."""
+        now_s, _ = self.cost.guess("decode", rows, context, 0)
+        if later <= rows or not rows:
+            return now_s
+        later_s, _ = self.cost.guess("decode", later, context * later // rows, 0)
+        return min(now_s, later_s * rows / later)
+
+    def _way(self, route: Route, work: _Work) -> _Way:
         """Return what a way costs, with the largest chunk that keeps the target."""
-        way = self._way_with(route, rows, context, tokens, tokens)
+        way = self._way_with(route, work, work.tokens)
         if self._target_s is None:
             return way
-        chunk = size_bucket(tokens)
+        chunk = size_bucket(work.tokens)
         while way.between_s > self._target_s * _TARGET_MARGIN and chunk > _LEAST_CHUNK and route[0] != "lanes":
             chunk = size_bucket(chunk * 2 // 3)
-            way = self._way_with(route, rows, context, min(chunk, tokens), tokens)
+            way = self._way_with(route, work, min(chunk, work.tokens))
         return way
 
-    def _way_with(self, route: Route, rows: int, context: int, chunk: int, tokens: int) -> _Way:
-        (mode, share), cost = route, self.cost
+    def _way_with(self, route: Route, work: _Work, chunk: int) -> _Way:
+        (mode, share), cost, rows, context = route, self.cost, work.rows, work.context
         decode_s, decode_slack = cost.guess("decode", rows, context, 0)
         if mode == "mixed":
             between_s, slack = cost.guess("mixed", rows, context, chunk)
-            token_s = max(0.0, between_s - decode_s) / chunk
+            token_s = max(0.0, between_s - work.worth_s) / chunk
             samples, spread_s = cost.count("mixed", rows, context, chunk), between_s / chunk
         elif mode == "serial":
             prompt_s, slack = cost.guess("prefill", 0, 0, chunk)
-            between_s, token_s, spread_s = prompt_s + decode_s, prompt_s / chunk, prompt_s / chunk
+            between_s = prompt_s + decode_s
+            token_s, spread_s = (between_s - work.worth_s) / chunk, prompt_s / chunk
             samples = min(cost.count("prefill", 0, 0, chunk), cost.count("decode", rows, context, 0))
         else:
             prompt_s, slack = cost.guess("prefill beside", rows, context, chunk, share)
-            between_s, slack_beside = cost.guess("decode beside", rows, context, tokens, share)
+            between_s, slack_beside = cost.guess("decode beside", rows, context, work.tokens, share)
             slack = max(slack, slack_beside)
-            token_s = max(prompt_s, between_s) * max(0.0, 1 - decode_s / between_s) / chunk
+            token_s = max(prompt_s, between_s) * max(0.0, 1 - work.worth_s / between_s) / chunk
             samples = cost.count("prefill beside", rows, context, chunk, share)
-            samples = min(samples, cost.count("decode beside", rows, context, tokens, share))
+            samples = min(samples, cost.count("decode beside", rows, context, work.tokens, share))
             spread_s = prompt_s / chunk
         slack = max(slack, decode_slack)
-        return _Way(route, chunk, decode_s + token_s * tokens, slack * spread_s * tokens, between_s, samples)
+        total_s = decode_s + token_s * work.tokens
+        return _Way(route, chunk, total_s, slack * spread_s * work.tokens, between_s, samples)
 
     # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -257,9 +287,10 @@ class SplitPolicy:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
             lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
         often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
-        for (rows, context, tokens), size in often:
+        for (rows, context, tokens, later), size in often:
             if size.why:
-                lines.append(f"lanes: {rows} rows of {context} tokens beside {tokens} prompt tokens: {size.why}")
+                what = f"{rows} rows of {context} tokens (soon {later}) beside {tokens} prompt tokens"
+                lines.append(f"lanes: {what}: {size.why}")
         return tuple(lines)
 
 

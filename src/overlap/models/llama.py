@@ -124,6 +124,12 @@ class Llama:
         """[V, C], which EAGLE heads share."""
         return self._embedding_VC
 
+    def head_rows(self, ids_N: Tensor) -> Tensor | None:
+        """Return the head's weights for some tokens, [N, C]; None where they are packed, cut over ranks, or biased."""
+        if self._ranks is not None or self._head.packed or self._head.bias is not None:
+            return None
+        return self._head.weight.index_select(0, ids_N)
+
     def logits(self, hidden_EC: Tensor) -> Tensor:
         """Return float32 [E, V]. Of several ranks each returns the whole, the same bits on each."""
         own_EV = self._head.wide(hidden_EC)

@@ -37,6 +37,8 @@ class AttentionRows:
     """Host [R]: tokens of each row in this step, `width` for a decode row."""
     chunk_pages: Ints
     """Host: page ids of the chunk rows, row after row, ceil((start + count) / PAGE) of them each."""
+    sms: int = 0
+    """How many SMs the step runs on, for kernels that size themselves by that; 0 for all of the device."""
 
 
 class Attention(Protocol):
@@ -202,12 +204,11 @@ class TorchAttention:
         return out.permute(2, 0, 1, 3).reshape(count, -1)
 
 
-def choose_attention(
-    kv: Tensor, num_heads: int, *, max_pages_per_row: int, sm_count: int | None = None
-) -> tuple[Attention, str]:
+def choose_attention(kv: Tensor, num_heads: int, *, max_pages_per_row: int, width: int = 1) -> tuple[Attention, str]:
     """Return the fastest attention that this KV memory allows, warmed up, and why it was chosen.
 
-    `kv` is [pages, layers, 2, PAGE, K, D], contiguous; H is a multiple of K. Never raises for want of a kernel: plain
+    `kv` is [pages, layers, 2, PAGE, K, D], contiguous; H is a multiple of K; `width` is the most positions of a decode
+    row. Never raises for want of a kernel: plain
     torch runs everywhere.
     """
     unfit = _why_not_flashinfer(kv, num_heads)
@@ -215,7 +216,7 @@ def choose_attention(
         try:
             from overlap.ops.attention_flashinfer import FlashInferAttention
 
-            fast = FlashInferAttention(kv, num_heads, max_pages_per_row, sm_count=sm_count)
+            fast = FlashInferAttention(kv, num_heads, max_pages_per_row, width=width)
         except ImportError as missing:
             unfit = f"FlashInfer is not there ({missing}); install overlap[cuda] for faster attention"
         except Exception as failure:  # whatever a build or a load raises: the engine still runs

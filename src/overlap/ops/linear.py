@@ -133,6 +133,11 @@ class Linear:
         return self._plain_OI
 
     @property
+    def packed(self) -> bool:
+        """Whether the weight was packed, so that its plain form is gone."""
+        return bool(self._packed)
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias [O], if there is one."""
         return self._bias_O

@@ -45,7 +45,9 @@ def choose(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
     if not 1 <= rows <= MAX_ROWS or inputs % 8:
         return None
     key = (op, outputs, inputs, bucket(rows))
-    return MEASURED[key] if key in MEASURED else guess(*key)
+    if key in MEASURED:
+        return MEASURED[key]
+    return None if key in _LIBRARY else guess(*key)
 
 
 @cache
@@ -187,3 +189,10 @@ MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
     ("plain", 151936, 1024, 16): Tiles("dot", 64, 128, 4, 4),
 }
 """(op, outputs, inputs, bucket of rows) -> the fastest found, None for the library. Lines from bench/kernels.py."""
+
+_LIBRARY: Final = frozenset(
+    ("plain", outputs * (2 if op == "gated" else 1), inputs, rows)
+    for (op, outputs, inputs, rows), tiles in MEASURED.items()
+    if tiles is None and op in ("add", "gated")
+)
+"""Products whose fused op lost against the library's with separate kernels: then it is the library's that runs."""

@@ -85,6 +85,10 @@ class Group:
         """Leave: end the threads that gloo or NCCL keeps for this rank. Waits for them; nothing can be summed after.
 
         A process that ends while they run may be killed by them (gloo: "terminate called without an active
-        exception").
+        exception"). Graphs with sums in them must be gone, and every rank's sums done. NCCL is told to give up, which
+        asks nobody else: merely dropped, it waits for ranks that may have left, in a destructor, for ever.
         """
+        if self._backend is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self._backend.abort()
         self._backend = None

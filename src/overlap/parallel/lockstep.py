@@ -26,6 +26,10 @@ class Lockstep:
         """What the timeline calls it."""
         return self._stream.name
 
+    def use(self, share: int) -> None:
+        """Run what is launched next on a share of the device."""
+        self._stream.use(share)
+
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:
         """Queue `run` behind all earlier work, to be run if that has not failed."""
         self._stream.launch(work, lambda: self._run(run), tokens=tokens)

@@ -129,6 +129,7 @@ class _Rank:
         send(self._connection, Ready())
         self._follow(runner)
         runner.close()  # not after a failure: what is queued behind it may wait for the other ranks
+        self._group.close()
 
     def _load(self, stream: Stream) -> Runner | None:
         """Return the runner of this rank's part; None if the leader ends before it is told how much KV there is."""

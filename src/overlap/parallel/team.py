@@ -344,7 +344,9 @@ class Team:
         for follower in self._followers:
             follower.close(kill=kill)
         self._followers.clear()
-        self._group = None
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort() if kill else group.close()
         if self._meeting is not None:
             shutil.rmtree(self._meeting, ignore_errors=True)
             self._meeting = None

@@ -56,18 +56,18 @@ class Lanes:
     def __getitem__(self, lane: int) -> Lane:
         return self.side if lane == SIDE else self.main
 
-    def split(self, decoding: Ints, num_decode: int, num_prompt: int) -> tuple[bool, int]:
+    def split(self, decoding: Ints, num_decode: int, prompts: tuple[int, int]) -> tuple[bool, int]:
         """Say what the main lane's next step holds: whether prompts go without the decode rows, and their budget.
 
-        `decoding` are the slots that decode, `num_decode` of which have a page to go on; `num_prompt` counts the tokens
-        of the prompts that could run now.
+        `decoding` are the slots that decode, `num_decode` of which have a page to go on; `prompts` counts the
+        tokens of the prompts that could run now, and these.
         """
         room = self._token_budget - num_decode
         if self.side.flying:
             return False, 0
-        if self.splitter is None or not num_decode or not num_prompt:
+        if self.splitter is None or not num_decode or not prompts[0]:
             return False, room
-        mode, tokens = self.choose(decoding, num_prompt)
+        mode, tokens = self.choose(decoding, prompts)
         if mode == "lanes":
             return False, 0
         if mode == "mixed":
@@ -75,14 +75,13 @@ class Lanes:
         self._prompts_turn = not self._prompts_turn
         return self._prompts_turn, min(room, tokens) if self._prompts_turn else 0
 
-    def choose(self, decoding: Ints, num_prompt: int) -> tuple[str, int]:
+    def choose(self, decoding: Ints, prompts: tuple[int, int]) -> tuple[str, int]:
         """Ask the splitter; return its mode, and how many prompt tokens to run at once."""
         self.side_tokens = 0
-        if self.splitter is None or not num_prompt:
+        if self.splitter is None or not prompts[0]:
             return "mixed", self._token_budget
-        choice = self.splitter.choose(
-            Outlook(len(decoding), int(self._slots.next[decoding].sum()), num_prompt, bool(self.side.flying))
-        )
+        context, busy = int(self._slots.next[decoding].sum()), bool(self.side.flying)
+        choice = self.splitter.choose(Outlook(len(decoding), context, prompts[0], busy, prompts[1]))
         tokens = max(1, min(choice.prefill_tokens, self._token_budget))
         self._share = choice.share
         self.choices[choice.mode if not choice.share else f"{choice.mode} sm:{choice.share}"] += 1

@@ -1,21 +1,27 @@
 """Pace: whether drafting pays at this many rows, by what steps have taken and brought.
 
 Plain steps and wide ones are measured apart, for each power of two of rows. Whatever brought more tokens a second goes
-on; the other is tried again now and then, a few steps in a row (the first wide step has no drafts yet). Only steps
-without prompts count. Which way a step goes changes no token, only how many a step brings.
+on; the other is tried again now and then, a few steps in a row, and ever more rarely while it loses. Only steps without
+prompts count. Which way a step goes changes no token, only how many a step brings.
+
+A step that runs without its graph, or waits for its capture, takes many times as long as those behind it. So what a
+kind of step takes is not the mean of the last ones but their lower quartile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Final
 
-MEMORY: Final = 0.9
-"""What a measured step counts after one more of its kind."""
+WINDOW: Final = 15
+"""Measured steps of a kind that count."""
 TRIAL: Final = 6
 """Steps of a trial."""
 EVERY: Final = 400
-"""Steps between two trials: one that is twice as slow costs 1.5%."""
+"""Steps until a trial, after a change: one that is twice as slow costs 1.5%. Doubles with each lost trial ..."""
+MOST: Final = 16 * EVERY
+"""... up to here."""
 MARGIN: Final = 1.02
 """Drafting has to bring this much more than plain steps do."""
 
@@ -24,41 +30,62 @@ MARGIN: Final = 1.02
 class _Kind:
     """What is known of steps of one kind."""
 
-    seconds: float = 0.0
-    emitted: float = 1.0
-    count: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    emitted: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def note(self, seconds: float, emitted: float) -> None:
-        if not self.count:
-            self.seconds, self.emitted = seconds, emitted
-        self.seconds += (seconds - self.seconds) * (1 - MEMORY)
-        self.emitted += (emitted - self.emitted) * (1 - MEMORY)
-        self.count += 1
+        self.seconds.append(seconds)
+        self.emitted.append(emitted)
+
+    @property
+    def tried(self) -> bool:
+        return len(self.seconds) >= TRIAL
+
+    @property
+    def mean_emitted(self) -> float:
+        return sum(self.emitted) / len(self.emitted)
 
     @property
     def rate(self) -> float:
-        return self.emitted / self.seconds if self.seconds > 0 else float("inf")
+        seconds = sorted(self.seconds)[len(self.seconds) // 4]
+        return self.mean_emitted / seconds if seconds > 0 else float("inf")
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """What is known of steps of about as many rows."""
+
+    plain: _Kind = field(default_factory=_Kind)
+    wide: _Kind = field(default_factory=_Kind)
+    drafts: bool = True
+    """Whether wide steps brought more when that was looked at last."""
+    every: int = EVERY
+    left: int = EVERY
+    """Steps until the next trial; from 0 on down while it lasts."""
 
 
 class Pace:
     """Measures, and decides. The planner's."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[int, bool], _Kind] = {}
-        self._steps: dict[int, int] = {}
+        self._buckets: dict[int, _Bucket] = {}
         self._emitted = 1.0
 
     def choose(self, num_rows: int) -> bool:
         """Return whether the next step of so many decode rows verifies drafts."""
-        bucket = num_rows.bit_length()
-        step = self._steps[bucket] = self._steps.get(bucket, 0) + 1
-        plain, wide = self._kind(bucket, False), self._kind(bucket, True)
-        if wide.count < TRIAL:
-            return True
-        if plain.count < TRIAL:
-            return False
-        better = wide.rate > plain.rate * MARGIN
-        return better != (step % EVERY < TRIAL)
+        own = self._bucket(num_rows)
+        if not own.wide.tried or not own.plain.tried:
+            return not own.wide.tried
+        better = own.wide.rate > own.plain.rate * MARGIN
+        if better != own.drafts:
+            own.drafts, own.every, own.left = better, EVERY, EVERY
+        own.left -= 1
+        if own.left >= 0:
+            return better
+        if own.left <= -TRIAL:
+            own.every = min(2 * own.every, MOST)
+            own.left = own.every
+        return not better
 
     def note_emitted(self, tokens: float) -> None:
         """A step has brought so many tokens a row, and its time is told next."""
@@ -66,20 +93,22 @@ class Pace:
 
     def note_time(self, num_rows: int, width: int, seconds: float) -> None:
         """A step of decode rows alone took so long."""
-        self._kind(num_rows.bit_length(), width > 1).note(seconds, self._emitted if width > 1 else 1.0)
+        own = self._bucket(num_rows)
+        if width > 1:
+            own.wide.note(seconds, self._emitted)
+        else:
+            own.plain.note(seconds, 1.0)
 
     def explain(self) -> tuple[str, ...]:
         """Return what was measured, a sentence for each number of rows."""
         lines = []
-        for bucket in sorted(self._steps):
-            plain, wide = self._kind(bucket, False), self._kind(bucket, True)
-            if plain.count and wide.count:
-                ratio = wide.rate / plain.rate if plain.rate else 0.0
+        for bucket, own in sorted(self._buckets.items()):
+            if own.plain.tried and own.wide.tried:
                 lines.append(
-                    f"speculation: under {1 << bucket} rows it brings {wide.emitted:.2f} tokens a row and step, and "
-                    f"{ratio:.2f} times the tokens a second of plain steps"
+                    f"speculation: under {1 << bucket} rows it brings {own.wide.mean_emitted:.2f} tokens a row and "
+                    f"step, and {own.wide.rate / own.plain.rate:.2f} times the tokens a second of plain steps"
                 )
         return tuple(lines)
 
-    def _kind(self, bucket: int, wide: bool) -> _Kind:
-        return self._kinds.setdefault((bucket, wide), _Kind())
+    def _bucket(self, num_rows: int) -> _Bucket:
+        return self._buckets.setdefault(num_rows.bit_length(), _Bucket())

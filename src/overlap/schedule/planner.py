@@ -35,7 +35,7 @@ from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
-from overlap.schedule.runs import cut_runs, num_drafted, runs_of
+from overlap.schedule.runs import count_drafts, cut_runs, runs_of
 from overlap.schedule.scores import Scored, cut_scores, scores_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
 from overlap.schedule.shaping import MOST_SCORED
@@ -83,7 +83,9 @@ class Planner:
         ahead = max(1, drafts_ahead)
         self._slots = Slots(max_rows, self._context, self._store, ahead)
         self._drafts, self._reach = drafts, drafts + 1 + ahead
-        self._drafted = self._accepted = 0
+        self._drafts_always = drafts_ahead > 0  # then the first wide step behind a plain one is the one without drafts
+        self._drafted = 0
+        self._tried_at, self._accepted_at = np.zeros((2, drafts), dtype=np.int64)
         self._pace = pace
         self._desk = Desk(self._slots, self._store, max_waiting=max_waiting)
         self._queue = self._desk.queue
@@ -186,6 +188,10 @@ class Planner:
         """Forget every cached prefix that no request reads; return how many pages came free."""
         return self._store.clear()
 
+    def queue(self) -> tuple[int, int]:
+        """Return how many requests (wait, run)."""
+        return len(self._queue), self._slots.num_running
+
     def statistics(self) -> PlannerStatistics:
         """Return the figures of this moment."""
         pages = self._store.statistics()
@@ -205,7 +211,9 @@ class Planner:
             prompt_tokens=self._desk.prompt_tokens,
             cached_tokens=self._desk.cached_tokens,
             drafted_tokens=self._drafted,
-            accepted_tokens=self._accepted,
+            accepted_tokens=int(self._accepted_at.sum()),
+            tried_at=tuple(self._tried_at.tolist()),
+            accepted_at=tuple(self._accepted_at.tolist()),
         )
 
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -253,11 +261,17 @@ class Planner:
             return None
         return self._build(NONE, chunks, admissions, updates, SIDE)
 
-    def _num_prompt(self) -> int:
-        """Return the tokens of the prompts that run, and of the one that comes next."""
+    def _num_prompt(self) -> tuple[int, int]:
+        """Return (tokens, number) of the prompts that run, and of those that slots are free for.
+
+        Those are taken to be as long as the one that comes next.
+        """
         coming = self._queue.first() if len(self._queue) else None
-        waiting = sum(len(request.prompt) - request.chunked for request in self._prefilling)
-        return waiting + (len(coming.prompt) if coming is not None else 0)
+        tokens = sum(len(request.prompt) - request.chunked for request in self._prefilling)
+        if coming is None:
+            return tokens, len(self._prefilling)
+        others = max(1, min(len(self._queue), len(self._slots.free)))
+        return tokens + others * len(coming.prompt), len(self._prefilling) + others
 
     def _refresh_decoding(self) -> None:
         """Drop rows that have no more to run, add those whose prompt is through. Costs nothing in a steady step."""
@@ -500,11 +514,12 @@ class Planner:
         reading = at.reading[slots]
         num_decode = int(reading[: plan.num_decode].sum())
         slots, runs, firsts = slots[reading], runs[reading], firsts[reading]
-        drafted, accepted = num_drafted(runs[:num_decode])
-        self._drafted += drafted
-        self._accepted += accepted
-        if self._pace is not None and num_decode:
-            self._pace.note_emitted(1 + accepted / num_decode)
+        outcome = count_drafts(runs[:num_decode])
+        self._tried_at += outcome.tried_at
+        self._accepted_at += outcome.accepted_at
+        self._drafted += outcome.drafted
+        if self._pace is not None and num_decode and (outcome.drafted or not self._drafts_always):
+            self._pace.note_emitted(1 + int(outcome.accepted_at.sum()) / num_decode)
         cut = cut_runs(runs, at.stops[slots], at.limit[slots] - at.made[slots])
         at.note_runs(slots, runs, cut.kept)
         at.next[slots[:num_decode]] -= plan.width - cut.emitted[:num_decode]  # what was hoped for and did not come

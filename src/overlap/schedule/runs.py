@@ -48,7 +48,21 @@ def cut_runs(runs: Ints, stops: Ints, left: Ints) -> Cut:
     return Cut(emitted, kept, kept == until_stop)
 
 
-def num_drafted(runs: Ints) -> tuple[int, int]:
-    """Return how many drafts the runs [N, J] of decode rows had, and how many of them were confirmed."""
-    confirmed = int((runs >= 0).sum()) - len(runs)
-    return confirmed + int((runs == REFUSED).sum()), confirmed
+@dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """What became of the drafts of some runs."""
+
+    drafted: int
+    tried_at: npt.NDArray[np.int64]
+    """[J - 1]: how many runs had a draft at each place, all drafts before it confirmed."""
+    accepted_at: npt.NDArray[np.int64]
+    """[J - 1]: of those, how many were confirmed."""
+
+
+def count_drafts(runs: Ints) -> DraftCounts:
+    """Return what became of the drafts of decode rows' runs [N, J]."""
+    places = np.arange(runs.shape[1] - 1)
+    confirmed = (runs >= 0).sum(axis=1) - 1
+    drafted = confirmed + (runs == REFUSED).sum(axis=1)
+    tried_at = (places < np.minimum(confirmed + 1, drafted)[:, None]).sum(axis=0)
+    return DraftCounts(int(drafted.sum()), tried_at, (places < confirmed[:, None]).sum(axis=0))

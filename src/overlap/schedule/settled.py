@@ -80,8 +80,17 @@ class PlannerStatistics:
     """Tokens that a drafter proposed for rows that still had a reader when the target had verified them."""
     accepted_tokens: int = 0
     """Of those, the ones that the target confirmed."""
+    tried_at: tuple[int, ...] = ()
+    """For each place of a draft in its run: how many stood there, all before them confirmed."""
+    accepted_at: tuple[int, ...] = ()
+    """Of those, how many were confirmed."""
 
     @property
     def hit_rate(self) -> float:
         """The share of prompt tokens that the prefix cache spared; 0.0 before the first prompt."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def mean_emitted(self) -> float:
+        """How many tokens a row got of a verify on average: 1 and its confirmed drafts; 1.0 before the first."""
+        return 1 + self.accepted_tokens / self.tried_at[0] if self.tried_at and self.tried_at[0] else 1.0

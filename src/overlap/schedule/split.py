@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 Mode: TypeAlias = Literal["mixed", "serial", "lanes"]
 """Prompt chunks and decode rows in one step; in steps of their own, in turn; or at the same time, in two lanes."""
@@ -20,6 +20,8 @@ class Outlook:
     """Tokens of prompts that run or wait."""
     side_busy: bool
     """Whether the side lane has a step in the air."""
+    num_prompts: int = 0
+    """How many prompts these are: rows that will decode, too, once they are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,10 @@ class Ran:
 class Splitter(Protocol):
     """Decides how prompts and decode rows share the device. Asked once a step while both are there."""
 
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The shares of SMs that it may choose, 0 apart."""
+
     def choose(self, outlook: Outlook) -> Choice:
         """Return how to run the next step. Fast: it is on the way between two steps."""
 
@@ -67,6 +73,7 @@ class Always:
 
     def __init__(self, mode: Mode, *, prefill_tokens: int = 2**31, share: int = 0) -> None:
         self._choice = Choice(mode, prefill_tokens, share, "as asked")
+        self.shares: Final[tuple[int, ...]] = (share,) if share else ()
 
     def choose(self, outlook: Outlook) -> Choice:  # noqa: ARG002 - the promise's
         """Return it."""
@@ -77,4 +84,5 @@ class Always:
 
     def explain(self) -> tuple[str, ...]:
         """Return what it was told."""
-        return (f"lanes: {self._choice.mode}, as asked",)
+        own = f", {self._choice.share} SMs for decode rows" if self._choice.share else ""
+        return (f"lanes: {self._choice.mode}{own}, as asked",)

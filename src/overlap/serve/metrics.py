@@ -232,6 +232,15 @@ def _inner(field: str, name: str) -> Callable[[EngineFigures], Mapping[str, floa
     return read
 
 
+def _by_place(field: str) -> Callable[[EngineFigures], Mapping[str, float]]:
+    """Figures that stand in a row, by their place in it from 1 on."""
+
+    def read(figures: EngineFigures) -> Mapping[str, float]:
+        return {str(place): value for place, value in enumerate(figures.get(field) or (), 1)}
+
+    return read
+
+
 def _share(part: str, whole: str) -> Callable[[EngineFigures], Mapping[str, float]]:
     def read(figures: EngineFigures) -> Mapping[str, float]:
         if part not in figures or whole not in figures:
@@ -284,6 +293,7 @@ ENGINE: Final = (
     Figure("bubble_seconds", "counter", "Seconds for which it had nothing queued while work waited.",
            _one("bubble_s")),
     Figure("lane_choices", "counter", "Steps with prompts by how they were run.", _each("lane_choices"), "way"),
+    Figure("sm_shares", "gauge", "Shares of SMs that two lanes can choose from.", _one("sm_shares")),
     Figure("graph_steps", "counter", "Forwards by how they were run.",
            _each("graphs", "full_replays", "piecewise_replays", "eager_steps"), "path"),
     Figure("graph_fallbacks", "counter", "Eager steps by reason.", _each("graph_fallbacks"), "reason"),
@@ -295,6 +305,9 @@ ENGINE: Final = (
     Figure("graph_pool_bytes", "gauge", "Device memory of the graphs.", _inner("graphs", "pool_bytes")),
     Figure("spec_drafted_tokens", "counter", "Tokens that were drafted.", _one("drafted_tokens")),
     Figure("spec_accepted_tokens", "counter", "Drafted tokens that were accepted.", _one("accepted_tokens")),
+    Figure("spec_tried_drafts", "counter", "Drafts behind confirmed ones only, by their place in a run.",
+           _by_place("tried_at"), "place"),
+    Figure("spec_confirmed_drafts", "counter", "Of those, the confirmed ones.", _by_place("accepted_at"), "place"),
     Figure("spec_acceptance_rate", "gauge", "Accepted among drafted since the start, 0 to 1.",
            _share("accepted_tokens", "drafted_tokens")),
 )  # fmt: skip

@@ -16,10 +16,11 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.graphs.eager import drive
 from overlap.models.llama import Llama
-from overlap.models.program import Batch, Forward
+from overlap.models.program import Attend, Batch, Forward
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import SampleKind, sample_all
 from overlap.spec.drafter import Drafts, Entry, Head, Read
+from overlap.spec.places import Places, chain_places
 from overlap.state.rows import SlotRows
 
 
@@ -30,6 +31,7 @@ class ChainDrafter:
         """`kv` comes from `head_kv`. `context` is the most positions of a row: nothing is read or kept past it."""
         self.max_drafts = max_drafts
         self.taps = head.taps
+        self.captures = attention.captures_decode
         self._head = head
         self._kv = kv
         self._attention = attention
@@ -39,28 +41,34 @@ class ChainDrafter:
         """Do nothing: its KV of these tokens lies in the pages that the target's does."""
 
     def take_in(self, read: Read) -> None:
-        """Read the block: its KV is what later drafts attend to."""
-        self._extend(read)
+        """Read the block as far as it leaves KV, which is what later drafts attend to: to the last layer's joint."""
+        forward = self._begin(read)
+        joint = next(forward)
+        for _ in range(self._head.num_layers - 1):
+            assert isinstance(joint, Attend), "a head is whole on one rank"
+            joint = forward.send(self._attention.attend(joint.layer, joint.q_THD))
+        forward.close()
 
     def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:
         """Read the block, then draft K tokens, one forward each; with `Head.ahead` 2 the block says the first."""
-        state_TC = self._extend(read)
-        place_R = read.positions.index_select(0, read.last)
+        state_TC = drive(self._begin(read), self._attention)
         tokens: list[Tensor] = []
+        steps = self.max_drafts - (self._head.ahead == 2)
+        places = chain_places(read, steps, self._context, self._head.ahead)
         if self._head.ahead == 2:
             state_RC = state_TC.index_select(0, read.last)
-            token_R = self._choose(state_RC, read.slots, place_R + 2, slots, kind)
+            token_R = self._choose(state_RC, read.slots, places.says_SR[0], slots, kind)
             tokens.append(token_R)
         else:
             state_RC, token_R = state_TC, read.next_tokens.index_select(0, read.last)
-        for step in range(1, self.max_drafts - len(tokens) + 1):
-            state_RC = self._step(read, token_R, state_RC, place_R + step, read.longest + step)
-            token_R = self._choose(state_RC, read.slots, place_R + step + self._head.ahead, slots, kind)
+        for step in range(1, steps + 1):
+            state_RC = self._step(read, token_R, state_RC, places, step)
+            token_R = self._choose(state_RC, read.slots, places.says_SR[step], slots, kind)
             tokens.append(token_R)
-        tokens_RK = torch.stack(tokens, dim=1)
-        return Drafts(tokens_RK=tokens_RK, num_R=torch.full_like(read.slots, self.max_drafts))
+        return Drafts(tokens_RK=torch.stack(tokens, dim=1), num_R=torch.full_like(read.slots, self.max_drafts))
 
-    def _extend(self, read: Read) -> Tensor:
+    def _begin(self, read: Read) -> Forward:
+        """Return a forward over the block, its attention planned."""
         entry = Entry(
             token_ids=read.next_tokens if self._head.ahead == 2 else read.token_ids,
             positions=read.positions,
@@ -68,25 +76,26 @@ class ChainDrafter:
             hidden=read.hidden,
         )
         self._attention.plan(read.rows)
-        return drive(self._head.forward(entry, self._kv), self._attention)
+        return self._head.forward(entry, self._kv)
 
-    def _step(self, read: Read, token_R: Tensor, state_RC: Tensor, places_R: Tensor, longest: int) -> Tensor:
-        """Read one token a row at `places`; no row's place is past `longest`, which the host knows."""
-        num_rows = places_R.shape[0]
-        inside_R = places_R < self._context
-        places_R = places_R.clamp(max=self._context - 1)
-        pages_R = read.page_table.gather(1, (places_R // PAGE).long()[:, None])[:, 0]
-        # Past the context nothing is written; what such a row drafts is of no use, and of no harm.
-        kv_index_R = torch.where(inside_R, pages_R * PAGE + places_R % PAGE, -1)
+    def _step(self, read: Read, token_R: Tensor, state_RC: Tensor, places: Places, step: int) -> Tensor:
+        """Read one token a row, `step` behind its last true one."""
+        num_rows = token_R.shape[0]
+        longest = min(read.longest + step, self._context - 1)
         rows = AttentionRows(
             num_decode=num_rows,
-            seq_lens=places_R + 1,
+            seq_lens=places.seq_lens_SR[step],
             page_table=read.page_table,
-            starts=np.full(num_rows, min(longest, self._context - 1), dtype=np.int32),
+            starts=np.full(num_rows, longest, dtype=np.int32),
             counts=np.ones(num_rows, dtype=np.int32),
             chunk_pages=np.empty(0, dtype=np.int32),
         )
-        entry = Entry(token_ids=token_R, positions=places_R, kv_index=kv_index_R, hidden=state_RC)
+        entry = Entry(
+            token_ids=token_R,
+            positions=places.positions_SR[step],
+            kv_index=places.kv_index_SR[step],
+            hidden=state_RC,
+        )
         self._attention.plan(rows)
         return drive(self._head.forward(entry, self._kv), self._attention)
 
@@ -94,7 +103,9 @@ class ChainDrafter:
         self, state_RC: Tensor, slots_R: Tensor, positions_R: Tensor, slots: SlotRows, kind: SampleKind
     ) -> Tensor:
         """Draw as the target would at these positions, with the same filters and the same noise; int32 [R]."""
-        return sample_all(self._head.logits(state_RC), slots, slots_R, positions_R.int(), kind).int()
+        if kind == "greedy":
+            return self._head.greedy(state_RC)
+        return sample_all(self._head.logits(state_RC), slots, slots_R, positions_R, kind).int()
 
 
 class ModelHead:
@@ -117,6 +128,10 @@ class ModelHead:
     def logits(self, state_EC: Tensor) -> Tensor:
         """Return float32 [E, V]."""
         return self._program.logits(state_EC)
+
+    def greedy(self, state_EC: Tensor) -> Tensor:
+        """Return int32 [E]."""
+        return self._program.greedy(state_EC)
 
 
 def head_kv(head: Head, num_pages: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:

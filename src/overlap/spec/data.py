@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,26 +23,7 @@ from torch import Tensor
 from overlap.errors import ConfigError
 from overlap.messages import SamplingParams
 from overlap.spec.asking import Asked, encode_question
-
-TOPICS: Final = (
-    "the water cycle", "photosynthesis", "the French Revolution", "black holes", "bread baking", "chess openings",
-    "binary search", "the human heart", "volcanoes", "jazz", "solar panels", "the Roman Empire", "bicycles", "bees",
-    "climate change", "prime numbers", "Shakespeare", "vaccines", "the stock market", "coffee", "glaciers", "robots",
-    "the periodic table", "democracy", "yoga", "dinosaurs", "electric cars", "poetry", "the internet", "sleep",
-    "cryptography", "gardening", "the moon landing", "recycling", "gravity", "migration of birds", "Python lists",
-    "public libraries", "coral reefs", "inflation", "tea", "mountain climbing", "the violin", "antibiotics", "rivers",
-    "time management", "a job interview", "cats", "dogs", "the Great Wall of China", "linear equations", "fractions",
-    "the immune system", "rainforests", "railways", "pottery", "healthy breakfasts", "learning a language", "maps",
-)  # fmt: skip
-QUESTIONS: Final = (
-    "Explain {} to a child.", "What is interesting about {}?", "Write a short essay on {}.", "Give me five facts about "
-    "{}.", "Write a dialogue between two friends about {}.", "What are the most common mistakes concerning {}?",
-    "Summarize what a beginner should know about {}.", "Write a short story that has to do with {}.", "Make a quiz of "
-    "three questions about {}, with answers.", "How has {} changed over time?", "Write a poem about {}.", "List the "
-    "pros and cons of {}.", "Compare {} with something similar.", "Write an email that invites people to a talk on {}.",
-    "Why does {} matter today?", "Describe {} in three sentences.", "Give step by step advice on {}.", "What would the "
-    "world be without {}?", "Write a Python function that has to do with {}.", "What questions do experts on {} ask?",
-)  # fmt: skip
+from overlap.spec.topics import QUESTIONS, TOPICS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +98,16 @@ async def answer(
 ) -> Corpus:
     """Let the engine answer `prompts` in its chat template, as many as `seconds` allow, and return the texts.
 
-    `temperature` 0 answers greedily. Seeds are `seed`, `seed + 1` and so on.
+    The first answer to every other prompt is greedy, all else is drawn at `temperature`. Seeds are `seed`, `seed + 1`
+    and so on.
     """
-    ids = [await encode_question(engine, prompt) for prompt in prompts]
-    params = [
-        SamplingParams(temperature=temperature, seed=seed + number, max_tokens=answer_tokens)
-        for number in range(len(ids))
-    ]
+    known = {prompt: await encode_question(engine, prompt) for prompt in dict.fromkeys(prompts)}
+    ids = [known[prompt] for prompt in prompts]
+    params, met = [], set[str]()
+    for number, prompt in enumerate(prompts):
+        heat = 0.0 if prompt not in met and number % 2 == 0 else temperature
+        met.add(prompt)
+        params.append(SamplingParams(temperature=heat, seed=seed + number, max_tokens=answer_tokens))
     texts: list[tuple[list[int], list[int]]] = []
     late = time.monotonic() + seconds
     outputs = engine.generate_batch(ids, params, progress=progress)
@@ -151,6 +134,14 @@ class TextBatch:
     tokens_BL: Tensor
     lengths_B: Tensor
     prompts_B: Tensor
+
+    def to(self, device: torch.device) -> TextBatch:
+        """Return it on a device, without waiting for it."""
+        if device.type != "cuda":
+            return self
+        columns = (self.tokens_BL, self.lengths_B, self.prompts_B)
+        tokens_BL, lengths_B, prompts_B = (column.pin_memory().to(device, non_blocking=True) for column in columns)
+        return TextBatch(tokens_BL=tokens_BL, lengths_B=lengths_B, prompts_B=prompts_B)
 
 
 def batches(corpus: Corpus, size: int, length: int, seed: int, first: int = 0) -> Iterator[TextBatch]:

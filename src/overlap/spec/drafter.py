@@ -63,6 +63,8 @@ class Drafter(Protocol):
 
     max_drafts: int
     """K"""
+    captures: bool
+    """Whether it takes nothing from the host but sizes, so that a graph of `draft` and `take_in` can be replayed."""
     taps: tuple[int, ...]
     """What `Read.hidden` has to be: the target's residual stream in front of these layers, side by side; for an
     empty one nothing. The number of layers stands for the hidden states behind the final norm."""
@@ -104,3 +106,6 @@ class Head(Protocol):
 
     def logits(self, state_EC: Tensor) -> Tensor:
         """Return float32 [E, V], over the target's vocabulary."""
+
+    def greedy(self, state_EC: Tensor) -> Tensor:
+        """Return the likeliest tokens, int32 [E]: `logits(state).argmax(-1)`."""

@@ -27,6 +27,7 @@ from overlap.ops.norm import rms_norm
 from overlap.ops.rope import rope_and_write, rope_table
 from overlap.spec.drafter import Entry
 from overlap.spec.head_files import HeadConfig, read_head
+from overlap.spec.pair import normed_pair
 from overlap.spec.taps import eagle3_taps
 
 
@@ -62,36 +63,43 @@ class EagleHead:
         del self._tensors
 
     def forward(self, entry: Entry, kv: Tensor) -> Forward:
-        """Return the head's hidden states, [T, C] in its dtype. Yields an `Attend` a layer."""
-        embedded_TC = self._embedding_VC.index_select(0, entry.token_ids)
+        """Return the head's hidden states, [T, C] in float32. Yields an `Attend` a layer."""
         hidden_TA = entry.hidden
         assert hidden_TA is not None, "an EAGLE head reads hidden states"
         if self._eagle3:
             # The target's taps are wider than the head's own states: only they go through fc.
             hidden_TC = self._fc(hidden_TA) if hidden_TA.shape[1] != self.config.hidden_size else hidden_TA
-            eps = self.config.rms_norm_eps
-            residual_TC = hidden_TC.float()
-            normed_TC = rms_norm(residual_TC, self._layers[0].attention_norm_C, eps, self.dtype)
-            embedded_TC = rms_norm(embedded_TC.float(), self._embedding_norm_C, eps, self.dtype)
-            pair_TX = torch.cat([embedded_TC, normed_TC], dim=1)
-            stream = yield from self._attend(0, pair_TX, residual_TC, entry, kv)
-            return fused.whole(stream).to(self.dtype)
-        residual_TC = self._fc(torch.cat([embedded_TC, hidden_TA], dim=1)).float()
+            norms = self._embedding_norm_C, self._layers[0].attention_norm_C
+            pair_TX, residual_TC = normed_pair(
+                entry.token_ids, self._embedding_VC, hidden_TC, *norms, self.config.rms_norm_eps
+            )
+            return fused.whole((yield from self._attend(0, pair_TX, residual_TC, entry, kv)))
+        embedded_TC = self._embedding_VC.index_select(0, entry.token_ids)
+        residual_TC = self._fc(torch.cat([embedded_TC, hidden_TA.to(self.dtype)], dim=1)).float()
         for index, layer in enumerate(self._layers):
             eps = self.config.rms_norm_eps
             normed_TC = rms_norm(residual_TC, layer.attention_norm_C, eps, self.dtype)
             x_TC = normed_TC if index else residual_TC.to(self.dtype)  # the first layer has no norm here
             residual_TC = fused.whole((yield from self._attend(index, x_TC, residual_TC, entry, kv)))
-        return residual_TC.to(self.dtype)
+        return residual_TC
 
     def logits(self, state_EC: Tensor) -> Tensor:
         """Return float32 [E, V]; -inf for tokens out of the draft vocabulary."""
         if not self._eagle3:
-            return self._target.logits(state_EC)
-        normed_EC = rms_norm(state_EC.float(), self._norm_C, self.config.rms_norm_eps, self.dtype)
-        own_EN = self._head.wide(normed_EC)
+            return self._target.logits(state_EC.to(self.dtype))
+        own_EN = self._head.wide(self._normed(state_EC))
         wide_EV = own_EN.new_full((own_EN.shape[0], self.vocab_size), -torch.inf)
         return wide_EV.index_copy_(1, self._target_ids_N, own_EN)
+
+    def greedy(self, state_EC: Tensor) -> Tensor:
+        """Return the likeliest tokens, int32 [E]."""
+        if not self._eagle3:
+            return self._target.greedy(state_EC.to(self.dtype))
+        own_E = fused.greedy_head(self._normed(state_EC), self._head)
+        return self._target_ids_N.index_select(0, own_E).int()
+
+    def _normed(self, state_EC: Tensor) -> Tensor:
+        return rms_norm(state_EC.float(), self._norm_C, self.config.rms_norm_eps, self.dtype)
 
     def weight_bytes(self) -> int:
         """Bytes that the head takes on the device beside its target."""

@@ -19,6 +19,7 @@ from overlap.state.rows import SlotRows
 class NgramDrafter:
     """A Drafter that looks drafts up in the request's own tokens, which it keeps on the device (4 bytes each)."""
 
+    captures = True
     taps: tuple[int, ...] = ()
 
     def __init__(

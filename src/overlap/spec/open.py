@@ -18,6 +18,7 @@ from overlap.spec.chain import ChainDrafter, ModelHead, head_kv
 from overlap.spec.drafter import Drafter, Head
 from overlap.spec.eagle import EagleHead, load_head
 from overlap.spec.ngram import NgramDrafter
+from overlap.spec.shipped import shipped_head
 from overlap.spec.step import Speculation
 from overlap.state.rows import SlotRows
 
@@ -27,7 +28,8 @@ def open_head(
 ) -> Head | None:
     """Load the network that drafts; None where none does. Raises ConfigError (ModelError) for one that does not fit."""
     if resolved.speculative == "eagle":
-        return load_head(Path(str(resolved.draft_model)), target)
+        own = resolved.draft_model
+        return load_head(shipped_head(resolved.model, target) if own is None else Path(own), target)
     if resolved.speculative != "draft":
         return None
     checkpoint = open_checkpoint(
@@ -76,7 +78,9 @@ def _drafter(resolved: Resolved, head: Head | None, kv: Tensor, context: int) ->
     if head is None:
         return NgramDrafter(resolved.max_rows, context, resolved.num_drafts, kv.device)
     own_kv = head_kv(head, kv.shape[0], kv.dtype, kv.device)
-    own_attention, _ = choose_attention(own_kv, head.num_heads, max_pages_per_row=pages_for(context))
+    own_attention, _ = choose_attention(
+        own_kv, head.num_heads, max_pages_per_row=pages_for(context), width=resolved.num_drafts + 1
+    )
     return ChainDrafter(head, own_kv, own_attention, resolved.num_drafts, context)
 
 
@@ -88,4 +92,4 @@ def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)
     kind = f"an {head.config.kind} head" if isinstance(head, EagleHead) else "a smaller model"
-    return (f"speculation: {most}; drafted by {kind}, {resolved.draft_model}",)
+    return (f"speculation: {most}; drafted by {kind}, {resolved.draft_model or 'which comes with overlap'}",)

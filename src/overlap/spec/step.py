@@ -5,42 +5,48 @@ All of it is enqueued; the host plans with upper bounds and learns a step later 
 here, so here is where a slot's length moves on. Positions past the context exist in no page: they are read as the
 context's last one, write no KV, and what comes of them is past every row's limit.
 
+`decode` is a step of decode rows alone with no word from the host: what a graph records. `run` is any step. Both are
+made of the same parts.
+
 The order of shapes is the same as without a drafter: the target's logits at each position are shaped by what stands in
 front of that position (`shape_logits` is told the drafts), then filtered, then drawn with the noise of the position.
 
-Legend: D decode rows, J positions of each, C prompt chunks, R = D + C rows, P tokens of the chunks, T = D * J + P, L
-numbers that land (D * J and one for each chunk that ends its prompt), K drafts of a row at most, V vocabulary.
+Legend: D decode rows, J positions of each, C prompt chunks, R = D + C rows, N = D * J, P tokens of the chunks, T = N +
+P, L numbers that land (N and one for each chunk that ends its prompt), K drafts of a row at most, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from overlap.cache.pages import PAGE
 from overlap.graphs.eager import drive
 from overlap.models.llama import Llama
-from overlap.models.program import Batch
-from overlap.ops.attention import Attention, AttentionRows
-from overlap.sample.sampler import SampleKind, sample
+from overlap.models.program import Batch, Forward
+from overlap.ops.attention import Attention
+from overlap.sample.sampler import SampleKind, sample, sample_all
 from overlap.sample.shaping import shape_logits
-from overlap.schedule.plan import REFUSED, UNUSED, Admission, StepPlan
-from overlap.spec.accept import Accepted, accept
-from overlap.spec.control import DraftControl
+from overlap.schedule.plan import Admission, StepPlan
 from overlap.spec.drafter import Drafter, Read
+from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs, to_device
+from overlap.spec.rows import DraftRows
+from overlap.spec.runs import Outcome, Runs, build_runs, keep_drafts, land_runs, settle_runs
 from overlap.state.inputs import apply_changes, sampled_rows
+from overlap.state.mail import Mail
 from overlap.state.packing import ADMISSION_WORDS, Layout
+from overlap.state.replay import take_plan
 from overlap.state.rows import SlotRows
 
-DRAFT_COST: Final = 0.1
-"""What one more drafted position is taken to cost, in plain steps: between a memory-bound step's and a compute-bound
-one's. Whether to draft at all the host decides by what steps take."""
+DRAFT_COST: Final = 0.0
+"""What one more draft costs its row: nothing, for a wide step computes all its positions whether they hold drafts or
+not. Whether steps are wide the host decides, by what they take (`schedule.pace`)."""
+RunTarget: TypeAlias = Callable[[Batch], Tensor]
+"""Runs the target over tokens whose attention is planned; returns what `Llama.forward` does, the taps included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,27 +63,6 @@ class Brought:
     """[T, C]: its hidden states."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Inputs:
-    """A step's inputs on the device, int32."""
-
-    token_ids_T: Tensor
-    positions_T: Tensor
-    kv_index_T: Tensor
-    token_slots_T: Tensor
-    slots_R: Tensor
-    starts_R: Tensor
-    """The position of each row's first token."""
-    lasts_R: Tensor
-    """int64: the index among T of each row's last token."""
-    page_table: Tensor
-    """[R, pages of a row]"""
-    drafts_DK: Tensor
-    """[D, J - 1]"""
-    num_drafts_D: Tensor
-    rows: AttentionRows
-
-
 class Speculation:
     """Owns the drafts of all slots. One lane's; used inside its stream only."""
 
@@ -91,10 +76,7 @@ class Speculation:
         self._rows = rows
         self._drafter = drafter
         self._context = context
-        num_slots = rows.scratch
-        self._control = DraftControl(num_slots, drafter.max_drafts, kv.device)
-        self._drafts_SK = torch.zeros((num_slots + 1, drafter.max_drafts), dtype=torch.int32, device=kv.device)
-        self._num_S = torch.zeros(num_slots + 1, dtype=torch.int32, device=kv.device)
+        self._drafts = DraftRows(rows.scratch, drafter.max_drafts, kv.device)
 
     @property
     def width(self) -> int:
@@ -102,30 +84,112 @@ class Speculation:
         return self._drafter.max_drafts + 1
 
     @property
+    def captures(self) -> bool:
+        """Whether `decode` takes nothing from the host, so that a graph of it can be replayed."""
+        return self._attention.captures_decode and self._drafter.captures
+
+    @property
     def nbytes(self) -> int:
         """Bytes of device memory, the drafter's own left out."""
-        return self._drafts_SK.nbytes + self._num_S.nbytes
+        return self._drafts.nbytes
 
-    def run(self, plan: StepPlan, layout: Layout, packed: Tensor) -> Brought:
-        """Enqueue a whole step whose plan is on the device as `packed`."""
+    @torch.inference_mode()
+    def decode(self, mail: Mail, num_rows: int, width: int, kind: SampleKind) -> None:
+        """Enqueue one whole step of `num_rows` decode rows, from the mail and back to it. Drafts if it is wide.
+
+        Which plan it is, and how many of the rows are real, stands in the mail.
+        """
+        take_plan(mail, self._rows)
+        runs = build_runs(mail.packed, self._rows, self._drafts, num_rows, width, self._context)
+        inputs = run_inputs(runs, self._context)
+        final_NC, taps_NX = self._read(inputs, self._drive)
+        choices_N = self._choose_all(final_NC, runs, kind)
+        outcome = settle_runs(runs, choices_N, self._rows, self._drafts, DRAFT_COST)
+        if kind == "shaped":
+            self._note(runs, outcome)
+        read = self._told(inputs, choices_N.int(), outcome.last_D, taps_NX, self._context - 1)
+        if width > 1:
+            keep_drafts(runs.slots_D, self._drafter.draft(read, self._rows, kind), outcome.most_D, self._drafts)
+        else:
+            self._drafter.take_in(read)
+        land_runs(mail, outcome.landing_DJ)
+
+    def run(self, plan: StepPlan, layout: Layout, packed: Tensor, target: RunTarget | None = None) -> Brought:
+        """Enqueue a whole step whose plan is on the device as `packed`.
+
+        `target` runs the target's forward in another way than kernel by kernel.
+        """
         apply_changes(packed, layout, self._rows)
         self._admit(plan.admissions, packed, layout)
-        inputs = self._inputs(plan, layout, packed)
+        runs = build_runs(packed, self._rows, self._drafts, plan.num_decode, plan.width, self._context)
+        inputs = mixed_inputs(plan, layout, packed, self._rows, runs)
+        final_TC, taps_TX = self._read(inputs, target or self._drive)
+        ends_C = last_of_chunks(plan, self._kv.device) if plan.num_decode < plan.num_rows else None
+        logits_LV, choices_L = self._choose(plan, runs, inputs, ends_C, final_TC, packed, layout)
+        num_run = plan.num_decode * plan.width
+        outcome = settle_runs(runs, choices_L[:num_run], self._rows, self._drafts, DRAFT_COST)
+        self._settle(plan, runs, outcome, choices_L[num_run:])
+        self._draft(plan, inputs, outcome, ends_C, choices_L, taps_TX)
+        tokens_L = torch.cat((outcome.landing_DJ.view(-1), choices_L[num_run:]))
+        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV, hidden_TC=final_TC)
+
+    # ── what both are made of ────────────────────────────────────────────────────────────────────────────────────
+
+    def _read(self, inputs: Inputs, target: RunTarget) -> tuple[Tensor, Tensor]:
+        """Run the target; return its final states [T, C], and what it tells the drafter, [T, X]."""
         self._attention.plan(inputs.rows)
         batch = Batch(
             token_ids=inputs.token_ids_T, positions=inputs.positions_T, kv_index=inputs.kv_index_T, kv=self._kv
         )
-        states = drive(self._program.forward(batch, self._drafter.taps), self._attention)
+        states_TX = target(batch)
         width = self._program.config.hidden_size
-        emits_L = self._emits(plan, inputs)
-        logits_LV, choices_L = self._choose(plan, inputs, states[:, :width], emits_L, packed, layout)
-        run_tokens = plan.num_decode * plan.width
-        choices_DJ = choices_L[:run_tokens].view(plan.num_decode, plan.width)
-        outcome = accept(choices_DJ, inputs.drafts_DK, inputs.num_drafts_D)
-        tokens_L = torch.cat((_landing(outcome, inputs.num_drafts_D).view(-1), choices_L[run_tokens:]))
-        self._settle(plan, inputs, outcome, choices_L[run_tokens:])
-        self._draft(plan, inputs, outcome, choices_L, states[:, width:])
-        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV, hidden_TC=states[:, :width])
+        return states_TX[:, :width], states_TX[:, width:]
+
+    def forward(self, batch: Batch) -> Forward:
+        """Return the target's forward; beside its final states it says what the drafter reads."""
+        return self._program.forward(batch, self._drafter.taps)
+
+    def _drive(self, batch: Batch) -> Tensor:
+        return drive(self.forward(batch), self._attention)
+
+    def _told(self, inputs: Inputs, next_T: Tensor, last_R: Tensor, taps_TX: Tensor, longest: int) -> Read:
+        """Return what the drafter is told of a step."""
+        return Read(
+            token_ids=inputs.token_ids_T,
+            next_tokens=next_T,
+            positions=inputs.positions_T,
+            kv_index=inputs.kv_index_T,
+            hidden=taps_TX if self._drafter.taps else None,
+            rows=inputs.rows,
+            last=last_R,
+            slots=inputs.slots_R,
+            token_slots=inputs.token_slots_T,
+            page_table=inputs.page_table,
+            longest=longest,
+        )
+
+    def _note(self, runs: Runs, outcome: Outcome) -> None:
+        """Count the tokens of runs that were taken for their slots' penalties."""
+        shapes = self._rows.shapes.rows
+        assert shapes is not None, "a shaped step has rows of shapes"
+        taken_DJ = outcome.landing_DJ >= 0
+        noted_DJ = torch.where(taken_DJ, runs.slots_D[:, None], self._rows.scratch)  # nobody looks at the scratch slot
+        shapes.note(noted_DJ.view(-1), outcome.landing_DJ.clamp(min=0).view(-1))
+
+    # ── decode rows alone, nothing from the host ─────────────────────────────────────────────────────────────────
+
+    def _choose_all(self, final_NC: Tensor, runs: Runs, kind: SampleKind) -> Tensor:
+        """Return the target's choice at each position, of any integer kind."""
+        if kind == "greedy":
+            return self._program.greedy(final_NC)
+        logits_NV, slots_N, positions_N = self._program.logits(final_NC), runs.token_slots_N, runs.positions_N + 1
+        if kind == "shaped":
+            before_NK = _before(runs)
+            logits_NV = shape_logits(logits_NV, self._rows.shapes.rows, slots_N, positions_N, drafted_NK=before_NK)
+            kind = "truncated"
+        return sample_all(logits_NV, self._rows, slots_N, positions_N, kind)
+
+    # ── any step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _admit(self, admissions: Sequence[Admission], packed: Tensor, layout: Layout) -> None:
         """Forget what the slots' earlier owners left."""
@@ -133,160 +197,101 @@ class Speculation:
         if not admissions:
             return
         words = packed.narrow(0, layout.admissions, layout.num_admissions * ADMISSION_WORDS)
-        slots = words.view(-1, ADMISSION_WORDS)[:, 0].long()
-        self._control.admit(slots)
-        self._num_S.index_fill_(0, slots, 0)
+        self._drafts.admit(words.view(-1, ADMISSION_WORDS)[:, 0].long())
         for admission in admissions:
             if admission.spared is not None:
-                self._drafter.remember(admission.slot, _to(self._kv.device, admission.spared))
-
-    def _inputs(self, plan: StepPlan, layout: Layout, packed: Tensor) -> _Inputs:
-        num_decode, width, device = plan.num_decode, plan.width, self._kv.device
-        slots_R = packed.narrow(0, layout.slots, layout.num_rows)
-        starts_R = self._rows.seq_len.index_select(0, slots_R)
-        page_table = self._rows.page_table.index_select(0, slots_R)
-        counts_R = packed.narrow(0, layout.counts, layout.num_rows)
-        firsts_R = packed.narrow(0, layout.row_tokens, layout.num_rows)
-        row_T = torch.repeat_interleave(counts_R.long(), output_size=layout.num_tokens)
-        place_T = torch.arange(layout.num_tokens, dtype=torch.int32, device=device)
-        positions_T = (starts_R - firsts_R).index_select(0, row_T) + place_T
-        inside_T = positions_T < self._context
-        positions_T = positions_T.clamp(max=self._context - 1)
-        pages_T = page_table[row_T, (positions_T // PAGE).long()]
-        slots_D = slots_R[:num_decode]
-        drafts_DK = self._drafts_SK.index_select(0, slots_D)[:, : width - 1]
-        last_D1 = self._rows.last_token.index_select(0, slots_D)[:, None]
-        prompt_P = packed.narrow(0, layout.prompt, len(plan.prompt))
-        return _Inputs(
-            token_ids_T=torch.cat((torch.cat((last_D1, drafts_DK), dim=1).view(-1), prompt_P)),
-            positions_T=positions_T,
-            kv_index_T=torch.where(inside_T, pages_T * PAGE + positions_T % PAGE, -1),
-            token_slots_T=slots_R.index_select(0, row_T),
-            slots_R=slots_R,
-            starts_R=starts_R,
-            lasts_R=(firsts_R + counts_R - 1).long(),
-            page_table=page_table,
-            drafts_DK=drafts_DK,
-            num_drafts_D=self._num_S.index_select(0, slots_D).clamp(max=width - 1),
-            rows=AttentionRows(
-                num_decode=num_decode,
-                width=width,
-                seq_lens=starts_R + counts_R,
-                page_table=page_table,
-                starts=plan.starts,
-                counts=plan.counts,
-                chunk_pages=plan.chunk_pages,
-            ),
-        )
-
-    def _emits(self, plan: StepPlan, inputs: _Inputs) -> Tensor:
-        """Return the index among T of each place that lands, int64 [L]."""
-        num_run = plan.num_decode * plan.width
-        places_L = torch.arange(num_run, device=self._kv.device)
-        if len(plan.emits) == plan.num_decode:
-            return places_L
-        ends = _to(self._kv.device, plan.emits[plan.num_decode :].astype(np.int64))
-        return torch.cat((places_L, inputs.lasts_R.index_select(0, ends)))
+                self._drafter.remember(admission.slot, to_device(self._kv.device, admission.spared))
 
     def _choose(
-        self, plan: StepPlan, inputs: _Inputs, hidden_TC: Tensor, emits_L: Tensor, packed: Tensor, layout: Layout
+        self,
+        plan: StepPlan,
+        runs: Runs,
+        inputs: Inputs,
+        ends_C: Tensor | None,
+        final_TC: Tensor,
+        packed: Tensor,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor]:
-        """Return the target's logits and its choices at all places that land."""
-        logits_LV = self._program.logits(hidden_TC.index_select(0, emits_L))
+        """Return the target's logits and its choices, int32, at all places that land."""
+        device, num_run = self._kv.device, plan.num_decode * plan.width
+        emits_L = torch.arange(num_run, device=device)
+        if ends_C is not None and len(plan.emits) > plan.num_decode:
+            ending = plan.emits[plan.num_decode :].astype(np.int64) - plan.num_decode
+            emits_L = torch.cat((emits_L, ends_C.index_select(0, to_device(device, ending))))
+        logits_LV = self._program.logits(final_TC.index_select(0, emits_L))
         if not layout.num_emits:
-            return logits_LV, torch.empty(0, dtype=torch.int32, device=self._kv.device)
+            return logits_LV, torch.empty(0, dtype=torch.int32, device=device)
         slots_L = inputs.token_slots_T.index_select(0, emits_L)
         positions_L = inputs.positions_T.index_select(0, emits_L) + 1
         shaped_LV = logits_LV
         if plan.shaped:
-            before = self._before(plan, inputs, len(emits_L))
-            shaped_LV = shape_logits(logits_LV, self._rows.shapes.rows, slots_L, positions_L, drafted_NK=before)
+            before_LK = torch.full((len(emits_L), max(1, plan.width - 1)), -1, dtype=torch.int32, device=device)
+            before_LK[:num_run] = _before(runs)
+            shaped_LV = shape_logits(logits_LV, self._rows.shapes.rows, slots_L, positions_L, drafted_NK=before_LK)
         num_wide = int(np.searchsorted(plan.sampled, plan.num_decode))  # of the sampled rows, the decode rows
         sampled = sampled_rows(packed, layout)
-        within_J = torch.arange(plan.width, dtype=torch.int32, device=self._kv.device)
+        within_J = torch.arange(plan.width, dtype=torch.int32, device=device)
         wide = (sampled[:num_wide, None] * plan.width + within_J).view(-1)
         sampled_L = torch.cat((wide, sampled[num_wide:] + plan.num_decode * (plan.width - 1)))
         return logits_LV, sample(shaped_LV, self._rows, slots_L, positions_L, sampled_L, plan.truncated)
 
-    def _before(self, plan: StepPlan, inputs: _Inputs, num_landing: int) -> Tensor:
-        """Return the drafts in front of each place of a run, int32 [L, J - 1], -1 for none."""
-        num_run, width = plan.num_decode * plan.width, plan.width
-        before_LK = torch.full((num_landing, max(1, width - 1)), -1, dtype=torch.int32, device=self._kv.device)
-        if width > 1:
-            places = torch.arange(width, device=self._kv.device)
-            front_JK = places[:-1][None, :] < places[:, None]
-            runs_DJK = torch.where(front_JK[None], inputs.drafts_DK[:, None, :], -1)
-            before_LK[:num_run] = runs_DJK.reshape(num_run, width - 1)
-        return before_LK
+    def _settle(self, plan: StepPlan, runs: Runs, outcome: Outcome, firsts_E: Tensor) -> None:
+        """Move on what `settle_runs` leaves: the rows of chunks that end their prompt, and counts of tokens."""
+        shapes = self._rows.shapes.rows if plan.shaped else None
+        if shapes is not None and plan.num_decode:
+            self._note(runs, outcome)
+        if len(plan.emits) > plan.num_decode:
+            ending = to_device(self._kv.device, plan.slots[plan.emits[plan.num_decode :]].astype(np.int64))
+            self._rows.last_token.index_copy_(0, ending, firsts_E)
+            if shapes is not None:
+                shapes.note(ending, firsts_E)
 
-    def _settle(self, plan: StepPlan, inputs: _Inputs, outcome: Accepted, firsts_E: Tensor) -> None:
-        """Move the slots' rows on: lengths, last tokens, counts of tokens, and what drafts were worth."""
-        rows, num_decode = self._rows, plan.num_decode
-        lengths_R = inputs.rows.seq_lens.clone()
-        lengths_R[:num_decode] = inputs.starts_R[:num_decode] + outcome.num_emitted
-        rows.seq_len.index_copy_(0, inputs.slots_R.long(), lengths_R)
-        slots_D = inputs.slots_R[:num_decode]
-        rows.last_token.index_copy_(0, slots_D.long(), outcome.bonus_R)
-        self._control.learn(slots_D, inputs.num_drafts_D, outcome.num_accepted_R)
-        ending = None
-        if len(plan.emits) > num_decode:
-            ending = inputs.slots_R.index_select(0, _to(self._kv.device, plan.emits[num_decode:].astype(np.int64)))
-            rows.last_token.index_copy_(0, ending.long(), firsts_E)
-        if plan.shaped and rows.shapes.rows is not None:
-            taken_DJ = outcome.tokens_RJ >= 0
-            noted_DJ = torch.where(taken_DJ, slots_D[:, None], rows.scratch)  # nobody looks at the scratch slot's
-            rows.shapes.rows.note(noted_DJ.view(-1), outcome.tokens_RJ.clamp(min=0).view(-1))
-            if ending is not None:
-                rows.shapes.rows.note(ending, firsts_E)
-
-    def _next_tokens(self, plan: StepPlan, inputs: _Inputs, choices_L: Tensor) -> Tensor:
+    def _next_tokens(self, plan: StepPlan, inputs: Inputs, ends_C: Tensor | None, choices_L: Tensor) -> Tensor:
         """Return the token behind each that was read, [T]: the target's choice, or the prompt's next."""
-        num_decode, device = plan.num_decode, self._kv.device
-        num_run, token_ids_T = num_decode * plan.width, inputs.token_ids_T
-        if plan.behind is None:
+        num_run, token_ids_T = plan.num_decode * plan.width, inputs.token_ids_T
+        if ends_C is None or plan.behind is None:
             return choices_L[:num_run]
         # Of a chunk's last token this takes that of the chunk behind it, and then what the host says.
         next_T = torch.cat((choices_L[:num_run], token_ids_T[num_run + 1 :], token_ids_T[:1]))
-        behind_C = _to(device, plan.behind)
-        if len(plan.emits) > num_decode:
-            ends = plan.emits[num_decode:] - num_decode
-            behind_C = behind_C.index_copy(0, _to(device, ends.astype(np.int64)), choices_L[num_run:])
-        return next_T.index_copy_(0, inputs.lasts_R[num_decode:], behind_C)
+        behind_C = to_device(self._kv.device, plan.behind)
+        if len(plan.emits) > plan.num_decode:
+            ends = to_device(self._kv.device, (plan.emits[plan.num_decode :] - plan.num_decode).astype(np.int64))
+            behind_C = behind_C.index_copy(0, ends, choices_L[num_run:])
+        return next_T.index_copy_(0, ends_C, behind_C)
 
-    def _draft(self, plan: StepPlan, inputs: _Inputs, outcome: Accepted, choices_L: Tensor, hidden_TX: Tensor) -> None:
+    def _draft(
+        self,
+        plan: StepPlan,
+        inputs: Inputs,
+        outcome: Outcome,
+        ends_C: Tensor | None,
+        choices_L: Tensor,
+        taps_TX: Tensor,
+    ) -> None:
         """Let the drafter read what the target has read, and keep what it proposes."""
-        num_decode = plan.num_decode
-        last_R = inputs.lasts_R.clone()
-        last_R[:num_decode] += outcome.num_accepted_R - (plan.width - 1)
-        read = Read(
-            token_ids=inputs.token_ids_T,
-            next_tokens=self._next_tokens(plan, inputs, choices_L),
-            positions=inputs.positions_T,
-            kv_index=inputs.kv_index_T,
-            hidden=hidden_TX if self._drafter.taps else None,
-            rows=inputs.rows,
-            last=last_R,
-            slots=inputs.slots_R,
-            token_slots=inputs.token_slots_T,
-            page_table=inputs.page_table,
-            longest=int((plan.starts + plan.counts).max()) - 1,
-        )
-        slots_R = inputs.slots_R.long()
-        if not plan.drafts:
+        next_T = self._next_tokens(plan, inputs, ends_C, choices_L)
+        last_R, most_R = outcome.last_D, outcome.most_D
+        if ends_C is not None:
+            last_R = torch.cat((last_R, ends_C))
+            chunks_C = inputs.slots_R[plan.num_decode :]
+            most_R = torch.cat((most_R, self._drafts.control.choose(chunks_C, DRAFT_COST)))
+        longest = int((plan.starts + plan.counts).max()) - 1
+        read = self._told(inputs, next_T, last_R, taps_TX, longest)
+        if plan.drafts:
+            keep_drafts(inputs.slots_R, self._drafter.draft(read, self._rows, _kind(plan)), most_R, self._drafts)
+        else:
             self._drafter.take_in(read)
-            self._num_S.index_fill_(0, slots_R, 0)
-            return
-        drafts = self._drafter.draft(read, self._rows, _kind(plan))
-        most_R = self._control.choose(inputs.slots_R, DRAFT_COST)
-        self._drafts_SK.index_copy_(0, slots_R, drafts.tokens_RK)
-        self._num_S.index_copy_(0, slots_R, torch.minimum(drafts.num_R, most_R))
+            self._drafts.num_S.index_fill_(0, inputs.slots_R.long(), 0)
 
 
-def _landing(outcome: Accepted, num_drafts_D: Tensor) -> Tensor:
-    """Return what lands of the runs, int32 [D, J]: tokens, REFUSED for each refused draft, UNUSED."""
-    places_J = torch.arange(outcome.tokens_RJ.shape[1], dtype=torch.int32, device=num_drafts_D.device)
-    rest_DJ = torch.where(places_J[None, :] <= num_drafts_D[:, None], REFUSED, UNUSED).int()
-    return torch.where(outcome.tokens_RJ >= 0, outcome.tokens_RJ, rest_DJ)
+def _before(runs: Runs) -> Tensor:
+    """Return the drafts in front of each position of the runs, int32 [N, max(1, J - 1)], -1 for none."""
+    num_rows, width, device = len(runs.slots_D), runs.width, runs.drafts_DK.device
+    if width == 1:
+        return torch.full((num_rows, 1), -1, dtype=torch.int32, device=device)
+    places_J = torch.arange(width, device=device)
+    front_JK = places_J[None, :-1] < places_J[:, None]
+    return torch.where(front_JK[None], runs.drafts_DK[:, None, :], -1).reshape(num_rows * width, width - 1)
 
 
 def _kind(plan: StepPlan) -> SampleKind:
@@ -296,9 +301,3 @@ def _kind(plan: StepPlan) -> SampleKind:
     if plan.truncated:
         return "truncated"
     return "sampled" if len(plan.sampled) else "greedy"
-
-
-def _to(device: torch.device, values: npt.NDArray[np.generic]) -> Tensor:
-    """Return host values on the device, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -7,6 +7,8 @@ Legend: B texts, L positions, C hidden size, A width of the taps, N draft vocabu
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from overlap.models.llama import Llama
 from overlap.models.program import Batch
 from overlap.ops.attention import AttentionRows, choose_attention
 from overlap.spec.taps import eagle3_taps
+
+_ROWS: Final = 4096
 
 
 class TargetStates:
@@ -31,6 +35,7 @@ class TargetStates:
         self._kv = torch.zeros(shape, dtype=target.dtype, device=target.device)
         self._attention, _ = choose_attention(self._kv, target.num_heads, max_pages_per_row=self._pages_a_text)
         self.taps = eagle3_taps(target.num_layers)
+        self._narrow: Tensor | None = None
 
     @torch.no_grad()
     def states(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,15 +66,21 @@ class TargetStates:
         return states_BLX[..., :width], states_BLX[..., width:]
 
     @torch.no_grad()
-    def logits(self, final_BLC: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (logits over the draft vocabulary, float32 [B, L, N]; the likeliest tokens of all, int64 [B, L])."""
-        narrow, likeliest = [], []
-        for part in torch.split(final_BLC.flatten(0, 1), 4096):  # the whole vocabulary is wide
-            logits_EV = self._target.logits(part)
-            narrow.append(logits_EV.index_select(1, ids_N))
-            likeliest.append(logits_EV.argmax(-1))
-        shape = final_BLC.shape[:2]
-        return torch.cat(narrow).view(*shape, -1), torch.cat(likeliest).view(shape)
+    def narrow_logits(self, final_BLC: Tensor, ids_N: Tensor) -> Tensor:
+        """Return the logits of some tokens, the same ones each time, float32 [B, L, N]."""
+        if self._narrow is None:
+            self._narrow = self._target.head_rows(ids_N)
+        flat_EC = final_BLC.flatten(0, 1)
+        if self._narrow is not None:
+            return F.linear(flat_EC, self._narrow).float().view(*final_BLC.shape[:2], -1)
+        parts = (self._target.logits(part).index_select(1, ids_N) for part in torch.split(flat_EC, _ROWS))
+        return torch.cat(list(parts)).view(*final_BLC.shape[:2], -1)
+
+    @torch.no_grad()
+    def likeliest(self, final_BLC: Tensor) -> Tensor:
+        """Return the likeliest token of all, int64 [B, L]."""
+        parts = torch.split(final_BLC.flatten(0, 1), _ROWS)  # the whole vocabulary is wide
+        return torch.cat([self._target.logits(part).argmax(-1) for part in parts]).view(final_BLC.shape[:2])
 
     @torch.no_grad()
     def embedded(self, tokens_BL: Tensor, steps: int) -> list[Tensor]:

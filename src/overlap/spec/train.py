@@ -79,6 +79,7 @@ class HeadTraining:
 
     def __init__(self, target: Llama, corpus: Corpus, settings: TrainSettings) -> None:
         self.settings = settings
+        self.target = target
         self.corpus = corpus
         self.step = 0
         self.losses: list[float] = []
@@ -96,7 +97,11 @@ class HeadTraining:
         self._draft_id_V[self.ids_N] = torch.arange(len(ids_N), device=self._device)
         self._parameters = dict(self.head.weights.items())
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=settings.learning_rate, betas=_BETAS, weight_decay=0.01
+            self._parameters.values(),
+            lr=settings.learning_rate,
+            betas=_BETAS,
+            weight_decay=0.01,
+            fused=self._device.type == "cuda",
         )
 
     def run(self, checkpoint: Path | None = None, *, progress: bool | None = None) -> None:
@@ -134,9 +139,9 @@ class HeadTraining:
 
     def loss(self, batch: TextBatch) -> Tensor:
         """Return the weighted cross entropy of a batch, a scalar."""
+        batch = batch.to(self._device)
         tokens_BL, final_BLC, taps_BLA, embedded = self._read(batch)
-        wanted_BLN, _ = self._states.logits(final_BLC, self.ids_N)
-        wanted_BLN = wanted_BLN.softmax(-1)
+        wanted_BLN = self._states.narrow_logits(final_BLC, self.ids_N).softmax(-1)
         total, weight = torch.zeros((), device=self._device), 1.0
         with self._autocast():
             for step, logits_BLN in enumerate(self.head(embedded, taps_BLA)):
@@ -150,7 +155,7 @@ class HeadTraining:
         return total
 
     def _read(self, batch: TextBatch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        tokens_BL = batch.tokens_BL.to(self._device)
+        tokens_BL = batch.tokens_BL
         final_BLC, taps_BLA = self._states.states(tokens_BL)
         embedded = self._states.embedded(tokens_BL, self.settings.unroll)
         if self._device.type == "cpu":
@@ -159,9 +164,9 @@ class HeadTraining:
 
     def _counting(self, batch: TextBatch, shift: int) -> Tensor:
         """Return float [B, L - shift]: 1 where position t + shift is of the answer, or the last of the prompt."""
-        places_L = torch.arange(shift, batch.tokens_BL.shape[1])[None, :]
+        places_L = torch.arange(shift, batch.tokens_BL.shape[1], device=self._device)[None, :]
         inside = (places_L < batch.lengths_B[:, None]) & (places_L >= batch.prompts_B[:, None] - 1)
-        return inside.to(self._device).float()
+        return inside.float()
 
     def _autocast(self) -> Any:
         return torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else nullcontext()
@@ -177,9 +182,9 @@ class HeadTraining:
         right, tried = torch.zeros(unroll, dtype=torch.float64), torch.zeros(unroll, dtype=torch.float64)
         for start in range(0, len(judged), self.settings.batch_size):
             which = range(start, min(start + self.settings.batch_size, len(judged)))
-            batch = text_batch(judged, which, self._length)
+            batch = text_batch(judged, which, self._length).to(self._device)
             tokens_BL, final_BLC, taps_BLA, embedded = self._read(batch)
-            _, likeliest_BL = self._states.logits(final_BLC, self.ids_N)
+            likeliest_BL = self._states.likeliest(final_BLC)
             width = tokens_BL.shape[1] - unroll  # where all steps have a target
             going_BL = torch.ones_like(tokens_BL[:, :width], dtype=torch.bool)
             with self._autocast():

@@ -18,10 +18,15 @@ from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
 from overlap.spec.data import Corpus, answer, prompts_from, split
 from overlap.spec.head_files import write_eagle3
+from overlap.spec.shipped import shape_of
 from overlap.spec.train import HeadTraining, Report, TrainSettings
 
 DATA_SHARE: Final = 0.35
 """The share of `minutes` that goes into making the texts."""
+
+
+ROWS: Final = 384
+"""Answers at once on a GPU: a small model makes the more tokens a second the more rows it has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,7 @@ def train_drafter(job: Job) -> Report:
     if not (corpus_path.is_file() and judged_path.is_file()):
         asyncio.run(_make_texts(job, corpus_path, judged_path))
         gc.collect()  # the engine's memory is wanted for training
+        torch.cuda.empty_cache()
     corpus, judged = Corpus.load(corpus_path), Corpus.load(judged_path)
     training = HeadTraining(_target(job), corpus, _left(job, time.monotonic() - began))
     checkpoint = work / "checkpoint.safetensors"
@@ -66,7 +72,8 @@ def train_drafter(job: Job) -> Report:
     training.run(checkpoint, progress=job.progress)
     report = training.report(judged)
     half = torch.bfloat16 if job.dtype is not torch.float32 else torch.float32
-    write_eagle3(job.output, training.config, training.tensors(half), dtype=str(half).removeprefix("torch."))
+    notes = {"dtype": str(half).removeprefix("torch."), "target": Path(job.model).name, **shape_of(training.target)}
+    write_eagle3(job.output, training.config, training.tensors(half), **notes)
     card = _card(job, training, corpus, judged, report)
     (job.output / "README.md").write_text(card, encoding="utf-8")
     return report
@@ -78,6 +85,8 @@ async def _make_texts(job: Job, corpus_path: Path, judged_path: Path) -> None:
     kept, judged = split(prompts, job.held_out)
     seconds = math.inf if job.train.minutes is None else job.train.minutes * 60 * DATA_SHARE
     options: dict[str, Any] = {"cache_dir": job.cache_dir, "progress": job.progress}
+    if job.device != "cpu":
+        options |= {"max_rows": ROWS, "token_budget": 8192, "context": job.train.length + job.answer_tokens}
     name = str(job.dtype).removeprefix("torch.")
     async with AsyncEngine(job.model, device=job.device, dtype=name, **options) as engine:
         for path, some, temperature in ((judged_path, judged, 0.0), (corpus_path, kept, job.temperature)):
@@ -114,13 +123,15 @@ def _card(job: Job, training: HeadTraining, corpus: Corpus, judged: Corpus, repo
     """Return the README.md of a head."""
     positions = "\n".join(f"| {place} | {share:.3f} |" for place, share in enumerate(report.accepted, 1))
     source = "built-in topics and questions" if job.prompts is None else f"the {job.num_prompts} prompts given"
-    return f"""# An EAGLE-3 head for {job.model}
+    name = Path(job.model).name
+    return f"""# An EAGLE-3 head for {name}
 
-Made by `overlap train-drafter`. It drafts for `{job.model}` and for no other model. Format: that of the published
+Made by `overlap train-drafter`. It drafts for `{name}` and for no other model. Format: that of the published
 EAGLE-3 heads (config.json, model.safetensors).
 
 - **Data:** {len(corpus)} answers ({len(corpus.tokens)} tokens with their prompts) to {source}, sampled from the
-  model itself at temperature {job.temperature}, {job.answer_tokens} tokens at most each.
+  model itself, {job.answer_tokens} tokens at most each: the first answer to every other prompt greedily, all else
+  at temperature {job.temperature}.
 - **Training:** {training.step} steps of {job.train.batch_size} texts of up to {job.train.length} tokens, unrolled over
   {job.train.unroll} drafts, seed {job.train.seed}. Last loss: {(training.losses or [float("nan")])[-1]:.3f}.
 - **Draft vocabulary:** the {len(training.ids_N)} most frequent tokens of the data.

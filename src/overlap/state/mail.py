@@ -1,11 +1,13 @@
 """Mail: how a step's plan reaches the device, and how its tokens come back.
 
-On CUDA both ends are pinned memory, which the device reads and writes by itself. Each has DEPTH places that take turns:
+On CUDA both ends are pinned memory: plans are copied from there, tokens are written there by the device. Each has DEPTH
+places that take turns:
 two flights in the air, and one being packed. A place is written again only when the flight that used it has landed, so
 neither side ever meets the other's next step.
 
-An eager step is told its place by the host. A step that is one graph can be told nothing, so the device keeps its own
-`turn`, the place of the next such step, and the graph itself moves it on.
+An eager step is told its place by the host. A step that is one graph finds its plan in `packed`, where `bring` has put
+it (a kernel that fetched it from the host by itself took 46 µs: docs/log.md). Where its tokens go it can not be told,
+so the device keeps its own `turn`, the place of the next such step, and the graph moves it on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 
 from overlap.cache.pages import Ints
 from overlap.schedule.shaping import MOST_SCORED, TOLD_WORDS
-from overlap.state.packing import HEADER
+from overlap.state.packing import HEADER, USED
+from overlap.streams.driver import check, driver
 
 DEPTH: Final = 3
 """Places in rotation."""
@@ -28,6 +31,7 @@ class Mail:
     """The places of one lane, and the device's side of them."""
 
     __slots__ = (
+        "_addresses",
         "landed_words",
         "landings",
         "packed",
@@ -46,7 +50,7 @@ class Mail:
         self.plans = torch.zeros((DEPTH + 1, words), dtype=torch.int32, pin_memory=pinned)
         """int32 [DEPTH + 1, words] on the host: packed plans."""
         self.plan_words: list[Ints] = list(self.plans.numpy())
-        self.plan_words[EMPTY][HEADER - 1] = HEADER  # the words in use: no section has any
+        self.plan_words[EMPTY][USED] = HEADER  # the words in use: no section has any
         self.landings = torch.zeros((DEPTH + 1, max_landing), dtype=torch.int32, pin_memory=pinned)
         """int32 [DEPTH + 1, max_landing] on the host: the tokens of each flight."""
         self.landed_words: list[Ints] = list(self.landings.numpy())
@@ -58,8 +62,19 @@ class Mail:
         self.scored_words: list[Ints] = list(self.scored.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
         """int32 [words] on the device: the plan of the step that runs."""
+        self._addresses = [plan.data_ptr() for plan in self.plans] if pinned else []
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
         """int32 [1] on the device: the place of the next step that is a graph."""
+
+    def bring(self, place: int, stream: int | None = None) -> None:
+        """Enqueue the copy of the plan at `place` to `packed`; on CUDA on `stream` (an address; None: torch's own)."""
+        used = int(self.plan_words[place][USED])
+        if not self._addresses:
+            self.packed.numpy()[:used] = self.plan_words[place][:used]
+            return
+        stream = torch.cuda.current_stream(self.packed.device).cuda_stream if stream is None else stream
+        copy = driver().cuMemcpyHtoDAsync_v2
+        check("cuMemcpyHtoDAsync", copy(self.packed.data_ptr(), self._addresses[place], 4 * used, stream))
 
     @property
     def nbytes(self) -> int:

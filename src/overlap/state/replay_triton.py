@@ -1,8 +1,6 @@
 """The state changes of a replayed decode step in three kernels. Imported only where Triton is; see `state.replay`.
 
-The first reads the plan straight from pinned memory, the last writes the tokens there: a replay needs no copy beside
-it. The host has packed the plan before it launches the graph, so the kernel finds it; `volatile` keeps the reads out of
-caches that a step before may have filled from the same place.
+The plan was copied to the device in front of the replay; the last kernel writes the tokens straight to pinned memory.
 """
 
 from __future__ import annotations
@@ -17,23 +15,19 @@ from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 from overlap.state.inputs import StepInputs
 from overlap.state.mail import DEPTH, Mail
-from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES, USED
+from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES
 from overlap.state.rows import SlotRows
 
-_TAKE_PROGRAMS: Final = 4
-_TAKE_BLOCK: Final = 512
+_TAKE_PROGRAMS: Final = 2
+_TAKE_BLOCK: Final = 128
 _TABLE_BLOCK: Final = 128
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit
 def _take_plan_kernel(
-    plans,
-    turn,
     packed,
     page_table,
-    stride,
     WIDTH: tl.constexpr,
-    USED_WORD: tl.constexpr,
     NUM_UPDATES_WORD: tl.constexpr,
     PAGE_UPDATES_WORD: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -43,25 +37,16 @@ def _take_plan_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    plan = plans + tl.load(turn).to(tl.int64) * stride
-    used = tl.load(plan + USED_WORD, volatile=True)
-    num_updates = tl.load(plan + NUM_UPDATES_WORD, volatile=True)
-    updates = plan + tl.load(plan + PAGE_UPDATES_WORD, volatile=True)
-    begin = tl.program_id(0) * BLOCK
+    num_updates = tl.load(packed + NUM_UPDATES_WORD)
+    updates = packed + tl.load(packed + PAGE_UPDATES_WORD)
     lane = tl.arange(0, BLOCK)
-    done = begin
-    while done < used:
-        word = done + lane
-        inside = word < used
-        tl.store(packed + word, tl.load(plan + word, mask=inside, other=0, volatile=True), mask=inside)
-        done += PROGRAMS * BLOCK
-    done = begin
+    done = tl.program_id(0) * BLOCK
     while done < num_updates:
         change = done + lane
         inside = change < num_updates
-        slot = tl.load(updates + change, mask=inside, other=0, volatile=True).to(tl.int64)
-        index = tl.load(updates + num_updates + change, mask=inside, other=0, volatile=True)
-        page = tl.load(updates + 2 * num_updates + change, mask=inside, other=0, volatile=True)
+        slot = tl.load(updates + change, mask=inside, other=0).to(tl.int64)
+        index = tl.load(updates + num_updates + change, mask=inside, other=0)
+        page = tl.load(updates + 2 * num_updates + change, mask=inside, other=0)
         tl.store(page_table + slot * WIDTH + index, page, mask=inside)
         done += PROGRAMS * BLOCK
 
@@ -144,18 +129,14 @@ def _settle_decode_kernel(
 def take_plan(mail: Mail, rows: SlotRows) -> None:
     """See `state.replay.take_plan`."""
     _take_plan_kernel[(_TAKE_PROGRAMS,)](
-        mail.plans,
-        mail.turn,
         mail.packed,
         rows.page_table,
-        mail.plans.stride(0),
         WIDTH=rows.page_table.shape[1],
-        USED_WORD=USED,
         NUM_UPDATES_WORD=NUM_UPDATES,
         PAGE_UPDATES_WORD=PAGE_UPDATES,
         PROGRAMS=_TAKE_PROGRAMS,
         BLOCK=_TAKE_BLOCK,
-        num_warps=4,
+        num_warps=2,
         **launch_triton.early(mail.packed.device),
     )
 

@@ -141,6 +141,11 @@ class CpuStream:
         self._thread.start()
         self._closed = False
 
+    def use(self, share: int) -> None:
+        """Refuse any share: a worker's cores are its own (see `use_cores`)."""
+        if share:
+            raise InternalError(f"stream {self.name!r} has no share {share}")
+
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:  # noqa: ARG002 - the promise's
         """Queue `run` for the worker."""
         self._put(run)

@@ -1,6 +1,6 @@
 """The stream's promise kept by CUDA: a stream, an event a mark, and one thread that waits for them.
 
-The waiter blocks in `cudaEventSynchronize` on an event made with `blocking=True`: the thread sleeps in the driver with
+The waiter blocks in `cuEventSynchronize` on an event made to block: the thread sleeps in the driver with
 the GIL released, and wakes the event loop when the device gets there. Not Python inside `cudaLaunchHostFunc`, which
 deadlocks the GIL against the driver (LMCache#2952, TensorRT-LLM#15855); not `torch.Event`, which ignores `blocking` on
 CUDA (vllm#47081).
@@ -9,6 +9,10 @@ Time is measured on the device. Every mark's event keeps the device's time; a se
 only where the stream was empty or held back by another one's mark. Behind work that still runs, the next work begins
 where that ends: nothing was missing in between, and an event there would only delay it. Times add up in double
 precision from one event to the next, since CUDA tells them as float32 milliseconds, which from a far start are coarse.
+
+A lane that runs on some of the SMs (`streams.green`) is still one stream to all others: one order, one clock. `use`
+lets its work go on in another of CUDA's streams, which waits for the one before. So memory that one of them has freed
+in torch's allocator, which keeps a list for each stream, is never written to before the others are done with it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from overlap.errors import InternalError
+from overlap.streams.events import Event
+from overlap.streams.green import Half, splits
 from overlap.streams.stream import Busy
 
 if TYPE_CHECKING:
@@ -38,7 +44,7 @@ class _CudaMark:
 
     __slots__ = ("busy", "end", "failure", "start")
 
-    def __init__(self, start: torch.cuda.Event | None, end: torch.cuda.Event, failure: BaseException | None) -> None:
+    def __init__(self, start: Event | None, end: Event, failure: BaseException | None) -> None:
         self.start = start
         self.end = end
         self.failure = failure
@@ -50,24 +56,24 @@ class _Clock:
 
     def __init__(self, name: str, stream: torch.cuda.Stream) -> None:
         self._name = name
-        self._stream = stream
-        self._free: list[torch.cuda.Event] = []
+        self._handle: int = stream.cuda_stream
+        self._free: list[Event] = []
         self._unread: deque[_CudaMark] = deque()  # in the stream's order
-        self._start: torch.cuda.Event | None = None
+        self._start: Event | None = None
         self._started = False  # work was launched behind the last mark
         self._held = False  # what is launched next waits for another stream
         self._any_marks = False
         self._read_event, self._read_time = self._set()
         self._last = self._read_event  # the last mark's
 
-    def _set(self) -> tuple[torch.cuda.Event, float]:
+    def _set(self) -> tuple[Event, float]:
         """Return an event and the host's time of it: the narrowest of a few looks, some µs wide. Waits."""
         looks = []
         for _ in range(5):
             event = self._event()
             before = time.perf_counter()
-            event.record(self._stream)
-            while not event.query():  # type: ignore[no-untyped-call]
+            event.record(self._handle)
+            while not event.query():
                 pass
             after = time.perf_counter()
             looks.append((after - before, (before + after) / 2, event))
@@ -78,18 +84,28 @@ class _Clock:
     def hold(self) -> None:
         self._held = True
 
+    def move(self, stream: torch.cuda.Stream) -> None:
+        """Go on in another stream, behind all that this one holds."""
+        behind = self._last
+        if self._started or self._held:
+            behind = self._event()
+            behind.record(self._handle)
+            self._free.append(behind)  # a wait is for the record that was there when it was asked for
+        behind.wait(stream.cuda_stream)
+        self._handle = stream.cuda_stream
+
     def start(self) -> None:
         """Work is about to be launched."""
         if self._started:
             return
         self._started = True
-        if self._held or self._last.query():  # type: ignore[no-untyped-call]
+        if self._held or self._last.query():
             self._start = self._event()
-            self._start.record(self._stream)
+            self._start.record(self._handle)
 
     def mark(self, failure: BaseException | None) -> _CudaMark:
         end = self._event()
-        end.record(self._stream)
+        end.record(self._handle)
         start = self._start if self._started else end
         mark = _CudaMark(start, end, failure)
         self._unread.append(mark)
@@ -107,43 +123,60 @@ class _Clock:
     def _read(self, mark: _CudaMark) -> None:
         gap = length = 0.0
         if mark.start is not None:
-            gap = self._read_event.elapsed_time(mark.start) / 1e3
+            gap = self._read_event.elapsed_s(mark.start)
         if mark.start is not mark.end:
-            length = (mark.start or self._read_event).elapsed_time(mark.end) / 1e3
+            length = (mark.start or self._read_event).elapsed_s(mark.end)
             self._free += [mark.start] if mark.start is not None else []
         start = self._read_time + gap
         mark.busy = Busy(self._name, start, start + length, gap if self._any_marks else 0.0)
         self._free.append(self._read_event)
         self._read_event, self._read_time, self._any_marks = mark.end, start + length, True
 
-    def _event(self) -> torch.cuda.Event:
+    def _event(self) -> Event:
         if self._free:
             return self._free.pop()
-        return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        return Event()
 
 
-_Wait = tuple[torch.cuda.Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+_Wait = tuple[Event, asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
-_IDLE_STREAMS: Final[dict[tuple[torch.device, int], deque[torch.cuda.Stream]]] = {}
-"""Streams that a closed engine leaves to the next one, by device and priority.
+_Place = tuple[torch.device, int, int, Half]
+"""Device, priority, share of SMs (0 for all) and which part of it."""
+
+_IDLE_STREAMS: Final[dict[_Place, deque[torch.cuda.Stream]]] = {}
+"""Streams that a closed engine leaves to the next one.
 
 torch keeps a workspace of cuBLAS (32 MiB on Hopper) for each stream it has ever multiplied on, for as long as the
 process lives, and gives no way to free one: with a new stream for each engine, 20 engines left 640 MiB behind."""
 
 
-def _new_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+def _stream_at(place: _Place) -> torch.cuda.Stream:
+    """Return a stream that nobody uses."""
+    idle = _IDLE_STREAMS.get(place)
+    if idle:
+        return idle.pop()
+    device, priority, share, half = place
+    if not share:
+        return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+    address = splits(device.index or 0).new_stream(share, half, priority)
+    return torch.cuda.ExternalStream(address, device=device)  # type: ignore[no-untyped-call]
 
 
 class CudaStream:
-    """A CUDA stream of its own on `device`. `priority` is CUDA's: lower numbers go first, 0 is the default."""
+    """A CUDA stream of its own on `device`. `priority` is CUDA's: lower numbers go first, 0 is the default.
 
-    def __init__(self, device: torch.device, name: str = "cuda", *, priority: int = 0) -> None:
+    With a share (see `use`) it has the SMs that the share names, or with `half="rest"` all others.
+    """
+
+    def __init__(self, device: torch.device, name: str = "cuda", *, priority: int = 0, half: Half = "own") -> None:
         self.name = name
         self.device: Final = device
-        self._idle = _IDLE_STREAMS.setdefault((device, priority), deque())
-        self.stream: Final = self._idle.pop() if self._idle else _new_stream(device, priority)
+        self._priority, self._half = priority, half
+        self._streams = {0: _stream_at(self._place(0))}
+        self.stream = self._streams[0]
+        """Where work goes now."""
+        torch.cuda.mem_get_info(device)  # makes the device's context this thread's, which the driver's calls ask for
         self._clock = _Clock(name, self.stream)
         self._failure: BaseException | None = None
         self._waits: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
@@ -151,14 +184,36 @@ class CudaStream:
         self._thread.start()
         self._closed = False
 
+    def _place(self, share: int) -> _Place:
+        return self.device, self._priority, share, self._half if share else "own"
+
+    def use(self, share: int) -> None:
+        """Run what is launched next on a share of the SMs, 0 for all, still behind all earlier work. Never waits.
+
+        Raises NoShares where there is no such share; the stream stays as it was then.
+        """
+        stream = self._streams.get(share)
+        if stream is None:
+            stream = self._streams[share] = _stream_at(self._place(share))
+        if stream is not self.stream:
+            self._clock.move(stream)
+            self.stream = stream
+
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:  # noqa: ARG002 - the promise's
         """Call `run`, which enqueues its kernels on this stream."""
         if self._closed:
             raise InternalError(f"stream {self.name!r} is closed")
         try:
             self._clock.start()
-            with torch.cuda.stream(self.stream):
+            before = torch.cuda.current_stream(self.device)
+            if before == self.stream:
                 run()
+                return
+            torch.cuda.set_stream(self.stream)  # `torch.cuda.stream` does the same in four times the time
+            try:
+                run()
+            finally:
+                torch.cuda.set_stream(before)
         except Exception as failure:  # told by the next mark: the promise of every stream
             self._failure = self._failure or failure
 
@@ -171,18 +226,18 @@ class CudaStream:
         """Let the device hold back what is launched next until `mark`."""
         own = _own(mark)
         if own.busy is None:  # else it was reached
-            self.stream.wait_event(own.end)
+            own.end.wait(self.stream.cuda_stream)
             self._clock.hold()
 
     def reached(self, mark: Mark) -> bool:
         """Ask the device whether it has passed `mark`."""
         own = _own(mark)
-        return own.busy is not None or bool(own.end.query())  # type: ignore[no-untyped-call]
+        return own.busy is not None or own.end.query()
 
     async def wait_reached(self, mark: Mark) -> None:
         """Return once the device has passed `mark`; raise what the work before it raised."""
         own = _own(mark)
-        if own.busy is not None or own.end.query():  # type: ignore[no-untyped-call]
+        if own.busy is not None or own.end.query():
             await asyncio.sleep(0)  # arrivals and aborts get their turn at every step, however fast the device
         else:
             loop = asyncio.get_running_loop()
@@ -203,8 +258,9 @@ class CudaStream:
             return
         self._closed = True
         try:
-            self.stream.synchronize()
-            self._idle.append(self.stream)
+            for share, stream in self._streams.items():
+                stream.synchronize()
+                _IDLE_STREAMS.setdefault(self._place(share), deque()).append(stream)
         finally:
             self._waits.put(None)
             self._thread.join()

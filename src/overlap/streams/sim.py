@@ -100,11 +100,17 @@ class SimStream:
         self._marked_end: float | None = None
         self._failure: BaseException | None = None
         self._closed = False
+        self._share = 0
+
+    def use(self, share: int) -> None:
+        """Call what is launched next "work sm:share", for its cost and in the spans; 0 for "work" alone."""
+        self._share = share
 
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:
         """Run `run` now, and book its time behind all earlier work."""
         if self._closed:
             raise InternalError(f"stream {self.name!r} is closed")
+        work = f"{work} sm:{self._share}" if self._share else work
         start = max(self._free_at, self._device.now)
         self._free_at = start + self._device.cost(work, tokens)
         self.spans.append(Span(work, start, self._free_at))

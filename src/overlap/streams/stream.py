@@ -30,6 +30,8 @@ class Busy(NamedTuple):
     end: float
     gap: float
     """How long the stream had nothing to run before `start`: 0 for its first mark."""
+    typical: bool = True
+    """Whether such work takes as long the next time; not if something was built or captured meanwhile."""
 
 
 class Stream(Protocol):
@@ -42,6 +44,12 @@ class Stream(Protocol):
     @property
     def name(self) -> str:
         """What the timeline calls it."""
+
+    def use(self, share: int) -> None:
+        """Run what is launched next on a share of the device, 0 for all of it, still behind all earlier work.
+
+        What a share is the device says: on CUDA, SMs. Raises an error for one that this stream cannot have.
+        """
 
     def launch(self, work: str, run: Callable[[], object], *, tokens: int = 1) -> None:
         """Queue `run` behind all earlier work and return at once. `work` names it in the timeline."""

@@ -9,16 +9,21 @@ from collections.abc import Callable
 from overlap.streams.stream import Stream
 
 
-async def check_stream(make: Callable[[str], Stream]) -> None:
-    """Raise AssertionError unless streams made by `make(name)`, all of one device, keep the promise of `Stream`."""
+async def check_stream(make: Callable[[str], Stream], *, share: int = 0) -> None:
+    """Raise AssertionError unless streams made by `make(name)`, all of one device, keep the promise of `Stream`.
+
+    `share` is a share of the device that they can have: they then change between it and all of the device.
+    """
     first, second = make("first"), make("second")
     done: list[str] = []
     try:
-        for name in ("a", "b", "c"):
+        for number, name in enumerate(("a", "b", "c")):
+            first.use(share if number % 2 else 0)
             first.launch(name, lambda name=name: done.append(name))  # type: ignore[misc]
         mark = first.mark()
         await first.wait_reached(mark)
         assert done == ["a", "b", "c"], f"work ran as {done}, not in the order in which it was launched"
+        first.use(share)
         others: list[str] = []
         asyncio.get_running_loop().call_soon(others.append, "ran")
         await first.wait_reached(mark)  # a mark stays reached
@@ -28,6 +33,7 @@ async def check_stream(make: Callable[[str], Stream]) -> None:
         first.launch("before", lambda: done.append("before"))
         behind = first.mark()
         second.follow(behind)
+        second.use(share)
         second.launch("after", lambda: done.append("after"))
         await second.wait_reached(second.mark())
         assert done[-2:] == ["before", "after"], f"a stream did not follow the mark of another: {done}"
@@ -46,16 +52,17 @@ async def check_stream(make: Callable[[str], Stream]) -> None:
         first.launch("well", lambda: done.append("well"))
         await first.wait_reached(first.mark())  # told once
         assert done[-1] == "well"
-        await _check_busy(first)
+        await _check_busy(first, share)
     finally:
         first.close()
         first.close()  # idempotent
         second.close()
 
 
-async def _check_busy(stream: Stream) -> None:
+async def _check_busy(stream: Stream, share: int) -> None:
     marks = []
     for works in (1, 3, 0, 1):
+        stream.use(share if works % 2 else 0)
         for i in range(works):
             stream.launch(f"timed {i}", lambda: None)
         marks.append(stream.mark())

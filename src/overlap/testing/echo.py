@@ -150,6 +150,7 @@ class SimRunner:
         scores: list[int] = []
         stream = self._streams[plan.lane]
         assert stream is not None, f"step {plan.number} is for the side lane, and there is none"
+        stream.use(plan.share)
         if plan.follows:
             stream.follow(self._marks[plan.follows])
         work = "step" if self._streams[SIDE] is None else "prompts" if plan.lane == SIDE else "rows"

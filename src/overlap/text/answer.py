@@ -15,13 +15,14 @@ class AnswerText:
     Without a tokenizer (random weights made from a configuration alone) the text stays empty.
     """
 
-    __slots__ = ("_detokenizer", "_includes_stops", "_stops", "_unstopped")
+    __slots__ = ("_detokenizer", "_includes_stops", "_looks", "_stops", "_unstopped")
 
     def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         self._detokenizer = (
             tokenizer.detokenizer(prompt_ids, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
         )
         self._stops = StopStrings(params.stop_strings)
+        self._looks = bool(params.stop_strings)
         self._unstopped = params.min_tokens  # so many tokens are still to come in whose text no stop is looked for
         self._includes_stops = params.include_stop_str_in_output
 
@@ -34,6 +35,11 @@ class AnswerText:
             self._unstopped -= 1
             return text, None
         return self._searched(text)
+
+    @property
+    def looks_for_stops(self) -> bool:
+        """Whether text may end the answer, so that it has to be made as the tokens come."""
+        return self._looks
 
     @property
     def includes_stops(self) -> bool:

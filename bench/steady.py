@@ -1,0 +1,188 @@
+"""Does the device ever wait in steady decode, and what does a step cost on the host and on the device?
+
+    python bench/steady.py                                        SmolLM2's shape, 1, 8, 64 and 256 rows
+    python bench/steady.py --shape llama-8b --rows 1 8 --kernels  and which kernels a step's time goes to
+
+Random weights. As many rows as asked for decode at once; windows with and without a trace take turns. A JSON line for
+each number of rows:
+
+    step_ms        time between two steps, of the windows without a trace
+    bubble         the share of the time in which the device had nothing queued, measured on the device (target: under
+                   1% from 8 rows up, under 3% at one)
+    host_us        plan, launch and settle of a step, medians of the windows with a trace (target: 150 together)
+    trace_costs    how much longer a step takes while a trace is on (target: 2%)
+    kernels        with --kernels: what the device ran in a step, the dearest first: [µs a step, times a step, name]
+
+and one line of how long after the device's end the loop hears of it ("awaiting", target: 100 µs in the median): a
+stream runs a kernel of a known time, and what passes from its launch until the waiter is back is compared with what
+the device says it took, so launching is in the figure. Doubt it for this: a shared machine's host varies from run to
+run; and the profiler behind --kernels slows small kernels down by a part of a microsecond.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from overlap import AsyncEngine, SamplingParams
+from overlap.observe.record import VERBS, Record
+from overlap.observe.trace import Tracing
+
+sys.path.insert(0, str(Path(__file__).parent))
+from offline import SHAPES, settled  # type: ignore[import-not-found]
+
+WINDOW_S = 0.4
+
+
+async def keep_busy(engine: AsyncEngine, rows: int, tokens: int, vocabulary: int) -> list[asyncio.Task[None]]:
+    """Start `rows` answers and return once all of them decode."""
+    decoding = asyncio.Event()
+    missing = rows
+
+    async def answer(row: int) -> None:
+        nonlocal missing
+        prompt = [(row * 7919 + at * 31) % (vocabulary - 3) + 3 for at in range(64)]
+        first = True
+        async for _ in engine.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)):
+            if first:
+                first, missing = False, missing - 1
+                if not missing:
+                    decoding.set()
+
+    tasks = [asyncio.create_task(answer(row)) for row in range(rows)]
+    await decoding.wait()
+    return tasks
+
+
+async def window(engine: AsyncEngine) -> dict[str, float]:
+    """Return what a window's steps took: seconds between two, and the bubble's share."""
+    before, began = engine.statistics(), time.perf_counter()
+    await asyncio.sleep(WINDOW_S)
+    after, seconds = engine.statistics(), time.perf_counter() - began
+    bubble, busy = after.bubble_s - before.bubble_s, after.busy_s - before.busy_s
+    return {"step_s": seconds / max(1, after.steps - before.steps), "bubble": bubble / max(1e-9, bubble + busy)}
+
+
+def host_us(record: Record) -> dict[str, float]:
+    """Return the median time of each verb but waiting, in µs."""
+    return {
+        verb: round(1e6 * statistics.median(span.end - span.start for span in record.host if span.verb == verb), 1)
+        for verb in VERBS
+        if verb != "land"
+    }
+
+
+async def kernels(engine: AsyncEngine) -> list[tuple[float, float, str]]:
+    """Return (µs a step, times a step, name) of what the device ran, the dearest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        before = engine.statistics().steps
+        await asyncio.sleep(WINDOW_S / 4)
+        steps = engine.statistics().steps - before
+    spent: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    for event in profile.events() or ():
+        if event.device_type.name == "CUDA":
+            spent[event.name[:60]] += event.device_time
+            times[event.name[:60]] += 1
+    return [(round(us / steps, 1), round(times[name] / steps, 1), name) for name, us in spent.most_common(24)]
+
+
+async def measure(asked: argparse.Namespace, model: str) -> None:
+    """Open an engine and print a line for each number of rows."""
+    options: dict[str, Any] = {"load_format": "dummy", "context": 64 + asked.tokens + 16, "max_rows": max(asked.rows)}
+    async with AsyncEngine(model, device=asked.device, **options) as engine:
+        vocabulary = engine._opened.model.vocab_size  # type: ignore[union-attr]
+        for rows in asked.rows:
+            for task in await keep_busy(engine, rows, 40, vocabulary):
+                await task
+            await settled(engine)
+            tasks = await keep_busy(engine, rows, asked.tokens, vocabulary)
+            await asyncio.sleep(WINDOW_S / 4)
+            plain, traced, records = [], [], []
+            for _ in range(asked.rounds):
+                plain.append(await window(engine))
+                with tempfile.TemporaryDirectory() as folder:
+                    tracing: Tracing = engine.trace(f"{folder}/trace.json")
+                    async with tracing as trace:
+                        traced.append(await window(engine))
+                    records.append(trace.record())
+            found = await kernels(engine) if asked.kernels and torch.cuda.is_available() else []
+            ended = sum(task.done() for task in tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            step_s = statistics.median(one["step_s"] for one in plain)
+            line = {
+                "bench": "steady", "shape": asked.shape, "rows": rows, "step_ms": round(1e3 * step_s, 4),
+                "tokens_per_s": round(rows / step_s, 1), "bubble": [round(one["bubble"], 5) for one in plain],
+                "host_us": host_us(records[-1]),
+                "trace_costs": round(statistics.median(one["step_s"] for one in traced) / step_s - 1, 4),
+                "ended_early": ended, "device": name_of(asked.device), "torch": torch.__version__, "kernels": found,
+            }  # fmt: skip
+            print(json.dumps(line), flush=True)
+
+
+async def awaiting(times: int) -> None:
+    """Print how long after the device's end a waiter is back."""
+    from overlap.streams.cuda import CudaStream
+
+    stream, late = CudaStream(torch.device("cuda:0")), []
+    spin = int(3e-4 * torch.cuda.clock_rate() * 1e6)
+    for number in range(times):
+        began = time.perf_counter()
+        stream.launch("spin", lambda: torch.cuda._sleep(spin))  # type: ignore[no-untyped-call]
+        mark = stream.mark()
+        await stream.wait_reached(mark)
+        ended = time.perf_counter()
+        busy = stream.busy(mark)
+        if number > 10:
+            late.append(1e6 * (ended - began - (busy.end - busy.start)))
+        await asyncio.sleep(0.001)
+    stream.close()
+    inside = sorted(late)
+    line = {
+        "bench": "steady", "figure": "awaiting", "p50_us": round(statistics.median(late), 1),
+        "p90_us": round(inside[int(0.9 * len(inside))], 1), "max_us": round(inside[-1], 1), "times": len(late),
+        "device": torch.cuda.get_device_name(),
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
+
+
+def name_of(device: str) -> str:
+    """Return the GPU's name, or "cpu"."""
+    return "cpu" if device == "cpu" or not torch.cuda.is_available() else torch.cuda.get_device_name()
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    arguments.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
+    arguments.add_argument("--tokens", type=int, default=12000, help="of each answer: more than the windows need")
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--kernels", action="store_true")
+    arguments.add_argument("--device", default="auto")
+    asked = arguments.parse_args()
+    import uvloop
+
+    with tempfile.TemporaryDirectory() as folder:
+        shape = {**SHAPES[asked.shape], "max_position_embeddings": max(8192, asked.tokens + 128)}
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        asyncio.run(measure(asked, folder))
+    if asked.device != "cpu" and torch.cuda.is_available():
+        uvloop.run(awaiting(200))
+
+
+if __name__ == "__main__":
+    main()
