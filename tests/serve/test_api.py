@@ -120,6 +120,21 @@ async def test_token_id_prompts_come_back_as_echo_and_ids(http: aiohttp.ClientSe
     assert told == answer["choices"][0]["token_ids"]
 
 
+async def test_usage_says_what_came_from_the_prefix_cache_whole_and_streamed(http: aiohttp.ClientSession) -> None:
+    ids = [3 + at * 7 % 200 for at in range(50)]
+    body = {"prompt": [ids, ids], "max_tokens": 2, "n": 2, "ignore_eos": True, **GREEDY}
+    whole = [(await post(http, "/v1/completions", body))["usage"] for _ in range(2)]
+    streamed = await events(http, "/v1/completions", {**body, "stream_options": {"include_usage": True}})
+    assert streamed[-1]["choices"] == []
+    assert all(event["usage"] is None for event in streamed[:-1])
+    for usage in (whole[1], streamed[-1]["usage"]):
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 2 * 48}
+        assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 8, 108)
+    chat = {"messages": HELLO * 9, "max_tokens": 2, **GREEDY}
+    told = [(await post(http, "/v1/chat/completions", chat))["usage"] for _ in range(2)][1]
+    assert told["prompt_tokens_details"]["cached_tokens"] == (told["prompt_tokens"] - 1) // 16 * 16 > 0
+
+
 async def test_tokens_go_to_text_and_back(http: aiohttp.ClientSession) -> None:
     told = await post(http, "/tokenize", {"prompt": "naïve 🙂", "add_special_tokens": False, "return_token_strs": True})
     assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
