@@ -33,7 +33,7 @@ def _take_plan_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Begins a graph, and so never starts early: an early first kernel of a graph does not wait for a copy before it."""
+    """Begins a graph, so it never starts early: an early kernel there does not wait for a copy before the graph."""
     num_updates = tl.load(packed + NUM_UPDATES_WORD)
     updates = packed + tl.load(packed + PAGE_UPDATES_WORD)
     lane = tl.arange(0, BLOCK)
