@@ -17,9 +17,9 @@ from typing import Final
 import torch
 
 from overlap.cache.pages import Ints
+from overlap.ops.cuda_driver import check, driver
 from overlap.schedule.shaping import TOLD_WORDS
 from overlap.state.packing import HEADER, USED
-from overlap.streams.driver import check, driver
 
 DEPTH: Final = 3
 """Places in rotation."""
