@@ -47,11 +47,12 @@ LAYERS = [  # an import goes to the same line or further down
     {"front"},
     {"loop", "runner"},
     {"schedule", "graphs", "streams", "observe", "microbatch"},
-    {"state", "sample", "models", "text", "cache", "config"},
+    {"state", "sample", "models", "text", "cache", "config", "grammar"},
     {"ops"},
 ]
 VALUES = {
-    "errors", "messages", "cache", "schedule.plan", "schedule.shaping", "models.config", "streams.stream", "config",
+    "errors", "messages", "cache", "schedule.plan", "schedule.shaping", "models.config", "config",
+    "streams.stream", "streams.driver",
 }  # fmt: skip
 
 

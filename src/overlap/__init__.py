@@ -21,6 +21,7 @@ from overlap.errors import (
 from overlap.figures import Statistics
 from overlap.generation import Generation
 from overlap.messages import ChatMessage, FinishReason, Output, Prompt, SamplingParams, Terms, Usage
+from overlap.structured import StructuredOutput
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "RequestFailed",
     "SamplingParams",
     "Statistics",
+    "StructuredOutput",
     "Terms",
     "Usage",
     "__version__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,6 +24,7 @@ from overlap.config import (
     resolve,
 )
 from overlap.errors import ConfigError
+from overlap.grammar.masks import Masks
 from overlap.microbatch.cost import CostModel, Nominal, cost_path
 from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
@@ -83,6 +84,8 @@ class Parts:
     """What runs how, and why: a sentence each."""
     team: Team | None = None
     """The other ranks."""
+    masks: Masks | None = None
+    """What holds answers to a form; None without a tokenizer or an end token."""
     costs: Costs | None = None
     """What steps have taken, to be kept for the next engine of this kind."""
 
@@ -122,16 +125,30 @@ def assemble(asked: EngineConfig) -> Parts:
             torch.cuda.set_device(device)  # of the engine's thread, which nobody else sees
         team = _team(asked, resolved, checkpoint.config)
         stream = _stream(device)
+        masks = _masks(text, checkpoint.config)
         try:
             cache = cache_directory(asked.cache_dir)
-            return _on(stream, lambda: _parts(resolved, checkpoint, text, stream, device, team, cache, show=show))
+            parts = _on(stream, lambda: _parts(resolved, checkpoint, text, stream, device, team, cache, show=show))
+            return replace(parts, masks=masks)
         except BaseException:
             stream.close()
             if team is not None:
                 team.close(kill=True)
+            if masks is not None:
+                masks.close()
             raise
     finally:
         checkpoint.close()
+
+
+def _masks(text: Text, model: ModelConfig) -> Masks | None:
+    """Begin to make what holds answers to a form, beside the loading of the model."""
+    if text.tokenizer is None:
+        return None
+    ends = tuple(sorted({*model.eos_token_ids, *text.tokenizer.eos_token_ids}))
+    ends = tuple(token for token in ends if token < model.vocab_size)
+    threads = max(1, min(8, (psutil.cpu_count() or 1) // 4))
+    return Masks(text.tokenizer, model.vocab_size, ends, threads=threads) if ends else None
 
 
 def _team(asked: EngineConfig, resolved: Resolved, model: ModelConfig) -> Team | None:

@@ -19,9 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import numpy as np
-
-from overlap.errors import EngineClosed, EngineDead, OverlapError
+from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.figures import Statistics, statistics_of
 from overlap.front import Front, dead
 from overlap.loop import Loop
@@ -29,13 +27,16 @@ from overlap.loop import Loop
 if TYPE_CHECKING:
     from overlap.assemble import Parts, Text
     from overlap.config import EngineConfig, Resolved
+    from overlap.grammar.masks import Masks
     from overlap.models.config import ModelConfig
     from overlap.observe.timeline import Timeline
     from overlap.parallel.leading import LeadingRunner
     from overlap.runner import Runner
+    from overlap.schedule.matcher import Matcher
     from overlap.schedule.planner import Planner
     from overlap.schedule.request import Request
     from overlap.schedule.settled import Settled
+    from overlap.structured import StructuredOutput
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class Core:
         self._loop: Loop | None = None
         self._planner: Planner | None = None
         self._runner: Runner | LeadingRunner | None = None
+        self._masks: Masks | None = None
         self._fronts: dict[int, Front] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards the two below: who comes late must hear what those before heard
@@ -137,6 +139,14 @@ class Core:
             raise EngineClosed("The engine is closing: it ends what it has begun, and begins nothing new.")
         self._post(self._live_loop.submit, request)
 
+    async def matcher(self, form: StructuredOutput) -> Matcher | None:
+        """Wait for what holds an answer to a form; None if that is made elsewhere. Raises RequestError."""
+        masks = self._masks
+        if masks is None:
+            self.check_open()
+            raise RequestError("No answer of this model can be held to a form: it has no tokenizer, or no end token.")
+        return await asyncio.wrap_future(masks.compile(form))
+
     def end(self, key: int) -> None:
         """End a request soon, without waiting. Does nothing once the engine has ended."""
         try:
@@ -192,7 +202,8 @@ class Core:
         if runner is None or planner is None:
             return ()
         split = planner.splitter.explain() if planner.splitter is not None else ()
-        return (*runner.explain(), *split, *planner.explain_drafts())
+        forms = self._masks.explain() if self._masks is not None else ()
+        return (*runner.explain(), *split, *planner.explain_drafts(), *forms)
 
     @property
     def parts(self) -> tuple[Planner, Loop]:
@@ -208,7 +219,7 @@ class Core:
         runner = self._runner
         if runner is None:
             raise EngineClosed("The engine has just ended.")
-        return statistics_of(planner, loop, runner.statistics())
+        return statistics_of(planner, loop, runner.statistics(), self._masks)
 
     def close(self) -> Future[None]:
         """End every request and let the thread give everything back. Idempotent."""
@@ -236,13 +247,13 @@ class Core:
 
     def tell_settled(self, settled: Settled) -> None:
         """Outbox: hand a step's tokens to the fronts that read them."""
-        if not len(settled.keys):
+        if not len(settled.keys) and not settled.scored:
             return
-        for number in np.unique(settled.fronts).tolist():
+        for number in {*settled.fronts.tolist(), *(one.front for one in settled.scored)}:
             part = settled.of_front(number)
             front = self._fronts.get(number)
             if front is None or not front.post_settled(part):  # its event loop was closed: nobody reads there any more
-                for key in part.keys.tolist():
+                for key in (*part.keys.tolist(), *(one.key for one in part.scored)):
                     self.end(key)
 
     def tell_failed(self, key: int, front: int, failure: BaseException) -> None:
@@ -255,7 +266,9 @@ class Core:
         try:
             self._serve()
         finally:
-            self._loop = self._planner = self._runner = None
+            if self._masks is not None:
+                self._masks.close()
+            self._loop = self._planner = self._runner = self._masks = None
             gc.collect()  # a failed step's traceback may hold tensors in a cycle
             _give_back_cached_memory()
             self._stopped.set_result(None)
@@ -297,6 +310,9 @@ class Core:
             step_limit_s=resolved.step_limit,
         )
         self._runner = parts.runner
+        self._masks = parts.masks
+        if parts.masks is not None:
+            parts.masks.when_made(self._wake)
         with self._lock:
             self._events = events
             if self._close_asked:
@@ -316,9 +332,9 @@ class Core:
         await self._loop.run()
 
     def _wake(self) -> None:
-        """Let an idle loop look at its ranks, one of which is gone. From any thread."""
+        """Let the loop look again: a rank is gone, or a mask was made. From any thread."""
         with suppress(EngineClosed, EngineDead):
-            self._post(self._live_loop.when_idle, lambda: None)
+            self._post(self._live_loop.look)
 
     # ── from any thread ──────────────────────────────────────────────────────────────────────────────────────────
 

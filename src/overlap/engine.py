@@ -20,7 +20,7 @@ from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
 from overlap.errors import EngineClosed, EngineDead, RequestError
 from overlap.figures import Statistics
-from overlap.front import Answer, Front
+from overlap.front import Answer, Front, PromptScores
 from overlap.generation import Generation
 from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
@@ -342,6 +342,7 @@ class AsyncEngine:
         self._core.check_open()
         live = self._live
         deadline = None if terms.deadline is None else time.monotonic() + terms.deadline
+        matcher = None if params.structured is None else await self._core.matcher(params.structured)
         tokens = await self._encoder.encode(prompt)
         limit = params.max_tokens or max(1, live.context - len(tokens))
         refusal = live.refusal(len(tokens), limit)
@@ -360,8 +361,10 @@ class AsyncEngine:
             num_logprobs=params.logprobs,
             whole=whole,
             turns=front.turns,
+            scored=None if params.prompt_logprobs is None else PromptScores(tokens.tolist(), params.prompt_logprobs),
         )
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids(live))}
+        goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
+        stop_ids = {*params.stop_token_ids, *(() if goes_on else self._eos_ids(live))}
         request = Request(
             key=key,
             front=front.number,
@@ -375,6 +378,9 @@ class AsyncEngine:
             stop_ids=tuple(sorted(stop_ids)),
             shaping=params.shaping(stop_ids, live.model.vocab_size),
             logprobs=params.logprobs is not None,
+            structured=params.structured,
+            matcher=matcher,
+            scores=0 if params.prompt_logprobs is None else len(tokens),
             priority=terms.priority,
             fairness_key=terms.fairness_key,
             salt=terms.cache_salt,

@@ -10,12 +10,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestAborted, RequestError, RequestFailed
+from overlap.errors import (
+    EngineClosed,
+    EngineDead,
+    InternalError,
+    OverlapError,
+    RequestAborted,
+    RequestError,
+    RequestFailed,
+)
 from overlap.messages import FinishReason, Output, TokenLogprob, Usage
 from overlap.schedule.shaping import MOST_ALTERNATIVES
 
@@ -63,6 +71,7 @@ class Answer:
         num_logprobs: int | None = None,
         whole: bool = False,
         turns: Turns | None = None,
+        scored: PromptScores | None = None,
     ) -> None:
         """With `whole` the reader is woken once, at the end: for answers of which nobody reads the beginning."""
         self.key = key
@@ -78,6 +87,7 @@ class Answer:
         self._collects = whole and num_logprobs is None and not text.looks_for_stops
         self._num_logprobs = num_logprobs or 0
         self._logprobs: list[TokenLogprob] | None = None if num_logprobs is None else []
+        self._scored = scored
         self._text = ""
         self.cached_tokens = 0
         self._unread = 0  # length of the text that the reader has seen
@@ -122,6 +132,11 @@ class Answer:
         elif end is not None:
             self._finish_reason = end.reason
             self._stop_reason = end.stop_id if end.stop_id in self._own_stop_ids else None
+
+    def push_scores(self, start: int, words: Ints) -> None:
+        """Take in what is told of the prompt's tokens from `start` on (`Settled.scored`). No news by itself."""
+        if self._scored is not None:
+            self._scored.push(start, words)
 
     def fail(self, failure: BaseException) -> None:
         """End the answer with an error."""
@@ -171,7 +186,26 @@ class Answer:
                 cached_tokens=self.cached_tokens,
             ),
             logprobs=self._logprobs,
+            prompt_logprobs=None if self._scored is None else self._scored.entries,
         )
+
+
+class PromptScores:
+    """The log-probabilities of one prompt's tokens, as they come."""
+
+    def __init__(self, prompt: Sequence[int], num: int) -> None:
+        """`num` alternatives to each token."""
+        self._prompt = prompt
+        self._num = num
+        self.entries: list[TokenLogprob | None] = [None]
+        """One for each token so far; the first has none."""
+
+    def push(self, start: int, words: Ints) -> None:
+        """Take in what is told of the tokens from `start` on."""
+        if start != len(self.entries):
+            raise InternalError(f"scores from {start} on came behind {len(self.entries)}")
+        tokens = self._prompt[start : start + len(words)]
+        self.entries += [_logprob(token, told, self._num) for token, told in zip(tokens, words, strict=True)]
 
 
 class Front:
@@ -235,6 +269,9 @@ class Front:
         for key, cached in settled.cached.items():
             if (answer := self._answers.get(key)) is not None:
                 answer.cached_tokens = cached
+        for scored in settled.scored:
+            if (answer := self._answers.get(scored.key)) is not None:
+                answer.push_scores(scored.start, scored.words)
         told, keys = settled.told, settled.keys.tolist()
         last = {key: row for row, key in enumerate(keys)} if ends else {}  # of a key there may be several tokens
         for row, (key, token) in enumerate(zip(keys, settled.tokens.tolist(), strict=True)):

@@ -53,6 +53,9 @@ class Flight(Protocol):
     async def wait_landed(self) -> Ints:
         """Return the tokens [E] once the device is done; raise what the step raised."""
 
+    def scored(self) -> Ints | None:
+        """Return the scores [S, TOLD_WORDS] of a plan that asks for some. Only once it has landed, and at once then."""
+
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed, and not if it failed."""
 
@@ -96,6 +99,10 @@ class _FailedFlight:
 
     async def wait_landed(self) -> Ints:
         """Raise why."""
+        raise self.failure
+
+    def scored(self) -> Ints | None:
+        """Raise why: it never ran."""
         raise self.failure
 
     def busy(self) -> Busy:
@@ -181,6 +188,10 @@ class Loop:
         self._closing = True
         self._work.set()
 
+    def look(self) -> None:
+        """Look for work again: a mask was made."""
+        self._work.set()
+
     def when_idle(self, call: Callable[[], None]) -> None:
         """Call back once when no request is left and no flight is in the air."""
         self._idle_waiters.append(call)
@@ -200,9 +211,12 @@ class Loop:
             self._fill(main, MAIN, beside=side)
             if side or self._planner.wants_side:
                 self._fill(side, SIDE, beside=main)
+            if not (main or side):
+                await self._wait_mask()
             if main:
                 await self._settle(main, beside=side)
-            if side and (not main or side[0].landed):
+            # a request's own steps are settled in their order, in whichever lane they ran
+            if side and (not main or (side[0].landed and main[0].plan.number > side[0].plan.follows)):
                 self._launch_blocks(side[0], beside=main)
                 await self._settle(side, beside=main)
 
@@ -214,15 +228,28 @@ class Loop:
         while len(lane) < depth and not self._closing:
             if (lane and lane[-1].blocks_left) or any(isinstance(one, _FailedFlight) for one in (*lane, *beside)):
                 return
+            self._end_unmatched()
             with self._timeline.span("plan"):
                 plan = self._planner.plan(number)
             if plan is None:
                 if number == MAIN and not lane and not beside and not self._planner.wants_side:
-                    raise InternalError("requests wait, nothing is in flight, and nothing could be planned")
+                    self._check_why_not()
                 return
             with self._timeline.span("launch", plan):
                 lane.append(self._launch(plan, alone=not lane))
             self._launch_blocks(lane[-1], beside=beside)
+
+    def _check_why_not(self) -> None:
+        """Nothing is in flight, and nothing could be planned: that is right while masks are made, or after an end."""
+        if self._planner.has_work and not self._planner.waits_for_mask:
+            raise InternalError("requests wait, nothing is in flight, and nothing could be planned")
+
+    def _end_unmatched(self) -> None:
+        """End the requests whose form allows no token."""
+        for request in self._planner.unmatched():
+            failure = request.matcher.failure if request.matcher is not None else None
+            if failure is not None and self.end(request.key):
+                self._outbox.tell_failed(request.key, request.front, failure)
 
     @staticmethod
     def _launch_blocks(flight: Flight, *, beside: deque[Flight]) -> None:
@@ -259,7 +286,7 @@ class Loop:
             if lane:
                 watchdog.watch(lane[0].plan)
         with self._timeline.span("settle", flight.plan):
-            settled = self._planner.settle(flight.plan, tokens)
+            settled = self._planner.settle(flight.plan, tokens, flight.scored())
             self._steps += 1
             self._tokens_in += flight.plan.num_tokens
             self._tokens_out += len(settled.keys)
@@ -321,6 +348,12 @@ class Loop:
             self._slept = True
             await self._work.wait()
         return not self._closing
+
+    async def _wait_mask(self) -> None:
+        """Wait until a mask is made, or anything else has come: nothing is in the air, and nobody can run without."""
+        if self._planner.waits_for_mask and not self._closing:
+            self._work.clear()
+            await self._work.wait()
 
     def statistics(self) -> LoopStatistics:
         """Return the figures so far."""

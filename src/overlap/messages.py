@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from overlap.errors import RequestError, nearest
 from overlap.schedule.shaping import MOST_ALTERNATIVES, MOST_BANNED, MOST_BIASED, Shaping
+from overlap.structured import StructuredOutput
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 """Why an answer ended: a stop token, stop id or stop string ("stop"), or `max_tokens` or the context ("length")."""
@@ -21,8 +22,13 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or chat messages (which go through the model's chat template)."""
 
 MAX_STOP_STRINGS: Final = 64
-_LATER: Final = ("best_of", "prompt_logprobs", "bad_words", "guided_decoding")
-_NEVER: Final = {"n": "Give the prompt n times to `generate_batch`, with seeds of their own or none."}
+_LATER: Final = ("best_of", "bad_words")
+_NEVER: Final = {
+    "n": "A request has one answer. Give the prompt n times to `generate_batch`, with seeds of their own or none.",
+    "guided_decoding": "Give `structured`, a StructuredOutput.",
+    "structured_outputs": "Give `structured`, a StructuredOutput.",
+    "response_format": "Give `structured`, a StructuredOutput.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,10 @@ class SamplingParams:
     """Tell with each token its log-probability, and the ids and log-probabilities of this many most likely tokens, 0 to
     20. They are the model's own: the log-softmax of its logits before penalties, bias, temperature and filters. None
     tells nothing."""
+    prompt_logprobs: int | None = None
+    """Tell also of each token of the prompt its log-probability given those before it, and this many most likely
+    tokens in its place, 0 to 20: `Output.prompt_logprobs`. The prompt is then run whole: nothing of it comes from the
+    prefix cache. None tells nothing."""
     stop: str | Sequence[str] | None = None
     """End the answer before any of these strings. No part of one is ever emitted."""
     stop_token_ids: Sequence[int] = field(default=())
@@ -76,6 +86,9 @@ class SamplingParams:
     `Output.token_ids`, and no part of its text."""
     ignore_eos: bool = False
     """Do not end the answer at the model's own end tokens."""
+    structured: StructuredOutput | None = None
+    """Hold the answer to a form: a JSON schema, a regex, a choice, a grammar. The filters above choose among the tokens
+    that it allows; log-probabilities stay the model's own."""
     skip_special_tokens: bool = True
     """Leave special tokens (such as `<|im_end|>`) out of the text."""
     include_stop_str_in_output: bool = False
@@ -86,7 +99,7 @@ class SamplingParams:
         known = [f.name for f in fields(cls)]
         for name in given:
             if name in _NEVER:
-                raise RequestError(f"The sampling parameter {name!r} is not one of one request. {_NEVER[name]}")
+                raise RequestError(f"There is no sampling parameter {name!r} here. {_NEVER[name]}")
             if name in _LATER:
                 raise RequestError(f"The sampling parameter {name!r} is not supported yet. Leave it out.")
             if name not in known:
@@ -105,7 +118,7 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise refuse(name, "a finite number")
-        for name in ("top_k", "min_tokens", "seed", "max_tokens", "logprobs"):
+        for name in ("top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             optional = name not in ("top_k", "min_tokens")
             if isinstance(value, bool) or not isinstance(value, int | (NoneType if optional else int)):
@@ -133,6 +146,13 @@ class SamplingParams:
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "stop_token_ids", ids)
         self._check_shaping(refuse)
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise refuse("structured", "a StructuredOutput, as in StructuredOutput.json_schema({...}), or None")
+        if self.structured is not None and self.min_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) and structured exclude each other: an answer ends where its form is "
+                "complete. Leave min_tokens out, or ask for a form that is long enough."
+            )
 
     def _check_shaping(self, refuse: Callable[[str, str], RequestError]) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -142,8 +162,9 @@ class SamplingParams:
             raise refuse("repetition_penalty", "above 0: 1 is none, more makes repetition less likely (1e-6 to 1e6)")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise refuse("min_tokens", "from 0 to max_tokens")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_ALTERNATIVES:
-            raise refuse("logprobs", f"from 0 to {MOST_ALTERNATIVES}, or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= MOST_ALTERNATIVES:
+                raise refuse(name, f"from 0 to {MOST_ALTERNATIVES}, or None")
         given = self.logit_bias or {}
         pairs = tuple(given.items() if isinstance(given, Mapping) else given)
         if len(pairs) > MOST_BIASED:
@@ -257,6 +278,7 @@ class Output:
         "_tokens",
         "finish_reason",
         "index",
+        "prompt_logprobs",
         "request_id",
         "stop_reason",
         "text",
@@ -276,6 +298,7 @@ class Output:
         stop_reason: int | str | None,
         usage: Usage,
         logprobs: list[TokenLogprob] | None = None,
+        prompt_logprobs: list[TokenLogprob | None] | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -289,6 +312,9 @@ class Output:
         self.stop_reason = stop_reason
         """The stop token id or stop string that ended the answer, if one of the request's own did."""
         self.usage = usage
+        self.prompt_logprobs = prompt_logprobs
+        """One entry for each token of the prompt, None for the first; all are there from the first Output on. None if
+        `SamplingParams.prompt_logprobs` did not ask for it."""
         self._tokens = tokens  # grows after this; only the first _num_tokens are ours
         self._num_tokens = len(tokens)
         self._logprobs = logprobs  # grows with the tokens

@@ -36,11 +36,12 @@ from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
-from overlap.sample.shaping import shape_logits, told_words
+from overlap.sample.score import write_scores
+from overlap.sample.shaping import mask_logits, shape_logits, told_words
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
-from overlap.state.mail import DEPTH, Mail
+from overlap.state.mail import DEPTH, Mail, mask_lines
 from overlap.state.packing import Layout, capacity, pack
 from overlap.state.rows import SlotRows
 from overlap.streams.cpu import use_cores
@@ -62,13 +63,14 @@ LONG_LAUNCH_S: Final = 0.03
 class TorchFlight:
     """A plan that is running, or queued to, or of which some blocks are not queued yet."""
 
-    __slots__ = ("_blocks", "_landings", "_mark", "_stream", "_typical", "_usual", "blocks_left", "plan")
+    __slots__ = ("_blocks", "_landings", "_mark", "_scores", "_stream", "_typical", "_usual", "blocks_left", "plan")
 
     def __init__(
         self,
         plan: StepPlan,
         stream: Stream,
         landings: list[Ints],
+        scores: Ints | None,
         blocks: Iterator[None],
         num_blocks: int,
         usual: Callable[[], bool],
@@ -78,6 +80,7 @@ class TorchFlight:
         self.blocks_left = num_blocks
         self._stream = stream
         self._landings = landings
+        self._scores = scores
         self._blocks = blocks
         self._usual = usual
         self._typical = True
@@ -116,6 +119,10 @@ class TorchFlight:
         """
         await self._stream.wait_reached(self.mark)
         return self._landings[0].copy() if len(self._landings) == 1 else np.column_stack(self._landings)
+
+    def scored(self) -> Ints | None:
+        """Return the scores [S, TOLD_WORDS] of a plan that asks for some. Only once it has landed, and at once then."""
+        return None if self._scores is None else self._scores.copy()
 
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed."""
@@ -247,7 +254,7 @@ class _LaneRunner:
         self._cores = torch.get_num_threads()
         self._shares_cores = False
         self._speculation = speculation
-        most_landing = max_rows * (1 if speculation is None else speculation.width)
+        most_landing = max_rows * (1 if speculation is None else 2 * speculation.width)  # tokens; masked rows' drafts
         self._mail = Mail(capacity(max_rows, token_budget, kv.shape[0] + max_rows), most_landing, kv.device)
         self._lane = Lane(
             program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail, speculation=speculation
@@ -316,14 +323,21 @@ class _LaneRunner:
         """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
         place = self._place = (self._place + 1) % DEPTH
         layout = pack(plan, self._mail.plan_words[place])
-        landings = [self._mail.landed_words[place][: plan.num_landing]]
+        masks = None
+        if plan.masked:
+            rows, lines = mask_lines(plan, -(-self._program.vocab_size // 32))
+            masks = self._mail.put_masks(place, rows, lines)
+        num_landing = plan.num_landing + plan.num_draft_words
+        landings = [self._mail.landed_words[place][:num_landing]]
         if plan.logprobs:
-            landings.append(self._mail.told_words[place][: plan.num_landing])
+            landings.append(self._mail.told_words[place][:num_landing])
+        scores = None if plan.scores is None else self._mail.scored_words[place][: len(plan.scores)]
         if plan.lane == SIDE:
             num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
-            blocks = self._step(plan, layout, place, BLOCK_LAYERS)
-            return TorchFlight(plan, self._stream, landings, blocks, num_blocks, self._is_usual)
-        flight = TorchFlight(plan, self._stream, landings, self._step(plan, layout, place, None), 1, self._is_usual)
+            blocks = self._step(plan, layout, place, masks, BLOCK_LAYERS)
+            return TorchFlight(plan, self._stream, landings, scores, blocks, num_blocks, self._is_usual)
+        blocks = self._step(plan, layout, place, masks, None)
+        flight = TorchFlight(plan, self._stream, landings, scores, blocks, 1, self._is_usual)
         flight.launch_block()
         return flight
 
@@ -342,7 +356,9 @@ class _LaneRunner:
         self._stream.mark()  # so that it does not count as the next step's time
         return True
 
-    def _step(self, plan: StepPlan, layout: Layout, place: int, block: int | None) -> Iterator[None]:
+    def _step(
+        self, plan: StepPlan, layout: Layout, place: int, masks: Tensor | None, block: int | None
+    ) -> Iterator[None]:
         """Run a step, pausing behind each `block` layers where it is not one graph."""
         graphs = self._graphs
         shape = graphs.prepare(plan) if graphs is not None else None
@@ -351,12 +367,18 @@ class _LaneRunner:
         if graphs is not None and whole is not None and graphs.replay_decode(whole, place, layout.num_rows):
             return
         if self._speculation is not None:
-            self._speculate(self._speculation, plan, layout, place, pieces)
+            self._speculate(self._speculation, plan, layout, place, pieces, masks)
         else:
-            yield from self._run(plan, layout, place, pieces, block)
+            yield from self._run(plan, layout, place, pieces, masks, block)
 
     def _speculate(
-        self, speculation: Speculation, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None
+        self,
+        speculation: Speculation,
+        plan: StepPlan,
+        layout: Layout,
+        place: int,
+        pieces: Shape | None,
+        masks: Tensor | None,
     ) -> None:
         """Run a step with a drafter whose parts the host launches."""
         packed = self._mail.plans[place][: layout.used]
@@ -364,15 +386,21 @@ class _LaneRunner:
             packed = self._mail.packed[: layout.used].copy_(packed, non_blocking=True)
         graphs = self._graphs if pieces is not None else None
         target = None if graphs is None or pieces is None else partial(graphs.run_batch, pieces)
-        brought = speculation.run(plan, layout, packed, target)
-        if brought is not None:
+        if masks is not None:
+            masks = masks.to(self._kv.device, non_blocking=True)
+        brought = speculation.run(plan, layout, packed, target, masks)
+        self._score(plan, brought.hidden_TC, place)
+        if layout.num_emits:
             self._mail.landings[place, : plan.num_landing].copy_(brought.tokens_L, non_blocking=True)
+            if brought.drafts_MK is not None:
+                behind = self._mail.landings[place, plan.num_landing : plan.num_landing + plan.num_draft_words]
+                behind.copy_(brought.drafts_MK.view(-1), non_blocking=True)
             if plan.logprobs:
                 told = told_words(brought.logits_LV, brought.choices_L)
                 self._mail.told[place, : plan.num_landing].copy_(told, non_blocking=True)
 
     def _run(
-        self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, block: int | None
+        self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, masks: Tensor | None, block: int | None
     ) -> Generator[None, None, None]:
         """Run a step whose parts the host launches: its forward in `pieces`, or eagerly."""
         graphs = self._graphs if pieces is not None else None
@@ -398,13 +426,18 @@ class _LaneRunner:
             hidden_TC = yield from drive_in_blocks(forward, self._attention, block)
         else:
             hidden_TC = yield from graphs.run_pieces(pieces, layout.num_tokens, block)
+        self._score(plan, hidden_TC, place)
         if not layout.num_emits:
             return
         if layout.num_emits != layout.num_tokens:
             hidden_TC = hidden_TC.index_select(0, inputs.emit_tokens)
         logits_EV = self._program.logits(hidden_TC)
         slots_E, positions_E, shapes = inputs.emit_slots, inputs.emit_positions, self._rows.shapes.rows
-        shaped_EV = shape_logits(logits_EV, shapes, slots_E, positions_E) if plan.shaped else logits_EV
+        shaped_EV = logits_EV
+        if masks is not None:
+            shaped_EV = mask_logits(shaped_EV, masks.to(self._kv.device, non_blocking=True))
+        if plan.shaped:
+            shaped_EV = shape_logits(shaped_EV, shapes, slots_E, positions_E)
         tokens = sample(shaped_EV, self._rows, slots_E, positions_E, sampled_rows(packed, layout), plan.truncated)
         settle_tokens(self._rows, slots_E, tokens)
         if plan.shaped and shapes is not None:
@@ -412,6 +445,10 @@ class _LaneRunner:
         self._mail.landings[place, : layout.num_emits].copy_(tokens, non_blocking=True)
         if plan.logprobs:
             self._mail.told[place, : layout.num_emits].copy_(told_words(logits_EV, tokens), non_blocking=True)
+
+    def _score(self, plan: StepPlan, hidden_TC: Tensor, place: int) -> None:
+        if plan.scores is not None:
+            write_scores(self._program, plan, hidden_TC, self._mail.scored[place, : len(plan.scores)])
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from overlap.ops import activation, norm, rope
 from overlap.ops.attention import Attention, AttentionRows, TorchAttention, choose_attention
 from overlap.sample import philox
 from overlap.sample.sampler import sample
-from overlap.sample.shaping import shape_logits, told_words
+from overlap.sample.shaping import mask_logits, shape_logits, told_words
 from overlap.schedule.plan import Admission, StepPlan
 from overlap.schedule.shaping import Shaped, Shaping
 from overlap.state.inputs import StepInputs, build_inputs, settle_tokens
@@ -293,10 +293,9 @@ def test_shaped_logits_and_log_probabilities_are_those_of_the_cpu() -> None:
         shapes = ShapeRows(3, vocabulary, torch.device(device))
         shapes.admit(admissions)
         shapes.note(slots.to(device), torch.tensor([1, 2, 3], device=device))
-        out = shape_logits(
-            logits.to(device), shapes, slots.to(device), positions.to(device),
-            drafted_NK=drafted.to(device), allowed_NB=mask.to(device),
-        )  # fmt: skip
+        rows = torch.tensor([[2], [0]], dtype=torch.int32)
+        masked = mask_logits(logits.to(device), torch.cat((rows, mask[:2]), dim=1).to(device))
+        out = shape_logits(masked, shapes, slots.to(device), positions.to(device), drafted_NK=drafted.to(device))
         told = told_words(logits.to(device), slots.to(device))
         results.append((out.cpu(), told.cpu()))
     (cpu, cpu_told), (cuda, cuda_told) = results

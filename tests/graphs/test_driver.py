@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from overlap.assemble import Parts, assemble
+from overlap.cache.pages import Ints
 from overlap.config import EngineConfig
+from overlap.errors import RequestError
 from overlap.graphs.buckets import row_buckets, token_buckets
 from overlap.graphs.capture import CaptureError
 from overlap.graphs.driver import GraphDriver
@@ -34,6 +36,26 @@ if TYPE_CHECKING:
 PARAMS: tuple[dict[str, Any], ...] = (
     {}, {"temperature": 0.8}, {"temperature": 1.1, "top_k": 40}, {}, {"temperature": 1.0, "top_p": 0.9}, {},
 )  # fmt: skip
+
+
+class Counting:
+    """A matcher: behind token t come t + 3 and t + 4 of the first 32 tokens, so n-grams recur."""
+
+    failure: RequestError | None = None
+    ready = True
+    mask: Ints
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+        self.take(())
+
+    def take(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        self._last = [self._last, *tokens][-1]
+        lasts = [self._last, *drafts]
+        words = np.zeros((len(lasts), 512 // 32), dtype=np.uint32)
+        for line, last in enumerate(lasts):
+            words[line, 0] = sum(1 << (last + step) % 32 for step in (3, 4))
+        self.mask = words.view(np.int32)
 
 
 class Repeated:
@@ -125,8 +147,8 @@ def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096, **more: Any)
         parts.own.close()
 
 
-def serve(parts: Parts, seed: int, *, warm: bool = False) -> dict[int, list[int]]:
-    """Answer requests that come and go, with two flights in the air as in the loop."""
+def serve(parts: Parts, seed: int, *, warm: bool = False, held: int = 0) -> dict[int, list[int]]:
+    """Answer requests that come and go, with two flights in the air as in the loop; each `held`-th has a form."""
     chance = random.Random(seed)
     planner, runner = parts.planner, parts.own
     arrivals: dict[int, list[Request]] = {}
@@ -135,6 +157,8 @@ def serve(parts: Parts, seed: int, *, warm: bool = False) -> dict[int, list[int]
         prompt = np.array([chance.randrange(3, 512) for _ in range(chance.choice([1, 5, 30, 70]))], dtype=np.int32)
         limit, params = chance.choice([4, 40, 80]), {**chance.choice(PARAMS), "seed": key}
         request = Request(key=key, front=0, prompt=prompt, limit=limit, **params)
+        if held and key % held == 0:
+            request.matcher = Counting(key)
         arrivals.setdefault(chance.randrange(40), []).append(request)
         answers[key] = []
     aborts = {chance.randrange(50): key for key in (2, 9, 13)}
@@ -202,6 +226,27 @@ def test_with_a_drafter_too(tiny_llama_dir: Path, drafter: str) -> None:
             assert statistics.piecewise_replays > 3
             assert parts.planner.statistics().drafted_tokens > 0
             assert any("whole wide sampled decode steps" in line for line in parts.own.explain()) == whole
+
+
+@pytest.mark.parametrize("options", [{}, {"speculative": "ngram", "num_drafts": 3}], ids=["plain", "drafting"])
+@pytest.mark.parametrize("held", [1, 4])
+def test_with_rows_that_are_held_to_a_form_too(tiny_llama_dir: Path, held: int, options: dict[str, Any]) -> None:
+    with opened(tiny_llama_dir, whole=None) as parts:
+        expected = serve(parts, 0, held=held)
+    with opened(tiny_llama_dir, whole=True, **options) as parts:
+        answers = serve(parts, 0, warm=True, held=held)
+        for key, answer in answers.items():
+            both = min(len(answer), len(expected[key])) if key in (2, 9, 13) else None
+            assert answer[:both] == expected[key][:both]
+            if key % held == 0:
+                steps = {(after - before) % 32 for before, after in itertools.pairwise([key, *answer])}
+                assert steps <= {3, 4}
+        statistics = parts.own.statistics()
+        assert statistics.capture_failures == 0, parts.own.explain()
+        assert statistics.not_whole["rows are held to a form (structured output)"] > 3
+        assert statistics.piecewise_replays > 3
+        assert (statistics.full_replays > 3) == (held > 1)
+        assert (parts.planner.statistics().accepted_tokens > 3) == bool(options)
 
 
 def test_graphs_that_cannot_be_captured_or_are_lost_change_no_answer(tiny_llama_dir: Path) -> None:

@@ -47,6 +47,17 @@ def test_the_kind_of_a_decode_step_is_what_its_rows_ask_for_at_most() -> None:
     assert decode_kind(plan(3, admits=True)) is None
 
 
+def test_a_step_that_no_graph_holds_whole_is_counted_with_what_it_asks_for() -> None:
+    held = replace(plan(3), masked=(1,), masks=(np.zeros(4, dtype=np.int32),))
+    assert decode_kind(held) is None
+    policy = Policy((1, 2, 4), (4,))
+    for step in (held, replace(plan(3), logprobs=True), held, plan(3)):
+        policy.decide(step)
+    reason = "rows are held to a form (structured output)"
+    assert policy.not_whole == {reason: 2, "log-probabilities are told": 1}
+    assert any(f"decode steps not as one graph: 2: {reason}" in line for line in policy.explain())
+
+
 def test_a_size_is_captured_at_its_second_use_and_then_replayed() -> None:
     policy = Policy((1, 2, 4), ())
     shape = Shape("greedy", 4)

@@ -25,7 +25,7 @@ from overlap.ops import (
     rope_triton,
 )
 from overlap.ops.linear_choice import Op, bucket, guess
-from overlap.sample import draw_triton, philox_triton
+from overlap.sample import draw_triton, mask_triton, philox_triton
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.spec import pair_triton, places_triton, runs_triton
@@ -129,6 +129,7 @@ def compile_all() -> None:
         qkv, table = torch.randn(4, 15 * 64).to(dtype), torch.randn(100, 64)
         for head_norm in (None, torch.randn(12, 64)):
             rope_triton.rope_and_write(qkv, index, table, kv, 1, index, 9, 3, head_norm, 1e-5)
+    mask_triton.mask_logits(torch.zeros(4, 1000), torch.zeros(2, 33, dtype=torch.int32))
     philox_triton.gumbel(index, index, index, 1000, None)
     philox_triton.gumbel(index, index, index, 1000, torch.zeros(4, 1000))
     planner = Planner(max_rows=4, num_pages=10, token_budget=64, prefill_chunk=64, context=100)

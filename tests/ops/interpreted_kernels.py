@@ -27,7 +27,8 @@ from overlap.ops import (
 from overlap.ops.attention import AttentionRows, TorchAttention
 from overlap.ops.linear import Linear
 from overlap.ops.linear_choice import Op, Tiles
-from overlap.sample import philox, philox_triton
+from overlap.sample import mask_triton, philox, philox_triton
+from overlap.sample.shaping import mask_logits
 from overlap.schedule.plan import Admission, StepPlan
 from overlap.spec import pair, pair_triton, places, places_triton, runs, runs_triton
 from overlap.spec.control import DraftControl
@@ -281,6 +282,15 @@ def check_inputs(chance: random.Random) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+def check_masks(chance: random.Random) -> None:
+    rows, size = chance.randint(1, 9), chance.choice([1, 31, 64, 5000])
+    chosen = chance.sample(range(rows), chance.randint(1, rows))
+    words = torch.randint(-(2**31), 2**31, (len(chosen), 1 + -(-size // 32))).int()
+    words[:, 0] = torch.tensor(chosen)
+    logits = torch.randn(rows, size)
+    assert torch.equal(mask_triton.mask_logits(logits, words), mask_logits(logits, words))
+
+
 def check_decode(chance: random.Random) -> None:
     """Rows of all lengths, in one part and in many, decoding and verifying; one behind the other in one workspace."""
     for dtype in (torch.float32, torch.float16):  # of bfloat16 the interpreter multiplies the bits
@@ -422,6 +432,7 @@ CHECKS = {
     "greedy": check_greedy,
     "philox": check_philox,
     "inputs": check_inputs,
+    "masks": check_masks,
     "decode": check_decode,
     "runs": check_runs,
     "places": check_places,

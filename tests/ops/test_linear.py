@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from overlap.ops.linear import Linear
+from overlap.ops.linear import Linear, padded_rows
 
 SIZES = [(1, 1), (1, 7), (7, 1), (5, 3), (33, 65), (96, 64), (960, 576), (40, 1536), (3, 769)]
 
@@ -43,6 +43,19 @@ def test_in_float32_a_row_alone_has_the_bits_that_it_has_in_a_batch() -> None:
         alone = torch.cat([linear(row) for row in torch.split(x, 1)])
         for rows in (2, 3, 16, 33, 70):
             assert torch.equal(linear(x[:rows]), alone[:rows])
+
+
+def test_any_number_of_rows_runs_as_one_of_few_and_with_little_more() -> None:
+    run = {rows: padded_rows(rows) for rows in range(8193)}
+    assert len(set(run.values())) <= 80
+    assert all(rows <= padded <= max(rows + 7, rows * 9 / 8) for rows, padded in run.items())
+    assert all(padded_rows(padded) == padded for padded in run.values())
+    linear, weight, kept = filled(33, 40, bias=True, dtype=torch.float32)
+    assert kept is not None
+    for rows in (15, 16, 17, 24, 100, 129):
+        x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows))
+        torch.testing.assert_close(linear(x), x @ weight.T + kept)
+        assert linear(x).is_contiguous()
 
 
 def test_a_view_of_a_larger_matrix_is_taken_as_it_is() -> None:

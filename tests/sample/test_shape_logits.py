@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from overlap.sample.shaping import shape_logits, told_words, unpacked
+from overlap.sample.shaping import mask_logits, shape_logits, told_words, unpacked
 from overlap.schedule.plan import Admission
 from overlap.schedule.shaping import MOST_ALTERNATIVES, Shaped, Shaping
 from overlap.state.shapes import ShapeRows, ShapeRowsOwner, seen_words
@@ -96,13 +96,15 @@ def test_only_what_a_mask_allows_keeps_its_logit() -> None:
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :VOCABULARY].astype(bool)
     mask = torch.from_numpy(words)
     assert torch.equal(unpacked(mask, VOCABULARY), torch.from_numpy(bits))
-    logits, slots = torch.randn(4, VOCABULARY), column([0, 0, 0, 0])
-    got = shape_logits(logits, None, slots, slots, allowed_NB=mask)
-    assert torch.equal(got, torch.where(torch.from_numpy(bits), logits, -torch.inf))
+    logits, slots = torch.randn(6, VOCABULARY), column([0, 0, 0, 0, 0, 0])
+    rows = [5, 1, 0, 3]
+    want = logits.clone()
+    want[rows] = torch.where(torch.from_numpy(bits), logits[rows], -torch.inf)
+    got = mask_logits(logits, torch.cat((column(rows)[:, None], mask), dim=1))
+    assert torch.equal(got, want)
     shapes = ShapeRows(1, VOCABULARY, CPU)
     shapes.admit([admission(0, Shaping(logit_bias=((0, 100.0),), frequency_penalty=-2.0), [1])])
-    got = shape_logits(logits, shapes, slots, slots, allowed_NB=mask)
-    assert torch.equal(got.isneginf(), ~torch.from_numpy(bits))
+    assert torch.equal(shape_logits(got, shapes, slots, slots).isneginf(), want.isneginf())
 
 
 def test_an_engine_that_is_never_asked_keeps_nothing() -> None:

@@ -52,6 +52,7 @@ class Rig:
 
     def __post_init__(self) -> None:
         self.answers: dict[int, list[int]] = {}
+        self.scores: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
         self.failures: dict[int, BaseException] = {}
         self.on_settled: Callable[[], None] = lambda: None
@@ -76,6 +77,11 @@ class Rig:
         )
 
     def tell_settled(self, settled: Settled) -> None:
+        for scored in settled.scored:
+            assert scored.key not in self.answers, "a score came behind the first token"
+            told = self.scores.setdefault(scored.key, [])
+            assert scored.start == 1 + len(told)
+            told += scored.words[:, 0].tolist()
         for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
             assert key not in self.ends, f"request {key} got a token after its end"
             assert key not in self.failures
@@ -197,16 +203,21 @@ async def test_every_answer_is_what_it_would_have_been_alone_in_any_lane(seed: i
         cost=lambda work, tokens: draw.choice([1.0, 1.0, 20.0]),
         overlap=overlap,
     )
-    requests, expected = [], {}
+    requests, expected, expected_scores = [], {}, {}
     shared = [draw.randrange(97) for _ in range(48)]
     for key in range(draw.randint(1, 25)):
         prompt = shared[: draw.choice([0, 0, 16, 40])] + [draw.randrange(97) for _ in range(draw.randint(1, 60))]
         limit = draw.randint(1, 9 * 16 - len(prompt))
         stops = tuple(draw.sample(range(97), draw.choice([0, 0, 1, 3])))
-        requests.append(request(key, prompt, limit, stop_ids=stops, priority=draw.choice([0, 0, 1])))
+        scores = len(prompt) if key % 3 == 0 else 0
+        more = {"stop_ids": stops, "priority": draw.choice([0, 0, 1]), "scores": scores}
+        requests.append(request(key, prompt, limit, **more))
         expected[key] = MODEL.answer(prompt, limit, stop_ids=stops)
+        if scores > 1:
+            expected_scores[key] = MODEL.scores(prompt)
     await rig.serve(*requests)
     assert rig.answers == expected
+    assert rig.scores == expected_scores
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -255,3 +266,21 @@ async def test_arrivals_aborts_and_failed_steps_in_either_lane_lose_nothing(seed
         assert got == (alone if key in rig.ends else alone[: len(got)])
         if key in aborted:
             assert len(got) == aborted[key], "a token came after the abort"
+
+
+async def test_a_preempted_prompt_is_scored_from_where_it_was_and_takes_what_is_before_that_from_the_cache() -> None:
+    rig = Rig(None, num_pages=9, token_budget=16)
+    prompt = [(7 * at) % 97 for at in range(110)]
+    scored = request(0, prompt, 5, scores=len(prompt))
+
+    def press() -> None:
+        if len(rig.scores.get(0, [])) == 48 and 1 not in rig.answers:
+            rig.on_settled = lambda: None
+            rig.loop.submit(request(1, [3] * 50, 4, priority=5))
+
+    rig.on_settled = press
+    await rig.serve(scored)
+    assert rig.planner.statistics().preemptions == 1
+    assert 0 < scored.num_hit < 6  # each score is told once, and what says the next one is run again
+    assert rig.scores[0] == MODEL.scores(prompt)
+    assert rig.answers == {0: MODEL.answer(prompt, 5), 1: MODEL.answer([3] * 50, 4)}

@@ -71,6 +71,7 @@ class Case:
     due: int | None = None
     """The tick at which its deadline passes."""
     tokens: list[int] = field(default_factory=list)
+    scores: list[int] = field(default_factory=list)
     outcome: str = ""
     """How it ended; empty before that."""
     cached: int | None = None
@@ -88,6 +89,8 @@ class Case:
         alone = MODEL.answer(self.prompt, limit, stop_ids=asked.stop_ids if whole else (), seed=seed)
         assert self.tokens == alone, f"request {asked.key}, {self.outcome}"
         assert self.outcome
+        assert self.scores == (MODEL.scores(self.prompt) if asked.scores else [])[: len(self.scores)]
+        assert not asked.scores or not self.tokens or len(self.scores) == len(self.prompt) - 1
 
 
 class Storm:
@@ -182,6 +185,7 @@ class Storm:
             priority=draw.choice([0, 0, 0, 1, 5]),
             fairness_key=draw.choice(["", "", "a", "b"]),
             salt=draw.choice(["", "", "", "other"]),
+            scores=len(prompt) if len(self.cases) % 4 == 1 else 0,
             deadline=None if due is None else time.monotonic() + due - self.now + 0.5,
         )
         self.cases[request.key] = Case(request, prompt, due)
@@ -224,6 +228,12 @@ class Storm:
     # ── the loop's outbox ────────────────────────────────────────────────────────────────────────────────────────
 
     def tell_settled(self, settled: Settled) -> None:
+        for scored in settled.scored:
+            case = self.cases[scored.key]
+            assert not case.outcome
+            assert not case.tokens, "a score came behind the first token"
+            assert scored.start == 1 + len(case.scores)
+            case.scores += scored.words[:, 0].tolist()
         for key, token in zip(settled.keys.tolist(), settled.tokens.tolist(), strict=True):
             case = self.cases[key]
             assert not case.outcome, f"request {key} is {case.outcome}, and got a token"

@@ -184,7 +184,7 @@ async def test_reasoning_and_tool_calls_are_told_apart_from_text(engine: AsyncEn
         oracle: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponseStreamEvent)
         for event in await events(http, "/v1/responses", {"input": "Hello", "tools": [flat]}):
             oracle.validate_python(event, strict=True)
-        for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        for choice in ("must", {"type": "function", "function": {"name": "sub"}}, {"type": "custom"}):
             error = (await post(http, "/v1/chat/completions", {**body, "tool_choice": choice}, status=400))["error"]
             assert error["param"] == "tool_choice"
 
@@ -192,7 +192,7 @@ async def test_reasoning_and_tool_calls_are_told_apart_from_text(engine: AsyncEn
 async def test_a_template_without_tools_and_a_form_are_refused_by_name(http: aiohttp.ClientSession) -> None:
     for more, param in (
         ({"tools": [TOOL]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
     ):
@@ -259,7 +259,12 @@ HOSTILE: list[tuple[str, Any]] = [
     ("completions", {"prompt": "x", "logit_bias": {"a": 1}}),
     ("completions", {"prompt": "x", "top_k": 2**40}),
     ("completions", {"prompt": "x", "seed": 2**64}),
-    ("completions", {"prompt": "x", "echo": True, "max_tokens": 0}),
+    ("completions", {"prompt": "x", "echo": False, "max_tokens": 0}),
+    ("completions", {"prompt": "x", "echo": True, "max_tokens": -1}),
+    ("completions", {"prompt": "", "echo": True, "max_tokens": 0, "logprobs": 1}),
+    ("completions", {"prompt": [[]], "echo": True, "max_tokens": 0, "logprobs": 1}),
+    ("completions", {"prompt": [[5] * 512], "echo": True, "max_tokens": 0, "logprobs": 1}),
+    ("completions", {"prompt": [[5, 512]], "echo": True, "max_tokens": 0, "logprobs": 1}),
     ("completions", {"prompt": [5] * 513}),
     ("completions", {"prompt": ["a"] * 257}),
     ("completions", {"prompt": ["a"] * 100, "n": 100}),

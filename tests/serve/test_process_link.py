@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overlap import StructuredOutput
 from overlap.errors import OverlapError, RequestError
 from overlap.schedule.request import Request
+from overlap.schedule.scores import Scored
 from overlap.schedule.settled import End, Settled
 from overlap.schedule.shaping import TOLD_WORDS, Shaping
 from overlap.serve.link import (
@@ -35,7 +37,9 @@ from overlap.serve.link import (
     submit_of,
 )
 
-PLANNERS_OWN = {"queued_at", "life", "slot", "made", "chunked", "node", "num_hit", "coming", "cached"}
+PLANNERS_OWN = {
+    "matcher", "queued_at", "life", "slot", "made", "chunked", "node", "num_hit", "coming", "cached", "scored",
+}  # fmt: skip
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
@@ -60,6 +64,11 @@ def settled(rows: list[tuple[int, int, bool]], *, told: bool = False) -> Settled
         tuple(End(key, 0, "stop", token) for key, token, ends in rows if ends),
         {key: token for key, token, _ in rows if token % 3 == 0},
         np.arange(len(rows) * TOLD_WORDS, dtype=np.int32).reshape(-1, TOLD_WORDS) if told else None,
+        tuple(
+            Scored(key, 0, 1 + token % 5, np.full((2, TOLD_WORDS), token, dtype=np.int32))
+            for key, token, _ in rows
+            if told and token % 2
+        ),
     )
 
 
@@ -82,6 +91,7 @@ def test_a_request_crosses_as_it_is(
         key=7, front=3, prompt=np.array(prompt, np.int32), limit=9, temperature=temperature, top_k=5, top_p=0.5,
         min_p=0.25, seed=seed, stop_ids=(1, 2), shaping=Shaping(logit_bias=tuple(bias.items())), logprobs=True,
         priority=-4, fairness_key="who", salt=salt, deadline=deadline,
+        structured=StructuredOutput.choice([salt, "b"]) if salt else None,
     )  # fmt: skip
     found = across(request)
     for field in fields(Request):
@@ -113,6 +123,9 @@ def test_steps_cross_merged_and_without_what_nobody_waits_for(
     rows = [row for part in steps for row in part]
     assert rows_of(found) == [(1000 + key, token) for key, token, _ in rows if key in known]
     assert [end.key for end in found.ends] == [1000 + key for key, _, ends in rows if ends and key in known]
+    sent = [one for part in parts for one in part.scored if one.key in known]
+    assert [(one.key, one.start) for one in found.scored] == [(1000 + one.key, one.start) for one in sent]
+    assert all(np.array_equal(a.words, b.words) for a, b in zip(found.scored, sent, strict=True))
     assert (found.told is not None) == any(part.told is not None for part in parts)
     assert found.told is None or found.told.shape == (len(found.keys), TOLD_WORDS)
 
@@ -142,7 +155,8 @@ async def test_a_frame_that_is_too_long_is_refused_before_it_is_read() -> None:
 def test_tokens_that_are_none_do_not_reach_the_engine(prompt: bytes) -> None:
     settings: dict[str, Any] = {
         "limit": 1, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "stop_ids": (), "shaping": None,
-        "logprobs": False, "priority": 0, "fairness_key": "", "salt": "", "seconds": None,
+        "logprobs": False, "scores": False, "priority": 0, "fairness_key": "", "salt": "", "seconds": None,
+        "structured": None,
     }  # fmt: skip
     with pytest.raises((BadFrame, RequestError)):
         request_of(Submit(key=0, prompt=prompt, **settings), key=0, front=0, vocab_size=512)

@@ -74,9 +74,12 @@ class PageStore:
             self._pool.give(evicted)
         return self._pool.take(count)
 
-    def find(self, tokens: Ints, salt: str) -> Hit:
-        """Return the kept pages of the longest prefix of `tokens`, and hold them. At least one token is left to run."""
-        most = (len(tokens) - 1) // PAGE
+    def find(self, tokens: Ints, salt: str, most_tokens: int | None = None) -> Hit:
+        """Return the kept pages of the longest prefix of `tokens`, and hold them. At least one token is left to run.
+
+        The prefix has `most_tokens` at most, where some are given.
+        """
+        most = (len(tokens) - 1 if most_tokens is None else min(most_tokens, len(tokens) - 1)) // PAGE
         if not self.keeps_prefixes or most == 0:
             return Hit(None, _NO_PAGES)
         node, pages = self._tree.match(tokens, salt, most)

@@ -45,6 +45,8 @@ class GraphStatistics:
     """Device memory of the graphs' pool."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Eager steps by why they had no graph."""
+    not_whole: Counter[str] = field(default_factory=Counter)
+    """Decode steps that no graph holds whole, by what they ask for; captured pieces run them where there are some."""
 
     def __add__(self, other: GraphStatistics) -> GraphStatistics:
         """Return the figures of two lanes together."""
@@ -210,6 +212,7 @@ class GraphDriver:
             capture_seconds=self._seconds,
             pool_bytes=self._recorder.pool_bytes if self._recorder is not None else 0,
             fallbacks=self.policy.fallbacks,
+            not_whole=self.policy.not_whole,
         )
 
     def explain(self) -> tuple[str, ...]:

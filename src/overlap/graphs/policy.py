@@ -75,8 +75,8 @@ class Decision:
 
 
 def decode_kind(plan: StepPlan) -> Kind | None:
-    """Return the kind of decode graph that runs a plan; None for prompt chunks, admissions and log-probabilities."""
-    if plan.num_decode != plan.num_rows or plan.admissions or plan.logprobs:
+    """Return the kind of decode graph that runs a plan; None for prompt chunks, admissions, and what `_apart` names."""
+    if plan.num_decode != plan.num_rows or plan.admissions or _apart(plan) is not None:
         return None
     kind: SampleKind = "truncated" if plan.truncated else "sampled"
     if plan.shaped:
@@ -94,6 +94,13 @@ def width_of(kind: Kind) -> tuple[SampleKind, int | None]:
         if kind == narrow:
             return narrow, 1
     raise InternalError(f"{kind} are no decode step")
+
+
+def _apart(plan: StepPlan) -> str | None:
+    """Return what a plan asks for that no graph of a whole step has; None for nothing."""
+    if plan.masked:
+        return "rows are held to a form (structured output)"
+    return "log-probabilities are told" if plan.logprobs else None
 
 
 class Policy:
@@ -117,11 +124,14 @@ class Policy:
         self._missed: Counter[Shape] = Counter()
         self._failed: dict[Shape, str] = {}
         self._reasons: Counter[str] = Counter()
+        self._not_whole: Counter[str] = Counter()
 
     def decide(self, plan: StepPlan) -> Decision:
         """Return what to capture for a plan, if now is the time, and what to run it with."""
         kind = decode_kind(plan)
         reason = _NO_GRAPHS
+        if plan.num_decode == plan.num_rows and (apart := _apart(plan)) is not None and self._buckets["greedy"]:
+            self._not_whole[apart] += 1
         if kind is not None and self._buckets[kind]:
             decision, reason = self._decide(kind, plan.num_rows)
             if decision is None and reason == _FIRST_USE:  # its own comes soon: pieces only if they are there
@@ -177,6 +187,11 @@ class Policy:
         return None
 
     @property
+    def not_whole(self) -> Counter[str]:
+        """Decode steps that could not be one graph, by why. Their forward runs in pieces, where those are captured."""
+        return Counter(self._not_whole)
+
+    @property
     def fallbacks(self) -> Counter[str]:
         """Steps without a graph, by why."""
         return Counter(self._reasons)
@@ -200,5 +215,6 @@ class Policy:
                 listed = ", ".join(map(str, sizes)) or "none yet"
                 lines.append(f"graphs of {what}: {len(sizes)} of {len(self._buckets[kind])} captured: {listed}")
         lines += [f"no graph of {shape}: {reason}" for shape, reason in list(self._failed.items())]
+        lines += [f"decode steps not as one graph: {count}: {why}" for why, count in self._not_whole.most_common()]
         lines += [f"steps without a graph: {count}: {reason}" for reason, count in self._reasons.most_common()]
         return tuple(lines)

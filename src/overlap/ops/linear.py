@@ -28,7 +28,8 @@ class Linear:
 
     On the CPU `finish` reorders the weight for oneDNN and drops the plain one: half the time of `F.linear` at 1 to 16
     rows (measured, bfloat16 and float32, 2 cores). In float32, a packed row's bits do not depend on the other rows; in
-    bfloat16 they can, past 1024 inputs (parts, as in float32, would round in between).
+    bfloat16 they can, past 1024 inputs (parts, as in float32, would round in between). It runs `padded_rows` of them,
+    since oneDNN compiles and keeps a kernel for each number that it meets.
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, shared: bool = False) -> None:
@@ -82,16 +83,10 @@ class Linear:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Return [T, O] for x [T, I] of the weight's dtype."""
-        if len(self._packed) == 1:
-            y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed[0], self._bias_O, "none", [], "")
-            return y_TO
         if self._packed:
-            parts = zip(torch.split(x_TI, self._part, dim=1), self._packed, strict=True)
-            part_TI, packed = next(parts)
-            y_TO = torch.ops.mkldnn._linear_pointwise(part_TI, packed, self._bias_O, "none", [], "")
-            for part_TI, packed in parts:
-                y_TO = torch.ops.mkldnn._linear_pointwise.binary(part_TI, y_TO, packed, None, "add")
-            return y_TO
+            rows = x_TI.shape[0]
+            more = padded_rows(rows) - rows
+            return self._by_packed(F.pad(x_TI, (0, 0, 0, more)))[:rows] if more else self._by_packed(x_TI)
         assert self._plain_OI is not None  # one of the two is always there
         tiles = self.tiles("plain", x_TI.shape[0])
         if tiles is not None and x_TI.stride(1) == 1:
@@ -99,6 +94,17 @@ class Linear:
 
             return linear_triton.linear(x_TI, self._plain_OI, self._bias_O, tiles)
         return F.linear(x_TI, self._plain_OI, self._bias_O)
+
+    def _by_packed(self, x_TI: Tensor) -> Tensor:
+        if len(self._packed) == 1:
+            y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed[0], self._bias_O, "none", [], "")
+        else:
+            parts = zip(torch.split(x_TI, self._part, dim=1), self._packed, strict=True)
+            part_TI, packed = next(parts)
+            y_TO = torch.ops.mkldnn._linear_pointwise(part_TI, packed, self._bias_O, "none", [], "")
+            for part_TI, packed in parts:
+                y_TO = torch.ops.mkldnn._linear_pointwise.binary(part_TI, y_TO, packed, None, "add")
+        return y_TO
 
     def wide(self, x_TI: Tensor) -> Tensor:
         """Return the same in float32, [T, O]: rounded to the weight's dtype on the way only where a library does it."""
@@ -156,6 +162,19 @@ class Linear:
         """Bytes that this Linear keeps: nothing for a weight that is only shared."""
         elements = 0 if self._shared and not self._packed else self.out_features * self.in_features
         return (elements + (0 if self._bias_O is None else self.out_features)) * self._dtype.itemsize
+
+
+def padded_rows(rows: int) -> int:
+    """Return how many rows of a packed matrix are run for so many: up to 16 as they are, then an eighth more at most.
+
+    For each number of rows oneDNN compiles a kernel, which takes 0.4 to 1.5 ms (measured), and keeps 0.4 MB of it in
+    caches of 1,024 kernels. So a process grew by hundreds of MiB, and then went on growing by the holes that one kernel
+    in place of another left. Of these numbers there are 78 up to 8,192 rows.
+    """
+    if rows <= MAX_ROWS:
+        return rows
+    step = max(8, 1 << (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step
 
 
 @cache

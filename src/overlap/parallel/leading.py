@@ -55,6 +55,10 @@ class LedFlight:
                 raise
             raise EngineDead(self._team.why()) from failure
 
+    def scored(self) -> Ints | None:
+        """Return this rank's scores: they are the same on each. Only once it has landed."""
+        return self._flight.scored()
+
     def busy(self) -> Busy:
         """Return when the device ran it. Only once it has landed."""
         return self._flight.busy()

@@ -27,19 +27,14 @@ def shape_logits(
     positions_N: Tensor,
     *,
     drafted_NK: Tensor | None = None,
-    allowed_NB: Tensor | None = None,
 ) -> Tensor:
     """Return the logits that rows draw from; a new tensor, float32 [N, V], or the one given if nothing applies.
 
     `slots` int32 [N] says whose bias and penalties a row gets, `positions` int32 [N] the absolute position of the token
     to be chosen. `shapes` counts each slot's tokens up to the step before this one; a row of a later position in the
     same step (speculation) gives as `drafted` int32 [N, K] the tokens of its own step that come before it, repeated as
-    often as they come, -1 for none. `allowed` int32 [N, B] is a mask of the tokens that a row may choose: bit `v % 32`
-    of word `v // 32` for token v, the lowest bit first; give all ones (-1) for a row without a mask. A row that allows
-    nothing gets some token. `shapes` is None if no request has any shaping. Static shapes: may be captured.
+    often as they come, -1 for none. `shapes` is None if no request has any shaping. Static shapes: may be captured.
     """
-    if allowed_NB is not None:
-        logits_NV = logits_NV.masked_fill(~unpacked(allowed_NB, logits_NV.shape[1]), -torch.inf)
     if shapes is None:
         return logits_NV
     logits_NV = _biased(logits_NV, shapes, slots_N, positions_N)
@@ -64,6 +59,21 @@ def _biased(logits_NV: Tensor, shapes: ShapeRows, slots_N: Tensor, positions_N: 
     ids_NW = torch.where(used_NW, shapes.entry_ids.index_select(0, slots_N), place_W % logits_NV.shape[1])
     values_NW = torch.where(holds_NW, shapes.entry_values.index_select(0, slots_N), 0.0)
     return logits_NV.scatter_add(1, ids_NW.long(), values_NW)
+
+
+def mask_logits(logits_NV: Tensor, masks_MW: Tensor) -> Tensor:
+    """Return the logits with -inf for each token that a row may not choose, a new tensor; other rows as they were.
+
+    `masks` is int32 [M, 1 + B]: each line is a row among N, then the tokens that it may choose, bit `v % 32` of word
+    `v // 32` for token v, the lowest bit first. A row that may choose nothing gets some token.
+    """
+    if logits_NV.is_cuda:
+        from overlap.sample import mask_triton
+
+        return mask_triton.mask_logits(logits_NV, masks_MW)
+    rows_M = masks_MW[:, 0].long()
+    allowed_MV = unpacked(masks_MW[:, 1:], logits_NV.shape[1])
+    return logits_NV.index_copy(0, rows_M, logits_NV.index_select(0, rows_M).masked_fill_(~allowed_MV, -torch.inf))
 
 
 def unpacked(allowed_NB: Tensor, vocab_size: int) -> Tensor:

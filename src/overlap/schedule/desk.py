@@ -20,6 +20,7 @@ from overlap.cache.pages import PAGE
 from overlap.cache.store import Hit, PageStore
 from overlap.errors import QueueFull
 from overlap.observe.metrics import SECONDS, Histogram
+from overlap.schedule.forms import may_enter
 from overlap.schedule.life import Life
 from overlap.schedule.queue import Queue
 from overlap.schedule.request import Request
@@ -72,13 +73,14 @@ class Desk:
             if self._blocked is not None and _no_better(state, self._blocked):
                 self._pressing = request
                 return
-            hit = self._store.find(request.prompt, request.salt)
+            # a token is scored by what is computed one position before it, so that has to be run
+            hit = self._store.find(request.prompt, request.salt, request.scored - 1 if request.scoring else None)
             wanted = self._slots.pages_at_first(len(request.prompt)) - len(hit.pages)
             if wanted + self._slots.num_running > self._store.num_available:
                 self._store.release(hit.node)
                 self._blocked, self._pressing = state, request
                 return
-            if self._is_coming(request, hit):
+            if self._is_coming(request, hit) or not may_enter(request):
                 self._store.release(hit.node)
                 return
             self.queue.pop_first()
@@ -98,6 +100,8 @@ class Desk:
 
     def _is_coming(self, request: Request, hit: Hit) -> bool:
         """Whether the next page of this prompt is being computed for another right now."""
+        if request.scoring:  # it runs that page itself
+            return False
         page = _next_page(request, hit.node, len(hit.pages)) if self._coming else None
         return page is not None and self._coming[page] > 0
 
@@ -119,6 +123,12 @@ class Desk:
         request.coming = _next_page(request, node, num_full) if self._store.keeps_prefixes else None
         if request.coming is not None:
             self._coming[request.coming] += 1
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether who comes next was preempted a moment ago, and its mask is still being made."""
+        request = self.queue.first() if len(self.queue) else None
+        return request is not None and not may_enter(request)
 
     @property
     def expects_nothing(self) -> bool:

@@ -92,6 +92,18 @@ class StepPlan:
     """Whether the logits of any emitting row are changed before a token is drawn (see `Shaping`)."""
     logprobs: bool = False
     """Whether log-probabilities of any emitting row's token are asked for."""
+    masked: tuple[int, ...] = ()
+    """Indices into `emits` of the rows that may choose only some tokens (structured output), ascending ..."""
+    masks: tuple[Ints, ...] = ()
+    """... and which, one for each: int32 [P, B], first for the row's next token, then behind each of its drafts; bit
+    `v % 32` of word `v // 32` for token v."""
+    tells_drafts: int = 0
+    """With a drafter: behind all else land so many numbers and one for each masked row: how many drafts its slot holds
+    now, and these."""
+    scores: Ints | None = None
+    """[S] indices into `prompt`, ascending: the tokens behind which a score is asked for; None for none ..."""
+    score_tokens: Ints | None = None
+    """[S] ... of these tokens. MOST_SCORED at most."""
     admissions: tuple[Admission, ...]
     """Requests that take their slot with this step, applied before anything else."""
     page_slots: Ints
@@ -113,10 +125,23 @@ class StepPlan:
         """T."""
         return self.num_decode * self.width + len(self.prompt)
 
+    def landing(self, emit: int) -> int:
+        """Return where among what lands the (first) token of an emit is."""
+        return emit * self.width if emit < self.num_decode else emit + (self.width - 1) * self.num_decode
+
     @property
     def num_landing(self) -> int:
-        """How many numbers land: one for each emitting chunk, `width` for each decode row."""
+        """How many numbers land for tokens: one for each emitting chunk, `width` for each decode row."""
         return len(self.emits) + (self.width - 1) * self.num_decode
+
+    @property
+    def num_draft_words(self) -> int:
+        """How many land behind them: see `tells_drafts`."""
+        return len(self.masked) * (1 + self.tells_drafts) if self.tells_drafts else 0
+
+
+def _num(column: Ints | None) -> int:
+    return 0 if column is None else len(column)
 
 
 PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
@@ -126,6 +151,8 @@ PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("a decode row runs `width` tokens", lambda plan: bool((plan.counts[: plan.num_decode] == plan.width).all())),
     ("the chunks' tokens are all there", lambda plan: int(plan.counts[plan.num_decode :].sum()) == len(plan.prompt)),
     ("a decode row emits", lambda plan: bool((plan.emits[: plan.num_decode] == np.arange(plan.num_decode)).all())),
+    ("each masked row has its mask", lambda plan: len(plan.masked) == len(plan.masks)),
+    ("as many tokens are scored as places are named", lambda plan: _num(plan.scores) == _num(plan.score_tokens)),
     ("emitting rows ascend", lambda plan: bool((np.diff(plan.emits) > 0).all())),
 )
 """What is true of every plan, as sentences that are also the error messages. Checked in tests (14 µs at 256 rows)."""

@@ -30,13 +30,16 @@ from overlap.cache.store import PageStore
 from overlap.errors import InternalError, RequestError
 from overlap.observe.metrics import Histogram
 from overlap.schedule.desk import Desk
+from overlap.schedule.forms import Forms
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
 from overlap.schedule.runs import count_drafts, cut_runs, runs_of
+from overlap.schedule.scores import Scored, cut_scores, scores_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
+from overlap.schedule.shaping import MOST_SCORED
 from overlap.schedule.slots import Slots, Update
 from overlap.schedule.split import Splitter
 
@@ -80,6 +83,7 @@ class Planner:
         self._store = PageStore(num_pages, prefix_cache=prefix_cache)
         ahead = max(1, drafts_ahead)
         self._slots = Slots(max_rows, self._context, self._store, ahead)
+        self._forms = Forms(max_rows)
         self._drafts, self._reach = drafts, drafts + 1 + ahead
         self._drafts_always = drafts_ahead > 0  # then the first wide step behind a plain one is the one without drafts
         self._drafted = 0
@@ -118,6 +122,17 @@ class Planner:
         return self._lanes.side_tokens > 0
 
     @property
+    def waits_for_mask(self) -> bool:
+        """Whether a request could run, and its mask is still being made."""
+        return self._forms.waits or self._desk.waits_for_mask
+
+    def unmatched(self) -> list[Request]:
+        """Return the requests that have to be ended, since their form allows nothing any more; see their matchers."""
+        first = self._queue.first() if len(self._queue) else None
+        waiting = [] if first is None or first.matcher is None or first.matcher.failure is None else [first]
+        return [*self._forms.unmatched(), *waiting]
+
+    @property
     def splitter(self) -> Splitter | None:
         """What says how prompts and decode rows share the device; None if they always share a step."""
         return self._lanes.splitter
@@ -134,7 +149,8 @@ class Planner:
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Take in what a landed step took on the device."""
-        self._lanes.note_time(plan, seconds)
+        if plan.scores is None:  # a step that scores is no measure for others
+            self._lanes.note_time(plan, seconds)
         if self._pace is not None and plan.num_decode == plan.num_rows:
             self._pace.note_time(plan.num_decode, plan.width, seconds)
 
@@ -163,6 +179,7 @@ class Planner:
             raise InternalError(f"the key {request.key} is in use")
         self._desk.submit(request)
         self._requests[request.key] = request
+        self._forms.requests += request.matcher is not None
 
     def end(self, key: int) -> bool:
         """End a request in whatever state it is; nothing more of it is settled. False if it has ended already."""
@@ -211,6 +228,8 @@ class Planner:
             accepted_tokens=int(self._accepted_at.sum()),
             tried_at=tuple(self._tried_at.tolist()),
             accepted_at=tuple(self._accepted_at.tolist()),
+            structured_requests=self._forms.requests,
+            masked_steps=self._forms.steps,
         )
 
     # ── plan ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,10 +241,11 @@ class Planner:
             return self._plan_side(updates)
         self._preempt_for_pressing()
         self._refresh_decoding()
-        decode = self._grow(self._decoding, updates) if len(self._decoding) else NONE
+        free = self._forms.free(self._decoding)
+        decode = self._grow(free, updates) if len(free) else NONE
         width = self._width(len(decode)) if self._drafts and len(decode) else 1
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
-        stalled = (len(self._decoding) - len(decode)) * width
+        stalled = max(0, len(free) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
         chunks = self._cut_chunks(budget, MAIN)
         if alone and chunks:
@@ -309,7 +329,7 @@ class Planner:
         if self._leaving:  # somebody was preempted
             updates[:] = [update for update in updates if at.reading[update[0]].all()]
             self._refresh_decoding()
-            slots = self._decoding
+            slots = self._forms.free(self._decoding)
         return slots[~np.isin(slots, stalled)] if stalled else slots
 
     def _extend(self, slots: Ints) -> Update:
@@ -353,6 +373,7 @@ class Planner:
         budget -= sum(len(r.prompt) - r.chunked for r in self._prefilling)
         for request, update in self._desk.admit(budget):
             updates.append(update)
+            self._forms.enter(request)
             self._prefilling.append(request)
             admissions.append(
                 Admission(
@@ -371,11 +392,16 @@ class Planner:
 
     def _cut_chunks(self, budget: int, lane: int) -> list[tuple[Request, int, int]]:
         """Cut this step's prompt chunks, as (request, start, count)."""
-        at, chunks = self._slots, []
+        at, chunks, may_score = self._slots, [], MOST_SCORED
         for request in self._prefilling:
             count = min(budget, self._prefill_chunk, len(request.prompt) - request.chunked)
             if count <= 0:
                 break
+            if request.scoring:
+                count = min(count, may_score)
+                may_score -= count
+                if not count:
+                    continue
             chunks.append((request, request.chunked, count))
             request.chunked += count
             budget -= count
@@ -412,8 +438,9 @@ class Planner:
         at.left[decode] -= 1
         self._leaving = self._leaving or not bool(at.left[decode].all())
         prompt = chunk_pages = NONE
-        behind = None
+        behind = scores = None
         if chunks:
+            scores = scores_of(chunks)
             chunk_slots = np.array([request.slot for request, _, _ in chunks], dtype=np.int32)
             last = [i for i, (request, _, _) in enumerate(chunks) if request.chunked == len(request.prompt)]
             emits = np.concatenate([emits, np.array([num_decode + i for i in last], dtype=np.int32)])
@@ -429,6 +456,7 @@ class Planner:
             if last:
                 sampled = np.flatnonzero(at.sampled[slots[emits]]).astype(np.int32)
                 truncated = truncated or bool(at.truncates[chunk_slots[last]].any())
+        masked, masks = self._forms.masks(slots[emits]) if self._forms else ((), ())
         return StepPlan(
             number=self._planned,
             lane=lane,
@@ -448,6 +476,11 @@ class Planner:
             truncated=truncated,
             shaped=at.num_shaped > 0 and bool(at.shaped[slots[emits]].any()),
             logprobs=at.num_logprobs > 0 and bool(at.logprobs[slots[emits]].any()),
+            masked=masked,
+            masks=masks,
+            tells_drafts=self._drafts if masked else 0,
+            scores=None if scores is None else scores[0],
+            score_tokens=None if scores is None else scores[1],
             admissions=tuple(admissions),
             chunk_pages=chunk_pages,
             **_columns(updates),
@@ -455,19 +488,22 @@ class Planner:
 
     # ── settle ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def settle(self, plan: StepPlan, tokens: Ints) -> Settled:
+    def settle(self, plan: StepPlan, tokens: Ints, words: Ints | None = None) -> Settled:
         """Take in the tokens [E] that a step emitted: end what ends, and give back what waited for this step.
 
         Of a wide plan `num_landing` numbers land. Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each
-        token, then what is told with it.
+        token, then what is told with it. Of a plan with `scores` their `words` [S, TOLD_WORDS] land, too.
         """
+        scored = self._settle_scores(plan, words) if words is not None else ()
         told = tokens[:, 1:] if plan.logprobs else None
         tokens = tokens[:, 0] if plan.logprobs else tokens
+        tokens, draft_words = tokens[: plan.num_landing], tokens[plan.num_landing :]
         if plan.width > 1:
-            return self._settle_runs(plan, tokens, told)
+            return self._settle_runs(plan, tokens, told, draft_words, scored)
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
         slots = plan.slots[plan.emits]
+        told = None if told is None else told[: plan.num_landing]
         reading = at.reading[slots]
         if not reading.all():
             slots, tokens, told = slots[reading], tokens[reading], None if told is None else told[reading]
@@ -480,10 +516,24 @@ class Planner:
             ends = tuple(
                 self._settle_end(int(slots[i]), bool(stopped[i]), int(tokens[i])) for i in np.flatnonzero(ended)
             )
+        if self._forms:
+            self._forms.note(plan, slots, tokens[:, None].tolist(), draft_words)
         self.pass_step(plan)
-        return Settled(keys, fronts, tokens, ends, cached, told)
+        return Settled(keys, fronts, tokens, ends, cached, told, scored)
 
-    def _settle_runs(self, plan: StepPlan, landed: Ints, told: Ints | None) -> Settled:
+    def _settle_scores(self, plan: StepPlan, words: Ints) -> tuple[Scored, ...]:
+        """Take in the scores of prompts that are still read."""
+        scored = []
+        for slot, start, own in cut_scores(plan, words):
+            request = self._slots.owners[slot]
+            if request is not None and self._slots.reading[slot]:
+                request.scored = start + len(own)
+                scored.append(Scored(request.key, request.front, start, own))
+        return tuple(scored)
+
+    def _settle_runs(
+        self, plan: StepPlan, landed: Ints, told: Ints | None, draft_words: Ints, scored: tuple[Scored, ...]
+    ) -> Settled:
         """Take in a wide step: up to `width` tokens a row, cut where the answer ends."""
         at = self._slots
         cached = self._settle_chunks(plan) if plan.num_rows > plan.num_decode else {}
@@ -510,9 +560,12 @@ class Planner:
             self._settle_end(int(slots[i]), bool(cut.stopped[i]), int(runs[i, cut.kept[i] - 1]))
             for i in np.flatnonzero(ended)
         )
+        if self._forms:
+            kept_runs = [run[:kept] for run, kept in zip(runs.tolist(), cut.kept.tolist(), strict=True)]
+            self._forms.note(plan, slots, kept_runs, draft_words)
         self.pass_step(plan)
         told = None if told is None else told[firsts[rows] + places]
-        return Settled(keys, fronts, runs[rows, places], ends, cached, told)
+        return Settled(keys, fronts, runs[rows, places], ends, cached, told, scored)
 
     def _settle_chunks(self, plan: StepPlan) -> dict[int, int]:
         """Share what the chunks have filled; return the prefix hits of requests whose first token this step brings."""
@@ -562,6 +615,7 @@ class Planner:
         if request.chunked < len(request.prompt):
             self._prefilling.remove(request)
         self._desk.note_left(request)
+        self._forms.leave(request)
         self._slots.leave(request, self._lanes[MAIN].planned)
         self._leaving = True
         self._open_fences()

@@ -11,6 +11,8 @@ from overlap.schedule.shaping import Shaped, Shaping
 
 if TYPE_CHECKING:
     from overlap.cache.tree import Node
+    from overlap.schedule.matcher import Matcher
+    from overlap.structured import StructuredOutput
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,6 +38,13 @@ class Request:
     """What is done to its logits before a token is drawn; None for nothing."""
     logprobs: bool = False
     """Whether log-probabilities are told with each token."""
+    structured: StructuredOutput | None = None
+    """The form that the answer is held to ..."""
+    matcher: Matcher | None = None
+    """... and what says which tokens may come next, once it is made. It stays over preemptions."""
+
+    scores: int = 0
+    """How many tokens its prompt has, if they are to be scored (see `schedule.scores`); 0 if not."""
 
     priority: int = 0
     """Higher goes first, and is preempted last."""
@@ -46,6 +55,8 @@ class Request:
     deadline: float | None = None
     """When it has to have ended, in `time.monotonic` seconds."""
 
+    scored: int = 1
+    """The position of the first token whose score has not been told."""
     life: Life = field(default=Life.WAITING)
     queued_at: float = 0.0
     """When it came, in `time.monotonic` seconds. For figures only."""
@@ -79,6 +90,11 @@ class Request:
         if self.shaping is None:
             return None
         return Shaped(shaping=self.shaping, tokens=self.prompt, made=self.made)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether scores of its prompt are still to be told."""
+        return self.scored < self.scores
 
     @property
     def truncates(self) -> bool:

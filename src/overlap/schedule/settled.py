@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from overlap.cache.pages import Ints
+from overlap.schedule.scores import Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,18 @@ class Settled:
     told: Ints | None = None
     """[n, TOLD_WORDS] if any row of the step asked for log-probabilities: the bits of the token's own (float32), then
     the ids of the MOST_ALTERNATIVES most likely tokens (-1 past the vocabulary), then the bits of theirs."""
+    scored: tuple[Scored, ...] = ()
+    """Scores of prompts. Those of one request come in order, and none after its first token."""
 
     def of_front(self, front: int) -> Settled:
         """Return the entries of one front."""
         mine = self.fronts == front
-        if mine.all():
+        if mine.all() and all(one.front == front for one in self.scored):
             return self
         ends = tuple(end for end in self.ends if end.front == front)
         told = None if self.told is None else self.told[mine]
-        return Settled(self.keys[mine], self.fronts[mine], self.tokens[mine], ends, self.cached, told)
+        scored = tuple(one for one in self.scored if one.front == front)
+        return Settled(self.keys[mine], self.fronts[mine], self.tokens[mine], ends, self.cached, told, scored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,10 @@ class PlannerStatistics:
     """For each place of a draft in its run: how many stood there, all before them confirmed."""
     accepted_at: tuple[int, ...] = ()
     """Of those, how many were confirmed."""
+    structured_requests: int = 0
+    """Requests whose answer is held to a form, that were queued."""
+    masked_steps: int = 0
+    """Steps with a row of one of those."""
 
     @property
     def hit_rate(self) -> float:

@@ -16,6 +16,9 @@ MOST_BANNED: Final = 256
 """The most tokens that `min_tokens` keeps from coming."""
 MOST_ALTERNATIVES: Final = 20
 """The most alternatives whose log-probabilities are told with a token."""
+MOST_SCORED: Final = 512
+"""The most prompt tokens that one step scores (see `schedule.scores`): longer prompts take more steps, and no more
+memory."""
 TOLD_WORDS: Final = 1 + 2 * MOST_ALTERNATIVES
 """What lands with a token whose log-probability is asked for, in words: see `Settled.told`."""
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from overlap.messages import Output
+from overlap.messages import Output, Usage
 from overlap.serve.door import Door, Outputs
 from overlap.serve.protocol import Asked
 
@@ -35,7 +35,7 @@ async def answer(
     """Yield (index of the answer, Output) until every answer has ended. Closing it aborts what still runs.
 
     Answer `i` is to prompt `i // n`; the answers to one prompt share its KV. Raises what `door.generate` raises; the
-    first failure ends all answers.
+    first failure ends all answers. Where only an echo is asked for, each answer is one Output without tokens.
     """
     num = len(prompts) * asked.n
 
@@ -58,7 +58,7 @@ async def answer(
     if num == 1:
         async with outputs(0) as one:
             async for output in one:
-                yield 0, output
+                yield 0, _without_answer(output) if asked.only_echo else output
         return
     arrived: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue(BEHIND)
 
@@ -78,8 +78,24 @@ async def answer(
             if isinstance(item, Exception):
                 raise item
             running -= item.finished
-            yield index, item
+            yield index, _without_answer(item) if asked.only_echo else item
     finally:
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+
+
+def _without_answer(output: Output) -> Output:
+    """Return what an answer of one token says of its prompt."""
+    usage = output.usage
+    return Output(
+        request_id=output.request_id,
+        index=output.index,
+        tokens=[],
+        text="",
+        text_delta="",
+        finish_reason="length",
+        stop_reason=None,
+        usage=Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=0, cached_tokens=usage.cached_tokens),
+        prompt_logprobs=output.prompt_logprobs,
+    )

@@ -10,7 +10,7 @@ from msgspec import UNSET
 
 from overlap.messages import Output
 from overlap.serve.errors import ApiError
-from overlap.serve.grammar import check_choice
+from overlap.serve.grammar import functions_to_call
 from overlap.serve.logprobs import ChatLogprobs, Decode, chat_logprobs
 from overlap.serve.protocol import MAX_LOGPROBS, Asked, Sampled, asked, decode, sampling
 from overlap.serve.shapes import (
@@ -68,12 +68,14 @@ def parse_chat(body: bytes) -> Asked:
     params = sampling(
         request, max_tokens=both.pop() if both else None, logprobs=(top or 0) if request.logprobs else None
     )
+    tools, must_call = checked_tools(request.tools, request.tool_choice)
     return asked(
         request,
         (messages,),
         params,
-        tools=checked_tools(request.tools, request.tool_choice),
-        parallel_tool_calls=request.parallel_tool_calls,
+        tools=tools,
+        must_call=must_call,
+        parallel_tool_calls=request.parallel_tool_calls and not isinstance(request.tool_choice, dict),
     )
 
 
@@ -113,11 +115,12 @@ def convert(where: str, value: object, kind: type[S]) -> S:
         raise ApiError(400, f"{where}: {error}.", param=where) from None
 
 
-def checked_tools(tools: list[dict[str, Any]], choice: str | Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
-    """Return the tools that the model may call. Raises ApiError for what is none."""
+def checked_tools(
+    tools: list[dict[str, Any]], choice: str | Mapping[str, Any] | None
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
+    """Return the tools that the model may call, and the names of those of which it must call one. Raises ApiError."""
     if choice is not None and choice != "none" and not tools:
         raise ApiError(400, "tool_choice is only for a request with tools.", param="tool_choice")
-    may_call = check_choice("auto" if choice is None else choice)
     if len(tools) > MAX_TOOLS:
         raise ApiError(400, f"tools has {len(tools)} tools; send {MAX_TOOLS} at most.", param="tools")
     for index, tool in enumerate(tools):
@@ -128,7 +131,9 @@ def checked_tools(tools: list[dict[str, Any]], choice: str | Mapping[str, Any] |
         if not 1 <= len(checked.function.name) <= 64:
             raise ApiError(400, f"tools[{index}].function.name must have 1 to 64 characters.",
                            param=f"tools[{index}].function.name")  # fmt: skip
-    return tuple(tools) if may_call else ()
+    names = [tool["function"]["name"] for tool in tools]
+    may_call, must_call = functions_to_call("auto" if choice is None else choice, names)
+    return tuple(tools) if may_call else (), must_call
 
 
 def plain_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:

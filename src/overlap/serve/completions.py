@@ -8,7 +8,7 @@ from msgspec import UNSET
 
 from overlap.messages import Output, Prompt
 from overlap.serve.errors import ApiError
-from overlap.serve.logprobs import Decode, TextLogprobs, text_logprobs
+from overlap.serve.logprobs import Decode, TextLogprobs, joined, prompt_logprobs, prompt_table, text_logprobs
 from overlap.serve.protocol import MAX_ANSWERS, MAX_LOGPROBS, Asked, Sampled, asked, decode, sampling
 from overlap.serve.shapes import Choice, Progress, TextChoice
 
@@ -30,17 +30,15 @@ def parse_completion(body: bytes) -> Asked:
         raise ApiError(400, f"logprobs must be an integer from 0 to {MAX_LOGPROBS}.", param="logprobs")
     if logprobs is False:  # what chat completions have for none; some clients send it here too
         logprobs = None
-    if request.echo and logprobs is not None:
-        raise ApiError(
-            400,
-            "echo with logprobs is not supported yet: this server has no log-probabilities of prompts. Leave one out.",
-            param="echo",
-            code="unsupported_parameter",
-        )
+    only_echo = request.echo and request.max_tokens == 0
     prompts = _prompts(request.prompt)
-    return asked(
-        request, prompts, sampling(request, max_tokens=request.max_tokens, logprobs=logprobs), echo=request.echo
+    params = sampling(
+        request,
+        max_tokens=1 if only_echo else request.max_tokens,  # the engine's least; `answers.answer` leaves it out
+        logprobs=logprobs,
+        echoed_logprobs=logprobs if request.echo else None,
     )
+    return asked(request, prompts, params, echo=request.echo, only_echo=only_echo)
 
 
 def _prompts(prompt: str | Sequence[str | int | list[int]]) -> tuple[Prompt, ...]:
@@ -62,22 +60,41 @@ def _prompts(prompt: str | Sequence[str | int | list[int]]) -> tuple[Prompt, ...
 class TextAnswer:
     """One choice of a completion as it comes."""
 
-    def __init__(self, index: int, decode: Decode, *, echoed: str = "", token_ids: bool = False) -> None:
+    def __init__(
+        self,
+        index: int,
+        decode: Decode,
+        *,
+        prompt: Sequence[int] = (),
+        echoed: str | None = None,
+        token_ids: bool = False,
+        num_scores: int | None = None,
+    ) -> None:
+        """`echoed` is the text of `prompt` if it is to stand in front of the answer's.
+
+        `num_scores` alternatives to each token of the prompt are told in a table of their own; None tells none.
+        """
+        self._num_scores = num_scores
         self._index = index
         self._decode = decode
+        self._prompt = prompt
         self._echoed = echoed
         self._progress = Progress()
         self._token_ids = token_ids
-        self._offset = len(echoed)
+        self._offset = len(echoed or "")
+        self._opened = False
 
     def opening(self) -> list[Choice]:
-        """A completion opens with its first text; an echo comes at once."""
-        return [TextChoice(index=self._index, text=self._echoed)] if self._echoed else []
+        """A completion opens with its first text."""
+        return []
 
     def chunks(self, output: Output) -> list[Choice]:
-        """Return what is new as the choices of chunks; the last has the finish reason."""
-        tokens = self._progress.tokens(output)
+        """Return what is new as the choices of chunks: first the echo, last the finish reason."""
         choices: list[Choice] = []
+        if self._echoed and not self._opened:
+            choices.append(TextChoice(index=self._index, text=self._echoed, logprobs=self._scores(output)))
+        self._opened = True
+        tokens = self._progress.tokens(output)
         logprobs = self._logprobs(output)
         if output.text_delta or logprobs is not None or (self._token_ids and tokens):
             choices.append(
@@ -94,13 +111,20 @@ class TextAnswer:
 
     def whole(self, output: Output) -> Choice:
         """Return the answer in one piece."""
+        scores = self._scores(output)
         return TextChoice(
             index=self._index,
-            text=self._echoed + output.text,
-            logprobs=self._logprobs(output),
+            text=(self._echoed or "") + output.text,
+            logprobs=self._logprobs(output) if scores is None else joined(scores, self._logprobs(output)),
             finish_reason=output.finish_reason,
             token_ids=tuple(output.token_ids) if self._token_ids else UNSET,
+            prompt_logprobs=prompt_table(output, self._num_scores, self._decode),
         )
+
+    def _scores(self, output: Output) -> TextLogprobs | None:
+        if output.prompt_logprobs is None or self._echoed is None:
+            return None
+        return prompt_logprobs(self._prompt, output.prompt_logprobs, self._decode, self._echoed)
 
     def _logprobs(self, output: Output) -> TextLogprobs | None:
         entries = self._progress.logprobs(output)

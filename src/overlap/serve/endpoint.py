@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -19,6 +20,8 @@ from overlap.serve.chat import ChatAnswer, parse_chat
 from overlap.serve.completions import TextAnswer, parse_completion
 from overlap.serve.door import Door
 from overlap.serve.errors import ApiError, to_api_error
+from overlap.serve.grammar import held
+from overlap.serve.logprobs import prompt_table
 from overlap.serve.openapi import document
 from overlap.serve.protocol import Asked
 from overlap.serve.responses import ResponseAnswer, parse_response
@@ -26,7 +29,10 @@ from overlap.serve.shapes import CHUNK_OBJECTS, ID_PREFIXES, OBJECTS, Answer, An
 from overlap.serve.sse import HEADERS, EventStream, EventWriter
 from overlap.serve.tokens import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from overlap.serve.tools import MessageReader, call_format, thinking
+from overlap.serve.turnstile import Turnstile
 
+BEGUN_PER_TURN: Final = 8
+"""Requests that are begun in one turn of the event loop, which takes 2 to 4 ms then."""
 _PROMPT_END: Final = 8  # tokens: a template that opens reasoning does it at the very end of the prompt
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -39,6 +45,7 @@ class Endpoint:
         self._options = options
         self._model_name = options.model_name or door.model_name
         self._started = int(time.time())
+        self._turnstile = Turnstile(BEGUN_PER_TURN)
 
     def routes(self) -> list[web.RouteDef]:
         """Return what can be asked."""
@@ -111,6 +118,7 @@ class Endpoint:
         wanted, asked = parse_response(await self._body(request))
         self._check_model(asked.model)
         prompts = await self._prompts(request, asked)
+        asked = self._held(asked, prompts[0])
         id_ = f"resp_{uuid.uuid4().hex}"
         response = ResponseAnswer(
             wanted, self._reader(asked, prompts[0]), id=id_, created=int(time.time()), model=self._model_name
@@ -126,6 +134,8 @@ class Endpoint:
     async def _answer(self, request: web.Request, asked: Asked, kind: Kind) -> web.StreamResponse:
         self._check_model(asked.model)
         prompts = await self._prompts(request, asked)
+        if kind == "chat":
+            asked = self._held(asked, prompts[0])
         shapes = self._shapes(asked, prompts, kind)
         id_ = ID_PREFIXES[kind] + uuid.uuid4().hex
         created = int(time.time())
@@ -152,6 +162,9 @@ class Endpoint:
                 choices=tuple(shape.whole(finals[index]) for index, shape in enumerate(shapes)),
                 usage=total_usage(usages, asked.n),
                 prompt_token_ids=tuple(prompts[0]) if asked.return_token_ids else UNSET,
+                prompt_logprobs=prompt_table(finals[0], asked.prompt_logprobs, self._door.decode)
+                if kind == "chat"
+                else UNSET,  # each choice has its own
             )
         )
 
@@ -180,7 +193,9 @@ class Endpoint:
     # ---------------------------------------------------------------- inside
 
     async def _body(self, request: web.Request) -> bytes:
-        return await read_body(request, self._options.body_seconds)
+        body = await read_body(request, self._options.body_seconds)
+        await self._turnstile.wait_turn()
+        return body
 
     async def _prompts(self, request: web.Request, asked: Asked) -> list[list[int]]:
         if asked.tools and call_format(self._door.chat_template) is None:
@@ -204,10 +219,28 @@ class Endpoint:
             if kind == "chat":
                 shapes.append(ChatAnswer(index, self._door.decode, self._reader(asked, prompt), token_ids=ids))
                 continue
-            text = asked.prompts[index // asked.n] if asked.echo else ""
-            echoed = text if isinstance(text, str) else self._door.decode(prompt)
-            shapes.append(TextAnswer(index, self._door.decode, echoed=echoed, token_ids=ids))
+            text = asked.prompts[index // asked.n] if asked.echo else None
+            echoed = text if text is None or isinstance(text, str) else self._door.decode(prompt)
+            scores = asked.prompt_logprobs
+            shapes.append(
+                TextAnswer(index, self._door.decode, prompt=prompt, echoed=echoed, token_ids=ids, num_scores=scores)
+            )
         return shapes
+
+    def _held(self, asked: Asked, prompt: Sequence[int]) -> Asked:
+        """Return what was asked for with the form of the whole answer, which hangs on the chat template."""
+        if asked.params.structured is None and not asked.must_call:
+            return asked
+        template = self._door.chat_template
+        params = held(
+            asked.params,
+            asked.tools,
+            asked.must_call,
+            parallel=asked.parallel_tool_calls,
+            calls=call_format(template),
+            thinking=thinking(template, self._door.decode(prompt[-_PROMPT_END:])),
+        )
+        return replace(asked, params=params)
 
     def _reader(self, asked: Asked, prompt: Sequence[int]) -> MessageReader:
         template = self._door.chat_template

@@ -25,6 +25,7 @@ from overlap.errors import ConfigError, EngineClosed, EngineDead, OverlapError, 
 from overlap.front import Front
 from overlap.observe.metrics import FrontFigures, engine_figures
 from overlap.observe.metrics import merged as figures_of_all
+from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
 from overlap.serve.child import EngineOrder, Told, obey, run, tell
 from overlap.serve.link import (
@@ -96,6 +97,7 @@ class Line(Front):
 
     def _take_settled(self, settled: Settled) -> None:
         size = settled.keys.nbytes + settled.tokens.nbytes + (0 if settled.told is None else settled.told.nbytes)
+        size += sum(one.words.nbytes for one in settled.scored)
         self._put(settled, size)
 
     def _take_failed(self, key: int, failure: BaseException) -> None:
@@ -148,6 +150,7 @@ class Hub:
         self._welcome = welcome
         self._keys = itertools.count()
         self._lines: set[Line] = set()
+        self._compiling: set[asyncio.Task[None]] = set()
         self._left: FrontFigures | None = None
         """What fronts that have ended had counted: without them, sums would fall."""
 
@@ -216,11 +219,36 @@ class Hub:
             line.send(Failed(submit.key, "RequestError", refusal))
             return
         line.begin(submit.key, key)
+        if request.structured is None:
+            self._pass_on(line, request)
+        else:
+            compiling = asyncio.create_task(self._hold_to_form(line, request))
+            self._compiling.add(compiling)
+            compiling.add_done_callback(self._compiling.discard)
+
+    async def _hold_to_form(self, line: Line, request: Request) -> None:
+        """Compile a request's form, then pass it on if it was not ended meanwhile."""
+        assert request.structured is not None, "only what asks for a form is held to one"
+        try:
+            request.matcher = await self._core.matcher(request.structured)
+        except OverlapError as error:
+            self._refuse(line, request.key, error)
+            return
+        if request.key in line.wire_keys:
+            self._pass_on(line, request)
+
+    def _pass_on(self, line: Line, request: Request) -> None:
         try:
             self._core.submit(request)
         except (EngineClosed, EngineDead) as error:
+            self._refuse(line, request.key, error)
+
+    @staticmethod
+    def _refuse(line: Line, key: int, error: OverlapError) -> None:
+        wire_key = line.wire_keys.get(key)
+        if wire_key is not None:
             line.finish(key)
-            line.send(Failed(submit.key, type(error).__name__, str(error)))
+            line.send(Failed(wire_key, type(error).__name__, str(error)))
 
     def _leave(self, line: Line) -> None:
         self._lines.discard(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
 import time
@@ -36,6 +37,8 @@ async def serve(order: FrontOrder, drain: asyncio.Event) -> int:
     site = web.SockSite(runner, socket.socket(fileno=order.socket))
     try:
         await site.start()
+        gc.collect()
+        gc.freeze()  # what is here stays: to look through it took 14 ms (measured), in which no stream went on
         tell(Told(ready=True))
         while not drain.is_set():
             with suppress(TimeoutError):

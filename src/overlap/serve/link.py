@@ -30,8 +30,10 @@ from overlap.errors import (
 from overlap.models.config import ModelConfig
 from overlap.observe.metrics import FrontFigures
 from overlap.schedule.request import Request
+from overlap.schedule.scores import Scored
 from overlap.schedule.settled import End, Settled
 from overlap.schedule.shaping import TOLD_WORDS, Shaping
+from overlap.structured import StructuredOutput
 
 MOST_TO_ENGINE: Final = 16 << 20
 """Bytes of a frame from a front: a prompt of four million tokens."""
@@ -63,6 +65,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stop_ids: tuple[int, ...]
     shaping: Shaping | None
     logprobs: bool
+    structured: StructuredOutput | None
+    scores: bool
     priority: int
     fairness_key: str
     salt: str
@@ -116,6 +120,8 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     ends: tuple[tuple[int, Literal["stop", "length"], int | None], ...]
     cached: dict[int, int]
     told: bytes | None
+    scored: tuple[tuple[int, int, bytes], ...] = ()
+    """Of prompts: (key, position of the first token, what is told of it and those behind)."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -205,6 +211,8 @@ def submit_of(request: Request) -> Submit:
         stop_ids=request.stop_ids,
         shaping=request.shaping,
         logprobs=request.logprobs,
+        structured=request.structured,
+        scores=request.scores > 0,
         priority=request.priority,
         fairness_key=request.fairness_key,
         salt=request.salt,
@@ -232,6 +240,8 @@ def request_of(submit: Submit, *, key: int, front: int, vocab_size: int) -> Requ
         stop_ids=submit.stop_ids,
         shaping=submit.shaping,
         logprobs=submit.logprobs,
+        structured=submit.structured,
+        scores=len(prompt) if submit.scores else 0,
         priority=submit.priority,
         fairness_key=submit.fairness_key,
         salt=submit.salt,
@@ -260,6 +270,7 @@ def merged(parts: Sequence[Settled]) -> Settled:
         tuple(end for part in parts for end in part.ends),
         cached,
         told,
+        tuple(one for part in parts for one in part.scored),
     )
 
 
@@ -277,6 +288,11 @@ def step_of(settled: Settled, wire_keys: Mapping[int, int]) -> Step:
         tuple((wire_keys[end.key], end.reason, end.stop_id) for end in settled.ends if end.key in wire_keys),
         {wire_keys[key]: count for key, count in settled.cached.items() if key in wire_keys},
         None if told is None else np.ascontiguousarray(told, dtype=np.int32).tobytes(),
+        tuple(
+            (wire_keys[one.key], one.start, np.ascontiguousarray(one.words, dtype=np.int32).tobytes())
+            for one in settled.scored
+            if one.key in wire_keys
+        ),
     )
 
 
@@ -291,6 +307,10 @@ def settled_of(step: Step) -> Settled:
         tuple(End(key, 0, reason, stop_id) for key, reason, stop_id in step.ends),
         step.cached,
         told,
+        tuple(
+            Scored(key, 0, start, np.frombuffer(words, dtype=np.int32).reshape(-1, TOLD_WORDS))
+            for key, start, words in step.scored
+        ),
     )
 
 

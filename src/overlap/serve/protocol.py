@@ -16,7 +16,7 @@ import msgspec
 from overlap.errors import nearest
 from overlap.messages import Prompt, SamplingParams
 from overlap.serve.errors import ApiError
-from overlap.serve.grammar import sampling_of_format
+from overlap.serve.grammar import form_of
 
 MAX_ANSWERS: Final = 256
 """Answers of one request: its prompts times `n`."""
@@ -30,6 +30,9 @@ MAX_DEPTH: Final = 64
 """How deep messages, tools and schemas may be nested."""
 MAX_PRIORITY: Final = 2**31 - 1
 
+FORM_EXTRAS: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+"""The fields of vLLM's that ask for a form."""
+
 MEANINGLESS: Final = frozenset(
     (
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -40,7 +43,6 @@ MEANINGLESS: Final = frozenset(
 UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "best_of": (1,),
     "suffix": ("",),
-    "prompt_logprobs": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -84,7 +86,13 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
+    prompt_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
     priority: int = 0
     cache_salt: str = ""
 
@@ -103,10 +111,16 @@ class Asked:
     continuous_usage: bool
     return_token_ids: bool = False
     echo: bool = False
+    prompt_logprobs: int | None = None
+    """How many alternatives to each token of the prompt go into the answer; None for no such table."""
+    only_echo: bool = False
+    """Whether nothing but the prompt is wanted back: `max_tokens` 0."""
     priority: int = 0
     cache_salt: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     """The functions that the model may call; none with tool_choice "none"."""
+    must_call: tuple[str, ...] = ()
+    """The names of those of which it has to call one, if it has to."""
     parallel_tool_calls: bool = True
 
     def params_of(self, number: int) -> SamplingParams:
@@ -168,12 +182,18 @@ def _check_depth(name: str, value: object) -> None:
     raise ApiError(400, f"{name} is nested deeper than {MAX_DEPTH} levels.", param=name)
 
 
-def sampling(request: Sampled, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    """Return how the engine is to sample. Raises ApiError, and RequestError for a value out of range."""
+def sampling(
+    request: Sampled, *, max_tokens: int | None, logprobs: int | None, echoed_logprobs: int | None = None
+) -> SamplingParams:
+    """Return how the engine is to sample. Raises ApiError, and RequestError for a value out of range.
+
+    `echoed_logprobs` is what an echo needs of the prompt's tokens.
+    """
     if not 0 <= request.temperature <= 2:
         raise ApiError(400, f"temperature must be in [0, 2], not {request.temperature}.", param="temperature")
     if not isinstance(request.stop, str) and len(request.stop) > MAX_STOPS:
         raise ApiError(400, f"stop has {len(request.stop)} strings; send {MAX_STOPS} at most.", param="stop")
+    wanted = [num for num in (echoed_logprobs, request.prompt_logprobs) if num is not None]
     return SamplingParams(
         temperature=request.temperature,
         top_k=request.top_k,
@@ -187,12 +207,16 @@ def sampling(request: Sampled, *, max_tokens: int | None, logprobs: int | None) 
         repetition_penalty=request.repetition_penalty,
         logit_bias=request.logit_bias or None,
         logprobs=logprobs,
+        prompt_logprobs=max(wanted) if wanted else None,
         stop=request.stop,
         stop_token_ids=request.stop_token_ids,
         ignore_eos=request.ignore_eos,
         skip_special_tokens=request.skip_special_tokens,
         include_stop_str_in_output=request.include_stop_str_in_output,
-        **sampling_of_format(request.response_format),
+        structured=form_of(
+            request.response_format,
+            {name: value for name in FORM_EXTRAS if (value := getattr(request, name)) is not None},
+        ),
     )
 
 
@@ -202,7 +226,9 @@ def asked(
     params: SamplingParams,
     *,
     echo: bool = False,
+    only_echo: bool = False,
     tools: tuple[Mapping[str, Any], ...] = (),
+    must_call: tuple[str, ...] = (),
     parallel_tool_calls: bool = True,
 ) -> Asked:
     """Put together what was asked for. Raises ApiError for what is out of bounds."""
@@ -213,6 +239,8 @@ def asked(
                        "Send several requests.", param="n" if request.n > 1 else "prompt")  # fmt: skip
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options is only for stream=true.", param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError(400, "prompt_logprobs is only for stream=false.", param="prompt_logprobs")
     if abs(request.priority) > MAX_PRIORITY:
         raise ApiError(400, f"priority must be within ±{MAX_PRIORITY}, not {request.priority}.", param="priority")
     options = request.stream_options or StreamOptions()
@@ -226,8 +254,11 @@ def asked(
         continuous_usage=options.include_usage and options.continuous_usage_stats,
         return_token_ids=request.return_token_ids,
         echo=echo,
+        prompt_logprobs=request.prompt_logprobs,
+        only_echo=only_echo,
         priority=request.priority,
         cache_salt=request.cache_salt,
         tools=tools,
+        must_call=must_call,
         parallel_tool_calls=parallel_tool_calls,
     )

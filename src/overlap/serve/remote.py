@@ -50,7 +50,9 @@ from overlap.serve.link import (
 if TYPE_CHECKING:
     from overlap.assemble import Text
     from overlap.loop import Loop
+    from overlap.schedule.matcher import Matcher
     from overlap.schedule.planner import Planner
+    from overlap.structured import StructuredOutput
 
 SILENT_SECONDS: Final = 30.0
 """An engine that sends no figures for so long is not well. It sends them several times a second."""
@@ -90,6 +92,13 @@ class RemoteCore(Core):
         if len(message) > MOST_TO_ENGINE:  # the engine would take us for broken, and every request with us
             raise RequestError(f"The request takes {len(message)} bytes; {MOST_TO_ENGINE} are the most. Shorten it.")
         self._write(message)
+
+    async def matcher(self, form: StructuredOutput) -> Matcher | None:
+        """Refuse a form that no vocabulary could be held to; the engine's own process makes what holds to it."""
+        from overlap.grammar.compile import check
+
+        await asyncio.get_running_loop().run_in_executor(None, check, form)
+        return None
 
     def end(self, key: int) -> None:
         """End a request soon, without waiting."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from overlap.messages import Output, Usage
 from overlap.serve.chat import checked_tools, plain_call, plain_message, plain_text
 from overlap.serve.errors import ApiError
+from overlap.serve.grammar import form_of_format
 from overlap.serve.protocol import MEANINGLESS, Asked, Sampled, asked, decode, sampling
 from overlap.serve.tools import CallBegins, CallGoesOn, MessageReader, Part, Text, Thought
 
@@ -79,19 +81,22 @@ def parse_response(body: bytes) -> tuple[ResponseRequest, Asked]:
         min_p=request.min_p,
         seed=request.seed,
         ignore_eos=request.ignore_eos,
-        response_format=wanted,
     )
     try:
         params = sampling(sampled, max_tokens=request.max_output_tokens, logprobs=None)
     except ValueError as error:
         raise ApiError(400, str(error).replace("max_tokens", "max_output_tokens")) from None
-    tools = [_chat_tool(f"tools[{index}]", tool) for index, tool in enumerate(request.tools)]
+    if wanted is not None:
+        params = replace(params, structured=form_of_format(wanted, where="text.format"))
+    chat_tools = [_chat_tool(f"tools[{index}]", tool) for index, tool in enumerate(request.tools)]
+    tools, must_call = checked_tools(chat_tools, request.tool_choice)
     return request, asked(
         sampled,
         (_messages(request),),
         params,
-        tools=checked_tools(tools, request.tool_choice),
-        parallel_tool_calls=request.parallel_tool_calls,
+        tools=tools,
+        must_call=must_call,
+        parallel_tool_calls=request.parallel_tool_calls and not isinstance(request.tool_choice, dict),
     )
 
 
@@ -259,7 +264,7 @@ class ResponseAnswer:
             "previous_response_id": None,
             "store": False,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (request.text or {}).get("format") or {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": [{"strict": None, "parameters": None, **tool} for tool in request.tools],
             "top_p": request.top_p,

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from overlap.messages import Output, TokenLogprob, Usage
-from overlap.serve.logprobs import ChatLogprobs, TextLogprobs
+from overlap.serve.logprobs import ChatLogprobs, PromptTable, TextLogprobs
 
 Reason: TypeAlias = Literal["stop", "length", "tool_calls"]
 """Why an answer ended, in the words that clients know."""
@@ -121,6 +121,7 @@ class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: TextLogprobs | None = None
     finish_reason: Reason | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptTable | UnsetType = UNSET
 
 
 Choice: TypeAlias = ChatChunkChoice | ChatChoice | TextChoice
@@ -139,6 +140,7 @@ class Answer(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
     choices: tuple[AnyChoice, ...]
     usage: UsageObject | UnsetType | None = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptTable | UnsetType = UNSET
 
 
 class AnswerShape(Protocol):

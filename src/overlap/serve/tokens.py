@@ -67,7 +67,7 @@ async def tokenize(door: Door, request: TokenizeRequest) -> Tokens:
         tokens = await door.encode(request.prompt, add_special_tokens=request.add_special_tokens)
     else:
         messages = [plain_message(f"messages[{at}]", message) for at, message in enumerate(request.messages or ())]
-        tools = checked_tools(request.tools, None)
+        tools, _ = checked_tools(request.tools, None)
         tokens = await door.encode_chat(messages, tools or None, add_generation_prompt=request.add_generation_prompt)
     strings = tuple(door.decode([token]) for token in tokens) if request.return_token_strs else UNSET
     return Tokens(count=len(tokens), max_model_len=door.context, tokens=tuple(tokens), token_strs=strings)

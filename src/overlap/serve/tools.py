@@ -18,10 +18,10 @@ from typing import Final, Literal, TypeAlias
 CallFormat: TypeAlias = Literal["hermes", "llama"]
 Thinking: TypeAlias = Literal["never", "maybe", "inside"]
 
-_OPEN_CALL: Final = "<tool_call>"
-_CLOSE_CALL: Final = "</tool_call>"
+OPEN_CALL: Final = "<tool_call>"
+CLOSE_CALL: Final = "</tool_call>"
 _OPEN_THOUGHT: Final = "<think>"
-_CLOSE_THOUGHT: Final = "</think>"
+CLOSE_THOUGHT: Final = "</think>"
 _PYTHON_TAG: Final = "<|python_tag|>"
 _ARGUMENTS: Final = ("arguments", "parameters")
 
@@ -64,12 +64,12 @@ def call_format(template: str | None) -> CallFormat | None:
     """Return how a model with this chat template writes tool calls; None if the template takes no tools."""
     if template is None or "tools" not in template:
         return None
-    return "llama" if _OPEN_CALL not in template and '"parameters":' in template else "hermes"
+    return "llama" if OPEN_CALL not in template and '"parameters":' in template else "hermes"
 
 
 def thinking(template: str | None, prompt_end: str) -> Thinking:
     """Return whether answers to a prompt that ends in `prompt_end` may hold reasoning, or begin inside it."""
-    if template is None or _CLOSE_THOUGHT not in template:
+    if template is None or CLOSE_THOUGHT not in template:
         return "never"
     return "inside" if prompt_end.rstrip().endswith(_OPEN_THOUGHT) else "maybe"
 
@@ -118,11 +118,11 @@ class MessageReader:
                 return self._content(self._thought)
             self._thinking = "inside"
             self._thought = begun[len(_OPEN_THOUGHT) :]
-        thought, closed, rest = self._thought.partition(_CLOSE_THOUGHT)
+        thought, closed, rest = self._thought.partition(CLOSE_THOUGHT)
         if closed:
             self._thinking, self._thought, self._after_thought = "never", "", True
             return [*self._reasoning(thought.rstrip()), *self._content(rest)]
-        certain = len(thought) if last else len(thought) - _held(thought, _CLOSE_THOUGHT)
+        certain = len(thought) if last else len(thought) - _held(thought, CLOSE_THOUGHT)
         if not last:
             certain = len(thought[:certain].rstrip())  # spaces go with what follows them
         self._thought = thought[certain:]
@@ -182,9 +182,9 @@ class _CallReader:
             return False
         if self._form == "llama":
             return self._begin_llama(last=last)
-        before, tag, rest = self._text.partition(_OPEN_CALL)
+        before, tag, rest = self._text.partition(OPEN_CALL)
         if not tag:
-            self._say(parts, len(self._text) - (0 if last else _held(self._text, _OPEN_CALL)), last=last)
+            self._say(parts, len(self._text) - (0 if last else _held(self._text, OPEN_CALL)), last=last)
             return False
         self._say(parts, len(before), last=False)  # the spaces before a call are no part of the answer
         self._text = rest
@@ -205,10 +205,10 @@ class _CallReader:
     def _close(self, *, last: bool) -> bool:
         """Skip the tag that ends a call. Some models leave it out."""
         rest = self._text.lstrip()
-        if not last and len(rest) < len(_CLOSE_CALL) and _CLOSE_CALL.startswith(rest):
+        if not last and len(rest) < len(CLOSE_CALL) and CLOSE_CALL.startswith(rest):
             return False
         self._closing = False
-        self._text = rest.removeprefix(_CLOSE_CALL)
+        self._text = rest.removeprefix(CLOSE_CALL)
         return bool(self._text)
 
     def _say(self, parts: list[Part], certain: int, *, last: bool) -> None:
@@ -235,7 +235,7 @@ class _CallReader:
             return False
         ignored = not self._parallel and self.count > 0
         if not self._id_told and not ignored:  # it was no call after all: show what the model wrote
-            tag = _OPEN_CALL if self._form == "hermes" else ""
+            tag = OPEN_CALL if self._form == "hermes" else ""
             parts.append(Text(tag + call.raw))
             self._only_text = self._form == "llama"
         else:

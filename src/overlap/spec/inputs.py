@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from overlap.schedule.plan import StepPlan
 from overlap.spec.runs import Runs
 from overlap.state.packing import Layout
 from overlap.state.rows import SlotRows
+from overlap.state.shapes import to_device
 
 NONE = np.empty(0, dtype=np.int32)
 
@@ -104,12 +104,6 @@ def mixed_inputs(plan: StepPlan, layout: Layout, packed: Tensor, rows: SlotRows,
 def last_of_chunks(plan: StepPlan, device: torch.device) -> Tensor:
     """Return the index among T of each chunk's last token, int64 [C]."""
     return to_device(device, np.cumsum(plan.counts, dtype=np.int64)[plan.num_decode :] - 1)
-
-
-def to_device(device: torch.device, values: npt.NDArray[np.generic]) -> Tensor:
-    """Return host values on the device, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ The order of shapes is the same as without a drafter: the target's logits at eac
 front of that position (`shape_logits` is told the drafts), then filtered, then drawn with the noise of the position.
 
 Legend: D decode rows, J positions of each, C prompt chunks, R = D + C rows, N = D * J, P tokens of the chunks, T = N +
-P, L numbers that land (N and one for each chunk that ends its prompt), K drafts of a row at most, V vocabulary.
+P, L numbers that land (N and one for each chunk that ends its prompt), K drafts of a row at most, V vocabulary, M rows
+that are held to a form.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from overlap.models.llama import Llama
 from overlap.models.program import Batch, Forward
 from overlap.ops.attention import Attention
 from overlap.sample.sampler import SampleKind, sample, sample_all
-from overlap.sample.shaping import shape_logits
+from overlap.sample.shaping import mask_logits, shape_logits
 from overlap.schedule.plan import Admission, StepPlan
 from overlap.spec.drafter import Drafter, Read
-from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs, to_device
+from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs
 from overlap.spec.rows import DraftRows
 from overlap.spec.runs import Outcome, Runs, build_runs, keep_drafts, land_runs, settle_runs
 from overlap.state.inputs import apply_changes, sampled_rows
@@ -41,6 +42,7 @@ from overlap.state.mail import Mail
 from overlap.state.packing import ADMISSION_WORDS, Layout
 from overlap.state.replay import take_plan
 from overlap.state.rows import SlotRows
+from overlap.state.shapes import to_device
 
 DRAFT_COST: Final = 0.0
 """What one more draft costs its row: nothing, for a wide step computes all its positions whether they hold drafts or
@@ -59,6 +61,10 @@ class Brought:
     """int32 [L]: the target's choice at each of these places, taken or not."""
     logits_LV: Tensor
     """float32 [L, V]: the target's own."""
+    drafts_MK: Tensor | None
+    """int32 [M, 1 + K], for each masked row: how many drafts its slot holds now, and these. None without such rows."""
+    hidden_TC: Tensor
+    """[T, C]: its final states."""
 
 
 class Speculation:
@@ -112,10 +118,19 @@ class Speculation:
             self._drafter.take_in(read)
         land_runs(mail, outcome.landing_DJ)
 
-    def run(self, plan: StepPlan, layout: Layout, packed: Tensor, target: RunTarget | None = None) -> Brought | None:
-        """Enqueue a whole step whose plan is on the device as `packed`. None if no row of it emits.
+    def run(
+        self,
+        plan: StepPlan,
+        layout: Layout,
+        packed: Tensor,
+        target: RunTarget | None = None,
+        masks: Tensor | None = None,
+    ) -> Brought:
+        """Enqueue a whole step whose plan is on the device as `packed`.
 
-        `target` runs the target's forward in another way than kernel by kernel.
+        `target` runs the target's forward in another way than kernel by kernel. `masks` says which tokens rows that are
+        held to a form may choose at each place of theirs that counts (see `mask_logits`). The host knows their drafts,
+        which it was told when they were made.
         """
         apply_changes(packed, layout, self._rows)
         self._admit(plan.admissions, packed, layout)
@@ -123,15 +138,19 @@ class Speculation:
         inputs = mixed_inputs(plan, layout, packed, self._rows, runs)
         final_TC, taps_TX = self._read(inputs, target or self._drive)
         ends_C = last_of_chunks(plan, self._kv.device) if plan.num_decode < plan.num_rows else None
-        logits_LV, choices_L = self._choose(plan, runs, inputs, ends_C, final_TC, packed, layout)
+        emits_L = self._emits(plan, ends_C)
+        logits_LV = self._program.logits(final_TC.index_select(0, emits_L))
+        masked_LV = logits_LV if masks is None else mask_logits(logits_LV, masks)
+        choices_L = self._choose(plan, runs, inputs, emits_L, masked_LV, packed, layout)
         num_run = plan.num_decode * plan.width
         outcome = settle_runs(runs, choices_L[:num_run], self._rows, self._drafts, DRAFT_COST)
         self._settle(plan, runs, outcome, choices_L[num_run:])
         self._draft(plan, inputs, outcome, ends_C, choices_L, taps_TX)
-        if not layout.num_emits:
-            return None
         tokens_L = torch.cat((outcome.landing_DJ.view(-1), choices_L[num_run:]))
-        return Brought(tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV)
+        drafts_MK = self._drafts_of(plan, inputs, emits_L) if plan.masked else None
+        return Brought(
+            tokens_L=tokens_L, choices_L=choices_L, logits_LV=logits_LV, drafts_MK=drafts_MK, hidden_TC=final_TC
+        )
 
     # ── what both are made of ────────────────────────────────────────────────────────────────────────────────────
 
@@ -202,25 +221,29 @@ class Speculation:
             if admission.spared is not None:
                 self._drafter.remember(admission.slot, to_device(self._kv.device, admission.spared))
 
+    def _emits(self, plan: StepPlan, ends_C: Tensor | None) -> Tensor:
+        """Return the index among T of each place that lands, int64 [L]."""
+        device, num_run = self._kv.device, plan.num_decode * plan.width
+        emits_L = torch.arange(num_run, device=device)
+        if ends_C is None or len(plan.emits) == plan.num_decode:
+            return emits_L
+        ending = plan.emits[plan.num_decode :].astype(np.int64) - plan.num_decode
+        return torch.cat((emits_L, ends_C.index_select(0, to_device(device, ending))))
+
     def _choose(
         self,
         plan: StepPlan,
         runs: Runs,
         inputs: Inputs,
-        ends_C: Tensor | None,
-        final_TC: Tensor,
+        emits_L: Tensor,
+        logits_LV: Tensor,
         packed: Tensor,
         layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the target's logits and its choices, int32, at all places that land."""
+    ) -> Tensor:
+        """Return the choices, int32, at all places that land."""
         device, num_run = self._kv.device, plan.num_decode * plan.width
-        emits_L = torch.arange(num_run, device=device)
-        if ends_C is not None and len(plan.emits) > plan.num_decode:
-            ending = plan.emits[plan.num_decode :].astype(np.int64) - plan.num_decode
-            emits_L = torch.cat((emits_L, ends_C.index_select(0, to_device(device, ending))))
-        logits_LV = self._program.logits(final_TC.index_select(0, emits_L))
         if not layout.num_emits:
-            return logits_LV, torch.empty(0, dtype=torch.int32, device=device)
+            return torch.empty(0, dtype=torch.int32, device=device)
         slots_L = inputs.token_slots_T.index_select(0, emits_L)
         positions_L = inputs.positions_T.index_select(0, emits_L) + 1
         shaped_LV = logits_LV
@@ -233,7 +256,7 @@ class Speculation:
         within_J = torch.arange(plan.width, dtype=torch.int32, device=device)
         wide = (sampled[:num_wide, None] * plan.width + within_J).view(-1)
         sampled_L = torch.cat((wide, sampled[num_wide:] + plan.num_decode * (plan.width - 1)))
-        return logits_LV, sample(shaped_LV, self._rows, slots_L, positions_L, sampled_L, plan.truncated)
+        return sample(shaped_LV, self._rows, slots_L, positions_L, sampled_L, plan.truncated)
 
     def _settle(self, plan: StepPlan, runs: Runs, outcome: Outcome, firsts_E: Tensor) -> None:
         """Move on what `settle_runs` leaves: the rows of chunks that end their prompt, and counts of tokens."""
@@ -282,6 +305,14 @@ class Speculation:
         else:
             self._drafter.take_in(read)
             self._drafts.num_S.index_fill_(0, inputs.slots_R.long(), 0)
+
+    def _drafts_of(self, plan: StepPlan, inputs: Inputs, emits_L: Tensor) -> Tensor:
+        """Return what the slots of the masked rows hold now: such a row is not run again before the host knows it."""
+        places = np.array([plan.landing(emit) for emit in plan.masked], dtype=np.int64)
+        tokens_M = emits_L.index_select(0, to_device(self._kv.device, places))
+        slots_M = inputs.token_slots_T.index_select(0, tokens_M)
+        num_M1 = self._drafts.num_S.index_select(0, slots_M)[:, None]
+        return torch.cat((num_M1, self._drafts.tokens_SK.index_select(0, slots_M)), dim=1)
 
 
 def _before(runs: Runs) -> Tensor:

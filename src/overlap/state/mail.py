@@ -12,13 +12,16 @@ so the device keeps its own `turn`, the place of the next such step, and the gra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from overlap.cache.pages import Ints
 from overlap.ops.cuda_driver import check, driver
-from overlap.schedule.shaping import TOLD_WORDS
+from overlap.schedule.plan import StepPlan
+from overlap.schedule.shaping import MOST_SCORED, TOLD_WORDS
 from overlap.state.packing import HEADER, USED
 
 DEPTH: Final = 3
@@ -32,11 +35,14 @@ class Mail:
 
     __slots__ = (
         "_addresses",
+        "_masks",
         "landed_words",
         "landings",
         "packed",
         "plan_words",
         "plans",
+        "scored",
+        "scored_words",
         "told",
         "told_words",
         "turn",
@@ -55,11 +61,16 @@ class Mail:
         self.told = torch.zeros((DEPTH + 1, max_landing, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
         """int32 [DEPTH + 1, max_landing, TOLD_WORDS] on the host: what is told with tokens, where it is asked for."""
         self.told_words: list[Ints] = list(self.told.numpy())
+        self.scored = torch.zeros((DEPTH, MOST_SCORED, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
+        """int32 [DEPTH, MOST_SCORED, TOLD_WORDS] on the host: the scores of each flight's prompts."""
+        self.scored_words: list[Ints] = list(self.scored.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
         """int32 [words] on the device: the plan of the step that runs."""
         self._addresses = [plan.data_ptr() for plan in self.plans] if pinned else []
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
         """int32 [1] on the device: the place of the next step that is a graph."""
+
+        self._masks: list[Tensor | None] = [None] * DEPTH
 
     def bring(self, place: int, stream: int | None = None) -> None:
         """Enqueue the copy of the plan at `place` to `packed`; on CUDA on `stream` (an address; None: torch's own)."""
@@ -71,7 +82,36 @@ class Mail:
         copy = driver().cuMemcpyHtoDAsync_v2
         check("cuMemcpyHtoDAsync", copy(self.packed.data_ptr(), self._addresses[place], 4 * used, stream))
 
+    def put_masks(self, place: int, rows: Sequence[int], masks: Sequence[Ints]) -> Tensor:
+        """Write which tokens may be chosen where, and return it: int32 [M, 1 + B] on the host, for `mask_logits`.
+
+        The memory is there from the first step on that needs it, and grows with the rows that do: up to 16 KiB a row
+        for a vocabulary of 128k.
+        """
+        width = 1 + len(masks[0])
+        held = self._masks[place]
+        if held is None or len(held) < len(rows):
+            size = max(8, 1 << (len(rows) - 1).bit_length())
+            held = torch.empty((size, width), dtype=torch.int32, pin_memory=self.packed.is_cuda)
+            self._masks[place] = held
+        words = held.numpy()
+        for line, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+            words[line, 0] = row
+            words[line, 1:] = mask
+        return held[: len(rows)]
+
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return self.packed.nbytes + self.turn.nbytes
+
+
+def mask_lines(plan: StepPlan, num_words: int) -> tuple[list[int], list[Ints]]:
+    """Return where among what lands tokens are masked, and the mask of each place."""
+    rows: list[int] = []
+    lines: list[Ints] = []
+    for emit, masks in zip(plan.masked, plan.masks, strict=True):
+        places = masks.reshape(-1, num_words)[: plan.width if emit < plan.num_decode else 1]
+        rows += range(plan.landing(emit), plan.landing(emit) + len(places))
+        lines += list(places)
+    return rows, lines

@@ -66,18 +66,18 @@ class ShapeRows:
         """Write what new owners of slots ask for, neutral values included. Does not wait for the device."""
         shapings = [a.shaped.shaping if a.shaped is not None else None for a in admissions]
         device = self.seen.device
-        slots = _to(device, np.array([a.slot for a in admissions], dtype=np.int64))
+        slots = to_device(device, np.array([a.slot for a in admissions], dtype=np.int64))
         columns = np.array(
             [(s.presence_penalty, s.frequency_penalty, s.repetition_penalty) if s else (0, 0, 1) for s in shapings],
             dtype=np.float32,
         )
-        presence, frequency, repetition = _to(device, np.ascontiguousarray(columns.T))
+        presence, frequency, repetition = to_device(device, np.ascontiguousarray(columns.T))
         self.presence.index_copy_(0, slots, presence)
         self.frequency.index_copy_(0, slots, frequency)
         self.repetition.index_copy_(0, slots, repetition)
         entries = [entries_of(a.shaped) for a in admissions]
         counts = np.array([len(ids) for ids, _, _ in entries], dtype=np.int32)
-        self.num_entries.index_copy_(0, slots, _to(device, counts))
+        self.num_entries.index_copy_(0, slots, to_device(device, counts))
         for admission, own in zip(admissions, entries, strict=True):
             if len(own[0]):
                 self._write_entries(admission.slot, own)
@@ -87,12 +87,12 @@ class ShapeRows:
     def _write_entries(self, slot: int, own: tuple[Ints, npt.NDArray[np.float32], Ints]) -> None:
         columns = (self.entry_ids, self.entry_values, self.entry_untils)
         for column, values in zip(columns, own, strict=True):
-            column[slot, : len(values)].copy_(_to(column.device, values))
+            column[slot, : len(values)].copy_(to_device(column.device, values))
 
     def _write_seen(self, slot: int, shaped: Shaped) -> None:
         tokens, words = seen_words(shaped)
         row = self.seen[slot].zero_()
-        row.index_copy_(0, _to(row.device, tokens), _to(row.device, words))
+        row.index_copy_(0, to_device(row.device, tokens), to_device(row.device, words))
 
     def note(self, slots_E: Tensor, tokens_E: Tensor) -> None:
         """Count tokens just chosen, of any integer kind, for the answers of their slots."""
@@ -155,7 +155,7 @@ def seen_words(shaped: Shaped) -> tuple[npt.NDArray[np.int64], Ints]:
     return tokens.astype(np.int64), words
 
 
-def _to(device: torch.device, values: npt.NDArray[np.generic]) -> Tensor:
+def to_device(device: torch.device, values: npt.NDArray[np.generic]) -> Tensor:
     """Return host values on the device, without waiting for it."""
-    tensor = torch.from_numpy(values)
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

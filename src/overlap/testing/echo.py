@@ -15,6 +15,7 @@ import numpy as np
 
 from overlap.cache.pages import PAGE, Ints, pages_for
 from overlap.schedule.plan import SIDE, StepPlan, broken_rules
+from overlap.schedule.shaping import TOLD_WORDS
 from overlap.streams.stream import Busy, Mark, Stream
 
 _PRIME = 1_000_003
@@ -34,6 +35,10 @@ class EchoModel:
         """Return the token that follows `tokens`."""
         array = np.asarray(tokens, dtype=np.int64)
         return int((int(((array + 1) * self._powers[: len(array)]).sum()) + seed) % _PRIME % self.vocab_size)
+
+    def scores(self, prompt: Sequence[int]) -> list[int]:
+        """Return what is told of the tokens of a prompt behind the first, which a device has in place of a score."""
+        return [self.next_token(prompt[:end]) for end in range(2, len(prompt) + 1)]
 
     def answer(self, prompt: Sequence[int], limit: int, *, stop_ids: Sequence[int] = (), seed: int = 0) -> list[int]:
         """Return the answer to a prompt that runs alone: what any engine must give in any company."""
@@ -64,6 +69,7 @@ class SimFlight:
     stream: Stream
     mark: Mark
     tokens: list[int]
+    scores: list[int]
 
     blocks_left = 0
 
@@ -79,6 +85,14 @@ class SimFlight:
         """Return the tokens once the simulated device is done."""
         await self.stream.wait_reached(self.mark)
         return np.array(self.tokens, dtype=np.int32)
+
+    def scored(self) -> Ints | None:
+        """Return the scores of a plan that asks for some."""
+        if self.plan.scores is None:
+            return None
+        words = np.zeros((len(self.scores), TOLD_WORDS), dtype=np.int32)
+        words[:, 0] = self.scores
+        return words
 
     def busy(self) -> Busy:
         """Return when the stream ran it."""
@@ -133,17 +147,18 @@ class SimRunner:
         assert not broken, f"step {plan.number}: not true that {'; '.join(broken)}"
         self.plans.append(plan)
         tokens: list[int] = []
+        scores: list[int] = []
         stream = self._streams[plan.lane]
         assert stream is not None, f"step {plan.number} is for the side lane, and there is none"
         stream.use(plan.share)
         if plan.follows:
             stream.follow(self._marks[plan.follows])
         work = "step" if self._streams[SIDE] is None else "prompts" if plan.lane == SIDE else "rows"
-        stream.launch(work, lambda: self._run(plan, tokens), tokens=plan.num_tokens)
+        stream.launch(work, lambda: self._run(plan, tokens, scores), tokens=plan.num_tokens)
         mark = self._marks[plan.number] = stream.mark()
         if self._streams[SIDE] is not None:
             self._check_beside(plan, stream.busy(mark))
-        return SimFlight(plan, stream, mark, tokens)
+        return SimFlight(plan, stream, mark, tokens, scores)
 
     def _check_beside(self, plan: StepPlan, busy: Busy) -> None:
         """Hold the step against those of the other lane that run at the same time."""
@@ -166,7 +181,7 @@ class SimRunner:
         """Return True: a simulated device does not break."""
         return True
 
-    def _run(self, plan: StepPlan, out: list[int]) -> None:
+    def _run(self, plan: StepPlan, out: list[int], scores: list[int]) -> None:
         self._apply_changes(plan)
         starts = self._advance(plan)
         self._check_writes(plan, starts)
@@ -190,6 +205,24 @@ class SimRunner:
                 seen = self._kv[pages].reshape(-1)[:length]
                 self._last[slot] = self._model.next_token(seen, seed=self._seed[slot])
                 out.append(self._last[slot])
+        if plan.scores is not None:
+            scores += self._scores(plan)
+
+    def _scores(self, plan: StepPlan) -> list[int]:
+        """Return of each token that is to be scored what the model would have said in its place."""
+        assert plan.scores is not None
+        assert plan.score_tokens is not None
+        chunks = slice(plan.num_decode, None)
+        row_P = np.repeat(np.arange(plan.num_decode, plan.num_rows), plan.counts[chunks])
+        first_P = np.repeat(np.cumsum(plan.counts[chunks]) - plan.counts[chunks], plan.counts[chunks])
+        found = []
+        for place, token in zip(plan.scores.tolist(), plan.score_tokens.tolist(), strict=True):
+            row = int(row_P[place])
+            length = int(plan.starts[row] + place - first_P[place]) + 1
+            pages = [self._table[int(plan.slots[row])][i] for i in range(pages_for(length))]
+            seen = self._kv[pages].reshape(-1)[:length]
+            found.append(self._model.next_token(np.append(seen, token)))
+        return found
 
     def _apply_changes(self, plan: StepPlan) -> None:
         for admission in plan.admissions:

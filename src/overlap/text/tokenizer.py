@@ -122,6 +122,19 @@ class Tokenizer:
             [token_id for token_id in ids if 0 <= token_id < size], skip_special_tokens=skip_special_tokens
         )
 
+    def token_bytes(self) -> list[bytes]:
+        """Return what each token adds to a text, by token id; nothing for an id that no token has."""
+        pieces = (self._pieces.look_up(token_id) for token_id in range(self.vocab_size))
+        return [
+            piece if isinstance(piece, bytes) else bytes([piece]) if isinstance(piece, int) else piece.encode()
+            for piece in pieces
+        ]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that are marks for the model, and no text of their own."""
+        return self._pieces.special
+
     def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """Return what turns the answer to `prompt_ids` into text token by token."""
         return Detokenizer(self._pieces, prompt_ids, skip_special_tokens=skip_special_tokens)
