@@ -32,26 +32,36 @@ def lines(name: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Draw."""
-    found = {(line["model"], line["workload"]): line for line in lines("offline.jsonl")}
-    keys = [key for key in VLLM if key in found]
-    figure, axes = plt.subplots(figsize=(8.4, 0.52 * len(keys) + 1.3))
+    """Draw: for each shape and workload the default's figure, and in a lighter tone the best way's."""
+    auto: dict[tuple[str, str], dict[str, Any]] = {}
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines("offline.jsonl"):
+        key = line["model"], line["workload"]
+        if line["lanes"] == "auto":
+            auto[key] = line  # the last one that was measured
+        if key not in best or line["tokens_per_s"] > best[key]["tokens_per_s"]:
+            best[key] = line
+    keys = [key for key in VLLM if key in best]
+    figure, axes = plt.subplots(figsize=(9, 0.52 * len(keys) + 1.3))
     for place, key in enumerate(reversed(keys)):
-        line, limit = found[key], found[key]["limit_tokens_per_s"]
+        limit, rate = best[key]["limit_tokens_per_s"], auto[key]["tokens_per_s"]
         axes.barh(place, 1.0, color="#eceff3", height=0.72)
-        axes.barh(place + 0.17, line["tokens_per_s"] / limit, color="#2f6f5e", height=0.34)
+        axes.barh(place + 0.17, best[key]["tokens_per_s"] / limit, color="#8fbfb0", height=0.34)
+        axes.barh(place + 0.17, rate / limit, color="#2f6f5e", height=0.34)
         axes.barh(place - 0.17, VLLM[key] / limit, color="#b9c2cf", height=0.34)
-        axes.text(1.015, place, f"{line['tokens_per_s']:,.0f} of {limit:,.0f} tok/s", va="center", color="#39465a")
+        told = f"{rate:,.0f}" if best[key] is auto[key] else f"{rate:,.0f} ({best[key]['tokens_per_s']:,.0f})"
+        axes.text(1.015, place, f"{told} of {limit:,.0f} tok/s", va="center", color="#39465a")
     axes.set_yticks(range(len(keys)), [f"{NAMES[model]} {workload}" for model, workload in reversed(keys)])
-    axes.set_xlim(0, 1.36)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "the limit of physics"])
+    axes.set_xlim(0, 1.42)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "limit on an H100"])
     axes.tick_params(length=0)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    device = found[keys[0]]["device"]
-    axes.set_title(
-        f"overlap (green) on one {device}, and vLLM 0.25.1 (grey, measured on an H200)", loc="left", fontsize=10
+    title = (
+        f"Green: overlap on one {best[keys[0]]['device']}, by default, and the best fixed way of sharing steps.\n"
+        "Grey: vLLM 0.25.1 on an H200, whose memory is 1.45 times as fast, as the same bars of the H100's limit."
     )
+    axes.set_title(title, loc="left", fontsize=9)
     figure.tight_layout()
     figure.savefig(HERE / "images" / "performance.svg", metadata={"Date": None})
 

@@ -332,3 +332,19 @@ def test_without_a_second_lane_it_chooses_between_mixed_and_serial() -> None:
     chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, two_lanes=False)
     run(Device(small_gpu(random.Random(0)), chosen, hiccups(0)), 50, 0)
     assert set(chosen.choices) <= {"mixed", "serial"}
+
+
+def test_with_patience_two_lanes_are_not_tried_for_a_size_that_came_a_few_times_only() -> None:
+    tried = {}
+    for patience in (0, 400):
+        chosen = SplitPolicy(CostModel(NOMINAL, "test"), token_budget=BUDGET, patience=patience)
+        device = Device(small_gpu(random.Random(0)), chosen, none)
+        for _ in range(12):
+            device.episode(96, 96 * 512, 8 * BUDGET, 30)
+        tried[patience] = chosen.choices["lanes"]
+        if patience:
+            for _ in range(80):
+                device.episode(96, 96 * 512, 8 * BUDGET, 30)
+            assert chosen.choices["lanes"] > 0, "it finds out in the end"
+    assert tried[0] > 0
+    assert tried[400] == 0

@@ -316,3 +316,13 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_recorded(
     with pytest.raises(ConfigError, match=message):
         Tracing(tmp_path / name, Trace(), loop.watch)
     assert loop.seen == []
+
+
+def test_a_picture_of_two_lanes_shows_the_second_one_at_work() -> None:
+    device = [DeviceSpan("compute", n, 1e-3 * n, 1e-3 * (n + 1), 0.0, 0.0) for n in range(1, 61) if n != 7]
+    device.append(DeviceSpan("prompts", 7, 6e-3, 9e-3, 0.0, 0.0))
+    record = Record("two lanes", (), tuple(sorted(device, key=lambda span: span.start)), {})
+    shown = ET.fromstring(picture(record, steps=6))
+    words = " ".join(text for text in shown.itertext())
+    assert "step 7" in words
+    assert "step 30" not in words

@@ -116,10 +116,12 @@ class SplitPolicy:
         target_itl_s: float | None = None,
         shares: tuple[int, ...] = (),
         two_lanes: bool = True,
+        patience: int = 0,
     ) -> None:
         """`shares` are the numbers of SMs that decode rows can have to themselves; none without such hardware.
 
-        `two_lanes` False leaves mixed and serial to choose from.
+        `two_lanes` False leaves mixed and serial to choose from. `patience` is how often a size must have come before
+        two lanes are tried for it: where they can bring little, a short job has no time to find out.
         """
         self.cost = cost
         self.shares: Final = shares
@@ -129,6 +131,7 @@ class SplitPolicy:
         """How many of them were trials."""
         self._budget = token_budget
         self._target_s = target_itl_s
+        self._patience = patience
         lanes: tuple[Route, ...] = tuple(("lanes", share) for share in (0, *shares)) if two_lanes else ()
         self._routes: tuple[Route, ...] = (("mixed", 0), *lanes, ("serial", 0))
         self._sizes: dict[tuple[int, int, int, int], _Size] = {}
@@ -180,6 +183,8 @@ class SplitPolicy:
     def _look(self, size: _Size, rows: int, context: int, tokens: int, later: int) -> Choice:
         work = _Work(rows, context, tokens, self._worth_s(rows, context, later))
         ways = {route: self._way(route, work) for route in self._routes}
+        if size.chosen <= self._patience:
+            ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
         if size.trial is not None:
             way = ways[size.trial]
             if size.trial_left and way.samples < size.trial_samples + FIRM:

@@ -73,7 +73,10 @@ def picture(record: Record, *, steps: int = 12) -> str:
 
 
 def _window(device: tuple[DeviceSpan, ...], steps: int) -> list[DeviceSpan]:
-    """Return the spans of the middle steps of the longest run of steps that no idle time interrupts."""
+    """Return the spans of the middle steps of the longest run of steps that no idle time interrupts.
+
+    With several streams: of the steps around the one nearest to the middle that ran on another stream than the first.
+    """
     runs: list[list[DeviceSpan]] = []
     busy_until = 0.0
     for span in device:
@@ -85,6 +88,10 @@ def _window(device: tuple[DeviceSpan, ...], steps: int) -> list[DeviceSpan]:
     longest = max(runs, key=len, default=[])
     numbers = sorted({span.number for span in longest})
     first = max(0, (len(numbers) - steps) // 2)
+    others = sorted({span.number for span in longest if span.stream != longest[0].stream})
+    if others:  # where a second lane runs is what is to be seen
+        nearest = min(others, key=lambda number: abs(number - numbers[len(numbers) // 2]))
+        first = max(0, min(numbers.index(nearest) - steps // 2, len(numbers) - steps))
     middle = set(numbers[first : first + steps])
     return [span for span in longest if span.number in middle]
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from overlap.cache.pages import Ints
+from overlap.ops.cuda_driver import check, driver
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.shaping import MOST_SCORED, TOLD_WORDS
 from overlap.state.packing import HEADER, USED
-from overlap.streams.driver import check, driver
 
 DEPTH: Final = 3
 """Places in rotation."""

@@ -32,11 +32,8 @@ def _take_plan_kernel(
     PAGE_UPDATES_WORD: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """Begins a graph, so it never starts early: an early kernel there does not wait for a copy before the graph."""
     num_updates = tl.load(packed + NUM_UPDATES_WORD)
     updates = packed + tl.load(packed + PAGE_UPDATES_WORD)
     lane = tl.arange(0, BLOCK)
@@ -137,7 +134,6 @@ def take_plan(mail: Mail, rows: SlotRows) -> None:
         PROGRAMS=_TAKE_PROGRAMS,
         BLOCK=_TAKE_BLOCK,
         num_warps=2,
-        **launch_triton.early(mail.packed.device),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
-from overlap.streams.driver import check, driver, patient
+from overlap.ops.cuda_driver import check, driver, patient
 
 _BLOCKING: Final = 1
 _NOT_READY: Final = 600
