@@ -51,8 +51,7 @@ LAYERS = [  # an import goes to the same line or further down
     {"ops"},
 ]
 VALUES = {
-    "errors", "messages", "cache", "schedule.plan", "schedule.shaping", "models.config", "config",
-    "streams.stream", "streams.driver",
+    "errors", "messages", "cache", "schedule.plan", "schedule.shaping", "models.config", "streams.stream", "config",
 }  # fmt: skip
 
 
