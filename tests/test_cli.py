@@ -124,6 +124,28 @@ def test_every_sampling_parameter_has_an_option(command: str, capsys: pytest.Cap
     assert [field.name for field in fields(SamplingParams) if "--" + field.name.replace("_", "-") not in shown] == []
 
 
+def test_an_answer_is_held_to_a_form_and_its_prompt_is_scored(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "form").write_text("(yes|no)!", encoding="utf-8")
+    asked: list[str | Path] = ["generate", tiny_llama_dir, "The quick", "--json", "--prompt-logprobs", "1", *TINY]
+    for form in ("choice:yes!|no!", f"regex:@{tmp_path / 'form'}"):
+        run = overlap(*asked, "--structured", form)
+        assert run.returncode == 0, run.stderr
+        answer = json.loads(run.stdout)
+        assert answer["text"] in ("yes!", "no!")
+        first, *others = answer["prompt_logprobs"]
+        assert first is None
+        assert len(others) == answer["usage"]["prompt_tokens"] - 1
+        assert all(entry["logprob"] <= 0 for entry in others)
+
+
+@pytest.mark.parametrize("form", ["yaml", "json_schema:{", "regex:", "regex:@nowhere", "choice:"])
+def test_a_form_that_is_none_is_refused_before_anything_is_loaded(form: str) -> None:
+    run = overlap("generate", "x", "--structured", form)
+    assert run.returncode == 2
+    assert "--structured" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_stdout_gets_the_text_and_nothing_else(tiny_llama_dir: Path) -> None:
     asked: list[str | Path] = ["generate", tiny_llama_dir, "The quick brown fox", "--max-tokens", "12", *GREEDY, *TINY]
     streamed, whole = overlap(*asked), overlap(*asked, "--json")

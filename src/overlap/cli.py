@@ -20,6 +20,7 @@ from typing import Any, Final
 from overlap import AsyncEngine, EngineConfig, Output, SamplingParams, __version__
 from overlap.cli_options import add_engine, add_sampling, add_serving
 from overlap.errors import OverlapError, RequestError
+from overlap.messages import TokenLogprob
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
 INTERRUPTED: Final = 128 + 2
@@ -86,7 +87,12 @@ def _as_json(output: Output) -> dict[str, Any]:
             "total_tokens": output.usage.total_tokens,
         },
         **({} if output.logprobs is None else {"logprobs": [asdict(entry) for entry in output.logprobs]}),
+        **({} if output.prompt_logprobs is None else {"prompt_logprobs": _scores(output.prompt_logprobs)}),
     }
+
+
+def _scores(entries: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+    return [None if entry is None else asdict(entry) for entry in entries]
 
 
 # ---------------------------------------------------------------- chat

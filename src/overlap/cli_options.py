@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from pathlib import Path
 from typing import Any
+
+from overlap.errors import RequestError
+from overlap.structured import StructuredOutput
 
 
 class _Biases(argparse.Action):
@@ -39,6 +43,13 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> 
     group.add_argument("--logit-bias", action=_Biases, metavar="ID=BIAS", help="add to a logit; may be repeated")
     group.add_argument("--min-tokens", type=int, metavar="N", help="do not end before so many tokens")
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and N alternatives")
+    group.add_argument("--prompt-logprobs", type=int, metavar="N", help="the same of the prompt's tokens")
+    group.add_argument(
+        "--structured",
+        type=_structured,
+        metavar="FORM",
+        help="hold the answer to json, json_schema:TEXT, regex:TEXT, lark:TEXT or choice:ONE|OTHER; @FILE for a file",
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument("--include-stop-str-in-output", action="store_const", const=True, help="show what it ended at")
     group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="end at any of these tokens")
@@ -93,6 +104,24 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
         ("deadline", None, "the longest that an answer may take, waiting included (default: no limit)"),
     ):
         parser.add_argument(f"--{name}-seconds", type=_seconds, default=default, metavar="S", help=text)
+
+
+def _structured(asked: str) -> StructuredOutput:
+    kind, _, text = asked.partition(":")
+    try:
+        if text.startswith("@"):
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        if kind in ("json", "json_object") and not text:
+            return StructuredOutput.json_object()
+        if kind == "choice":
+            return StructuredOutput.choice(text.split("|"))
+        if kind in ("json_schema", "regex", "lark"):
+            return StructuredOutput(kind, text)  # type: ignore[arg-type]  # one of the three
+    except (RequestError, OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError(
+        f"a form is json, json_schema:TEXT, regex:TEXT, lark:TEXT or choice:ONE|OTHER, not {asked!r:.80}"
+    )
 
 
 def _port(text: str) -> int:
