@@ -206,7 +206,8 @@ def test_the_vocabulary_is_cut_without_a_gap() -> None:
 def test_sums_and_gathers_are_the_same_on_all_ranks_and_may_run_behind() -> None:
     def one(group: Group) -> list[Tensor]:
         x = torch.full((5, 3), float(group.rank + 1), dtype=torch.bfloat16)
-        first, second = group.start_sum(x), group.start_sum(x.float() * 10)
+        wide = x.float() * 10  # before the sum that is written over x begins
+        first, second = group.start_sum(x), group.start_sum(wide)
         return [first.wait().float(), second.wait(), group.gather(torch.tensor([[group.rank]]))]
 
     for first, second, gathered in on_ranks(3, one):
