@@ -49,7 +49,7 @@ class Turns:
         self._last = 0.0
 
     def take(self) -> None:
-        """Give up the lock for a moment, if this thread has had it for TURN_S. It sleeps for 0 s: no loop is blocked."""
+        """Give up the lock for a moment, if this thread has had it for TURN_S. Sleeping for 0 s blocks no loop."""
         if perf_counter() - self._last > TURN_S:
             sleep(0)
             self._last = perf_counter()
