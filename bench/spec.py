@@ -32,6 +32,9 @@ import torch
 
 from overlap import AsyncEngine, SamplingParams
 
+sys.path.insert(0, str(Path(__file__).parent))
+from offline import settled  # type: ignore[import-not-found]
+
 SUBJECTS = (
     "lemon trees", "the trumpet", "sundials", "penguins", "knitting", "the Eiffel Tower", "avalanches", "sourdough",
     "origami", "beekeeping in cities", "the telegraph", "hot air balloons", "crossword puzzles", "marathons",
@@ -63,20 +66,12 @@ async def timed(engine: AsyncEngine, rows: int, params: SamplingParams) -> tuple
     return sum(map(len, answers)) / (time.perf_counter() - start), answers
 
 
-async def settle(engine: AsyncEngine, most_s: float) -> None:
-    """Wait until idle moments have captured all graphs, or for `most_s`."""
-    late, captures = time.perf_counter() + most_s, -1.0
-    while time.perf_counter() < late and (now := engine.statistics().graphs["captures"]) != captures:
-        captures = now
-        await asyncio.sleep(1)
-
-
 async def measure(engine: AsyncEngine, name: str, arguments: argparse.Namespace, **facts: Any) -> list[Line]:
     """Return a line for each number of rows."""
     params = SamplingParams(max_tokens=arguments.tokens, temperature=0, ignore_eos=True)
     for rows in arguments.rows:
         await timed(engine, rows, params)  # what is measured first would pay for captures and for the pace's trials
-    await settle(engine, arguments.settle)
+    await settled(engine, most_s=arguments.settle)
     lines = []
     for rows in arguments.rows:
         await timed(engine, rows, params)

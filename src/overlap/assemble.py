@@ -29,6 +29,7 @@ from overlap.microbatch.cost import CostModel, Nominal, cost_path
 from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
 from overlap.models.config import ModelConfig
+from overlap.models.llama import Llama
 from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
 from overlap.ops.attention import choose_attention
@@ -188,7 +189,11 @@ def _parts(
         device=device,
     )
     attention, why = choose_attention(
-        kv, model.num_heads, max_pages_per_row=pages_for(context), width=resolved.num_drafts + 1
+        kv,
+        model.num_heads,
+        max_pages_per_row=pages_for(context),
+        width=resolved.num_drafts + 1,
+        max_rows=resolved.max_rows,
     )
     side, shares, share_notes = None, tuple[int, ...](), tuple[str, ...]()
     if resolved.lanes in ("auto", "streams"):
@@ -228,15 +233,8 @@ def _parts(
         pace=Pace() if resolved.paces_drafts else None,
     )
     size = num_pages * page_bytes(model, resolved.dtype)
-    notes = (
-        f"weights: {program.weight_bytes() / 2**20:.0f} MiB as {resolved.dtype}",
-        f"kv cache: {num_pages} pages of {PAGE} tokens, {size / 2**20:.0f} MiB",
-        "prefix cache: " + ("on: pages that nobody needs keep prefixes" if resolved.prefix_cache else "off, as asked"),
-        f"context: {context} tokens a request at most",
-        f"attention: {attention.name}: {why}",
-        "linear: " + ", ".join(program.kinds()),
-    )
-    shared = () if team is None else (f"tensor parallel: {team.size} ranks; the figures above are those of each",)
+    memory = f"kv cache: {num_pages} pages of {PAGE} tokens, {size / 2**20:.0f} MiB"
+    notes = _notes(resolved, program, memory, context, f"{attention.name}: {why}", team)
     return Parts(
         resolved=resolved,
         model=checkpoint.config,
@@ -244,9 +242,25 @@ def _parts(
         planner=planner,
         runner=runner,
         own=own,
-        notes=(*notes, *shared, *share_notes, *drafter_notes(resolved, head)),
+        notes=(*notes, *share_notes, *drafter_notes(resolved, head)),
         team=team,
         costs=costs,
+    )
+
+
+def _notes(
+    resolved: Resolved, program: Llama, memory: str, context: int, attention: str, team: Team | None
+) -> tuple[str, ...]:
+    """Return what runs how, a sentence each."""
+    shared = () if team is None else (f"tensor parallel: {team.size} ranks; the figures above are those of each",)
+    return (
+        f"weights: {program.weight_bytes() / 2**20:.0f} MiB as {resolved.dtype}",
+        memory,
+        "prefix cache: " + ("on: pages that nobody needs keep prefixes" if resolved.prefix_cache else "off, as asked"),
+        f"context: {context} tokens a request at most",
+        f"attention: {attention}",
+        "linear: " + ", ".join(program.kinds()),
+        *shared,
     )
 
 

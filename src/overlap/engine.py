@@ -363,28 +363,15 @@ class AsyncEngine:
             turns=front.turns,
             scored=None if params.prompt_logprobs is None else PromptScores(tokens.tolist(), params.prompt_logprobs),
         )
-        goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
-        stop_ids = {*params.stop_token_ids, *(() if goes_on else self._eos_ids(live))}
+        own = _own_terms(params, terms, deadline, self._eos_ids(live), live.model.vocab_size)
         request = Request(
             key=key,
             front=front.number,
             prompt=tokens,
             limit=limit,
-            temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=secrets.randbits(64) if params.seed is None else params.seed % 2**64,
-            stop_ids=tuple(sorted(stop_ids)),
-            shaping=params.shaping(stop_ids, live.model.vocab_size),
-            logprobs=params.logprobs is not None,
-            structured=params.structured,
             matcher=matcher,
             scores=0 if params.prompt_logprobs is None else len(tokens),
-            priority=terms.priority,
-            fairness_key=terms.fairness_key,
-            salt=terms.cache_salt,
-            deadline=deadline,
+            **own,
         )
         with self._lock:
             if request_id in self._answers:
@@ -420,3 +407,26 @@ class AsyncEngine:
             front.close(answer)
             if not answer.ended:
                 self._core.end(answer.key)
+
+
+def _own_terms(
+    params: SamplingParams, terms: Terms, deadline: float | None, eos_ids: set[int], vocab_size: int
+) -> dict[str, Any]:
+    """Return what a Request has of its caller's parameters and terms, by field."""
+    goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
+    stop_ids = {*params.stop_token_ids, *(() if goes_on else eos_ids)}
+    return {
+        "temperature": params.temperature,
+        "top_k": max(params.top_k, 0),
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "seed": secrets.randbits(64) if params.seed is None else params.seed % 2**64,
+        "stop_ids": tuple(sorted(stop_ids)),
+        "shaping": params.shaping(stop_ids, vocab_size),
+        "logprobs": params.logprobs is not None,
+        "structured": params.structured,
+        "priority": terms.priority,
+        "fairness_key": terms.fairness_key,
+        "salt": terms.cache_salt,
+        "deadline": deadline,
+    }

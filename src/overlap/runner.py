@@ -1,9 +1,9 @@
 """The runner: turns a plan into work on a stream, and the work's end into tokens. Decides nothing.
 
-A step is one of three. A decode step that was captured is one launch: its graph fetches the plan from pinned memory
-and writes the tokens there (`graphs.lane`). Any other crosses to the device as one packed copy and comes back as one;
-its forward is run eagerly, or as captured pieces with attention in between (`graphs.pieces`). The ends on the host
-rotate: see `state.mail`.
+A step is one of three; each begins with one packed copy of its plan to the device. A decode step that was captured is
+one launch more: its graph writes the tokens to pinned memory, too (`graphs.lane`). Any other's tokens come back as one
+copy; its forward is run eagerly, or as captured pieces with attention in between (`graphs.pieces`). The ends on the
+host rotate: see `state.mail`.
 
 Two lanes have a stream, a mail, an attention and graphs each; weights, KV and the slots' rows are the same. A step of
 the side lane is launched in blocks of layers, so that the main lane's next step never waits for the host to launch all

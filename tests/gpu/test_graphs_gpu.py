@@ -29,8 +29,7 @@ from overlap.graphs.policy import Shape
 from overlap.models.program import Attend, Batch, Forward
 from overlap.ops.attention import AttentionRows
 from overlap.runner import Runner
-from overlap.sample.sampler import SampleKind
-from overlap.schedule.plan import StepPlan
+from overlap.schedule.plan import SampleKind, StepPlan
 from overlap.schedule.request import Request
 from overlap.schedule.shaping import Shaping
 from overlap.state.inputs import build_inputs

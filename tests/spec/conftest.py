@@ -18,7 +18,7 @@ from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
 from overlap.models.program import Batch
 from overlap.ops.attention import AttentionRows, TorchAttention
-from overlap.sample.sampler import SampleKind
+from overlap.schedule.plan import SampleKind
 from overlap.spec.accept import accept, target_choices
 from overlap.spec.chain import ChainDrafter, ModelHead, head_kv
 from overlap.spec.drafter import Drafter, Drafts, Head, Read

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from overlap.messages import SamplingParams
-from overlap.sample.sampler import SampleKind, sample_all
+from overlap.sample.sampler import sample_all
+from overlap.schedule.plan import SampleKind
 from overlap.spec.accept import NOTHING, accept, target_choices
 from overlap.spec.control import MARGIN, MEMORY, PRIOR_ACCEPTANCE, PRIOR_TRIES, PROBE_PRICE, DraftControl
 from overlap.spec.ngram import NgramDrafter

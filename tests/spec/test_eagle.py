@@ -12,7 +12,7 @@ from torch import Tensor
 from overlap.errors import ModelError
 from overlap.messages import SamplingParams
 from overlap.models.llama import Llama
-from overlap.sample.sampler import SampleKind
+from overlap.schedule.plan import SampleKind
 from overlap.spec.drafter import Drafter, Drafts, Read
 from overlap.spec.eagle import load_head
 from overlap.state.rows import SlotRows

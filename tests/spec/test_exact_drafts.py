@@ -10,7 +10,7 @@ import torch
 
 from overlap.messages import SamplingParams
 from overlap.models.llama import Llama
-from overlap.sample.sampler import SampleKind
+from overlap.schedule.plan import SampleKind
 from overlap.spec.drafter import Drafter, Drafts, Read
 from overlap.state.rows import SlotRows
 

@@ -23,6 +23,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from overlap.ops.cuda_driver import driver, patient, told
+
 _THREAD_LOCAL: Final = 1
 _FREE_ON_LAUNCH: Final = 1
 
@@ -73,9 +75,8 @@ class Recorder:
         self.stream: Final[int] = torch.cuda.current_stream(device).cuda_stream
         """Its address."""
         self._stream = ctypes.c_void_p(self.stream)
-        self._cuda = _driver(ctypes.CDLL("libcuda.so.1"))
-        # A launch returns within microseconds: to keep the interpreter's lock over it is faster than to win it back.
-        self._launch = _driver(ctypes.PyDLL("libcuda.so.1")).cuGraphLaunch
+        self._cuda = patient()
+        self._launch = driver().cuGraphLaunch
         self._pool: Any = torch.cuda.MemPool()
         self._capturing = False
         self.pool_bytes = 0
@@ -134,27 +135,7 @@ class Recorder:
 
     def _check(self, call: str, code: int) -> None:
         if code:
-            name = ctypes.c_char_p()
-            self._cuda.cuGetErrorName(code, ctypes.byref(name))
-            raise CaptureError(f"{call}: {(name.value or b'unknown error').decode()} ({code})")
-
-
-def _driver(library: Any) -> Any:
-    """Return CUDA's driver library with the types of what is called here."""
-    pointer, out = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
-    for name, types in {
-        "cuStreamBeginCapture_v2": (pointer, ctypes.c_int),
-        "cuStreamEndCapture": (pointer, out),
-        "cuGraphGetNodes": (pointer, pointer, ctypes.POINTER(ctypes.c_size_t)),
-        "cuGraphInstantiateWithFlags": (out, pointer, ctypes.c_ulonglong),
-        "cuGraphLaunch": (pointer, pointer),
-        "cuGraphExecDestroy": (pointer,),
-        "cuGraphDestroy": (pointer,),
-        "cuGetErrorName": (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)),
-    }.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, ctypes.c_int
-    return library
+            raise CaptureError(told(call, code))
 
 
 class _Array:

@@ -11,11 +11,12 @@ from torch import Tensor
 from overlap.graphs.eager import drive
 from overlap.models.program import Batch, Forward, Program
 from overlap.ops.attention import Attention, AttentionRows
-from overlap.sample.sampler import SampleKind, sample_all
+from overlap.sample.sampler import sample_all
+from overlap.schedule.plan import SampleKind
 from overlap.spec.step import Speculation
 from overlap.state.inputs import StepInputs, empty_inputs
 from overlap.state.mail import Mail
-from overlap.state.replay import build_decode_inputs, settle_decode, take_plan
+from overlap.state.replay import build_decode_inputs, settle_decode, update_pages
 from overlap.state.rows import SlotRows
 
 
@@ -72,7 +73,7 @@ def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
     Which plan it is, and how many of the rows are real, stands in the mail. So the same calls, recorded once, are every
     decode step of up to B rows.
     """
-    take_plan(lane.mail, lane.rows)
+    update_pages(lane.mail, lane.rows)
     build_decode_inputs(lane.mail.packed, lane.rows, inputs)
     num_rows = len(inputs.seq_lens)
     lane.attention.plan(

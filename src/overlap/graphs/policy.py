@@ -16,10 +16,8 @@ from typing import Final, Literal, TypeAlias
 
 from overlap.errors import InternalError
 from overlap.graphs.buckets import bucket_for
-from overlap.schedule.plan import StepPlan
+from overlap.schedule.plan import SampleKind, StepPlan
 
-SampleKind: TypeAlias = Literal["greedy", "sampled", "truncated", "shaped"]
-"""That of `sample.sampler`, which imports torch."""
 Kind: TypeAlias = Literal[
     "greedy", "sampled", "truncated", "shaped", "pieces",
     "wide greedy", "wide sampled", "wide truncated", "wide shaped",

@@ -204,19 +204,20 @@ class TorchAttention:
         return out.permute(2, 0, 1, 3).reshape(count, -1)
 
 
-def choose_attention(kv: Tensor, num_heads: int, *, max_pages_per_row: int, width: int = 1) -> tuple[Attention, str]:
+def choose_attention(
+    kv: Tensor, num_heads: int, *, max_pages_per_row: int, width: int = 1, max_rows: int = 256
+) -> tuple[Attention, str]:
     """Return the fastest attention that this KV memory allows, warmed up, and why it was chosen.
 
     `kv` is [pages, layers, 2, PAGE, K, D], contiguous; H is a multiple of K; `width` is the most positions of a decode
-    row. Never raises for want of a kernel: plain
-    torch runs everywhere.
+    row, `max_rows` the most decode rows. Never raises for want of a kernel: plain torch runs everywhere.
     """
     unfit = _why_not_flashinfer(kv, num_heads)
     if unfit is None:
         try:
             from overlap.ops.attention_flashinfer import FlashInferAttention
 
-            fast = FlashInferAttention(kv, num_heads, max_pages_per_row, width=width)
+            fast = FlashInferAttention(kv, num_heads, max_pages_per_row, width=width, max_rows=max_rows)
         except ImportError as missing:
             unfit = f"FlashInfer is not there ({missing}); install overlap[cuda] for faster attention"
         except Exception as failure:  # whatever a build or a load raises: the engine still runs

@@ -73,7 +73,8 @@ class FlashInferAttention:
         self._width = 1
         self._scratch = torch.empty(workspace_bytes, dtype=torch.uint8, device=kv.device)
         backend = self._prefill_backend()
-        self.name = f"flashinfer (xqa, {backend})"
+        many = -(-many_pairs // self._num_kv_heads)
+        self.name = f"flashinfer (xqa, {backend}; decode rows from {many} on and most verifies by a kernel of our own)"
         prefill_scratch = torch.empty(workspace_bytes, dtype=torch.uint8, device=kv.device)
         self._wrappers = [
             BatchPrefillWithPagedKVCacheWrapper(prefill_scratch, "NHD", backend=backend) for _ in range(_WRAPPERS)

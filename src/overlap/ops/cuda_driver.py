@@ -1,8 +1,8 @@
 """CUDA's driver, called without giving up the interpreter's lock.
 
 torch lets go of the lock at each call. While another thread computes in Python, the engine's thread would then wait for
-it behind every record, query and copy, up to 5 ms each, though the calls take a microsecond. What waits for the device
-is called through `patient`, which lets go of it.
+it behind every record, query and copy, up to 5 ms each, though the calls take a microsecond. What waits for the device,
+or takes long (capturing), is called through `patient`, which lets go of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ _TYPES: Final[dict[str, tuple[Any, ...]]] = {
     "cuEventDestroy_v2": (_pointer,),
     "cuStreamWaitEvent": (_pointer, _pointer, _number),
     "cuMemcpyHtoDAsync_v2": (_pointer, _pointer, ctypes.c_size_t, _pointer),
+    "cuStreamBeginCapture_v2": (_pointer, ctypes.c_int),
+    "cuStreamEndCapture": (_pointer, _out),
+    "cuGraphGetNodes": (_pointer, _pointer, ctypes.POINTER(ctypes.c_size_t)),
+    "cuGraphInstantiateWithFlags": (_out, _pointer, ctypes.c_ulonglong),
+    "cuGraphLaunch": (_pointer, _pointer),
+    "cuGraphExecDestroy": (_pointer,),
+    "cuGraphDestroy": (_pointer,),
     "cuGetErrorName": (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)),
 }
 
@@ -33,7 +40,7 @@ def driver() -> Any:
 
 @cache
 def patient() -> Any:
-    """Return the same, to wait with."""
+    """Return the same, for what may take long."""
     return _typed(ctypes.CDLL("libcuda.so.1"))
 
 
@@ -44,9 +51,14 @@ def _typed(library: Any) -> Any:
     return library
 
 
+def told(call: str, code: int) -> str:
+    """Return what a call returned, in words."""
+    name = ctypes.c_char_p()
+    driver().cuGetErrorName(code, ctypes.byref(name))
+    return f"{call}: {(name.value or b'unknown error').decode()} ({code})"
+
+
 def check(call: str, code: int) -> None:
     """Raise RuntimeError for what a call returned, if that is an error."""
     if code:
-        name = ctypes.c_char_p()
-        driver().cuGetErrorName(code, ctypes.byref(name))
-        raise RuntimeError(f"CUDA error: {call}: {(name.value or b'unknown error').decode()} ({code})")
+        raise RuntimeError(f"CUDA error: {told(call, code)}")

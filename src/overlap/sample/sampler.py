@@ -10,7 +10,7 @@ Legend: E emitting rows, S sampled (not greedy) rows of them, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from overlap.sample.philox import gumbel
 from overlap.sample.shaping import shape_logits
+from overlap.schedule.plan import SampleKind
 from overlap.state.rows import SlotRows
 
-SampleKind: TypeAlias = Literal["greedy", "sampled", "truncated", "shaped"]
-"""What the rows of a step ask for at most: nothing, a temperature, a filter (top-k, top-p, min-p), other logits."""
 COLDEST: Final = 1e-20
 """Temperatures under this act as this: the most likely token wins either way, and nothing divides by 0."""
 _WEIGHT_ONE: Final = 2.0**40

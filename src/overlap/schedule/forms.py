@@ -25,8 +25,12 @@ class Forms:
 
     def __init__(self, max_rows: int) -> None:
         self._requests: dict[int, Request] = {}
-        self._flying: set[int] = set()
+        self._formed: npt.NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)
+        """Slots whose request has a form, ..."""
+        self._flying: npt.NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)
+        """... whose token is in the air, ..."""
         self._held: npt.NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)
+        """... and which sit out."""
         self.steps = 0
         """Steps with a row that is held to a form."""
         self.requests = 0
@@ -40,42 +44,46 @@ class Forms:
         """A request takes its slot. Its matcher is ready, since it was not admitted before (`may_enter`)."""
         if request.matcher is not None:
             self._requests[request.slot] = request
+            self._formed[request.slot] = True
 
     def leave(self, request: Request) -> None:
         """A request gives up its slot. What is in the air for it is never taken in."""
         if request.matcher is not None:
             del self._requests[request.slot]
-            self._flying.discard(request.slot)
-            self._held[request.slot] = False
+            self._formed[request.slot] = self._flying[request.slot] = self._held[request.slot] = False
 
     def free(self, slots: Ints) -> Ints:
         """Return those of `slots` that may run now."""
         for slot, request in self._requests.items():
-            if self._held[slot] and slot not in self._flying and may_enter(request):
+            if self._held[slot] and not self._flying[slot] and may_enter(request):
                 self._held[slot] = False
         return slots[~self._held[slots]] if self._requests else slots
 
     @property
     def waits(self) -> bool:
         """Whether a running request waits for nothing but its mask."""
-        return any(self._held[slot] and slot not in self._flying for slot in self._requests)
+        return bool((self._held & ~self._flying).any())
 
     def masks(self, slots: Ints) -> tuple[tuple[int, ...], tuple[Ints, ...]]:
         """Return which of a new step's emitting slots have a mask, as indices, and the masks; they sit out from now."""
-        rows = [row for row, slot in enumerate(slots.tolist()) if slot in self._requests]
-        masks = tuple(_matcher(self._requests[int(slots[row])]).mask for row in rows)
-        self._flying.update(slots[rows].tolist())
-        self._held[slots[rows]] = True
-        self.steps += bool(rows)
-        return tuple(rows), masks
+        rows = np.flatnonzero(self._formed[slots])
+        held = slots[rows]
+        masks = tuple(_matcher(self._requests[slot]).mask for slot in held.tolist())
+        self._flying[held] = self._held[held] = True
+        self.steps += bool(masks)
+        return tuple(rows.tolist()), masks
 
-    def note(self, plan: StepPlan, slots: Ints, runs: Sequence[Sequence[int]], draft_words: Ints) -> None:
-        """Take in the settled tokens of each of `slots`; those that have ended meanwhile have left."""
+    def note(self, plan: StepPlan, slots: Ints, runs: Ints, kept: Ints | None, draft_words: Ints) -> None:
+        """Take in the settled tokens of each of `slots`; those that have ended meanwhile have left.
+
+        `runs` are [n, width], of which `kept` [n] count; None: all.
+        """
         drafts = _drafts_of(plan, draft_words)
-        for slot, tokens in zip(slots.tolist(), runs, strict=True):
-            if slot in self._flying:
-                self._flying.discard(slot)
-                _matcher(self._requests[slot]).take(tokens, drafts.get(slot, ()))
+        for row in np.flatnonzero(self._flying[slots]).tolist():
+            slot = int(slots[row])
+            self._flying[slot] = False
+            tokens = runs[row] if kept is None else runs[row, : kept[row]]
+            _matcher(self._requests[slot]).take(tokens.tolist(), drafts.get(slot, ()))
 
     def unmatched(self) -> list[Request]:
         """Return the running requests whose form allows nothing any more: they have to be ended."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
 from overlap.cache.pages import Ints
 from overlap.schedule.shaping import Shaped
+
+SampleKind: TypeAlias = Literal["greedy", "sampled", "truncated", "shaped"]
+"""What the rows of a step ask for at most: nothing, a temperature, a filter (top-k, top-p, min-p), other logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,6 +128,8 @@ class Planner:
 
     def unmatched(self) -> list[Request]:
         """Return the requests that have to be ended, since their form allows nothing any more; see their matchers."""
+        if not self._forms.requests:
+            return []
         first = self._queue.first() if len(self._queue) else None
         waiting = [] if first is None or first.matcher is None or first.matcher.failure is None else [first]
         return [*self._forms.unmatched(), *waiting]
@@ -517,7 +519,7 @@ class Planner:
                 self._settle_end(int(slots[i]), bool(stopped[i]), int(tokens[i])) for i in np.flatnonzero(ended)
             )
         if self._forms:
-            self._forms.note(plan, slots, tokens[:, None].tolist(), draft_words)
+            self._forms.note(plan, slots, tokens[:, None], None, draft_words)
         self.pass_step(plan)
         return Settled(keys, fronts, tokens, ends, cached, told, scored)
 
@@ -561,8 +563,7 @@ class Planner:
             for i in np.flatnonzero(ended)
         )
         if self._forms:
-            kept_runs = [run[:kept] for run, kept in zip(runs.tolist(), cut.kept.tolist(), strict=True)]
-            self._forms.note(plan, slots, kept_runs, draft_words)
+            self._forms.note(plan, slots, runs, cut.kept, draft_words)
         self.pass_step(plan)
         told = None if told is None else told[firsts[rows] + places]
         return Settled(keys, fronts, runs[rows, places], ends, cached, told, scored)

@@ -17,7 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from overlap.sample.sampler import SampleKind, sample_all
+from overlap.sample.sampler import sample_all
+from overlap.schedule.plan import SampleKind
 from overlap.state.rows import SlotRows
 
 NOTHING: Final = -1

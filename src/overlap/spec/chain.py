@@ -18,7 +18,8 @@ from overlap.graphs.eager import drive
 from overlap.models.llama import Llama
 from overlap.models.program import Attend, Batch, Forward
 from overlap.ops.attention import Attention, AttentionRows
-from overlap.sample.sampler import SampleKind, sample_all
+from overlap.sample.sampler import sample_all
+from overlap.schedule.plan import SampleKind
 from overlap.spec.drafter import Drafts, Entry, Head, Read
 from overlap.spec.places import Places, chain_places
 from overlap.state.rows import SlotRows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from overlap.models.program import Forward
 from overlap.ops.attention import AttentionRows
-from overlap.sample.sampler import SampleKind
+from overlap.schedule.plan import SampleKind
 from overlap.state.rows import SlotRows
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from overlap.sample.sampler import SampleKind
+from overlap.schedule.plan import SampleKind
 from overlap.spec.drafter import Drafts, Read
 from overlap.state.rows import SlotRows
 

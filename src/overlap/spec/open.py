@@ -79,7 +79,11 @@ def _drafter(resolved: Resolved, head: Head | None, kv: Tensor, context: int) ->
         return NgramDrafter(resolved.max_rows, context, resolved.num_drafts, kv.device)
     own_kv = head_kv(head, kv.shape[0], kv.dtype, kv.device)
     own_attention, _ = choose_attention(
-        own_kv, head.num_heads, max_pages_per_row=pages_for(context), width=resolved.num_drafts + 1
+        own_kv,
+        head.num_heads,
+        max_pages_per_row=pages_for(context),
+        width=resolved.num_drafts + 1,
+        max_rows=resolved.max_rows,
     )
     return ChainDrafter(head, own_kv, own_attention, resolved.num_drafts, context)
 

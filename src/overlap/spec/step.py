@@ -30,9 +30,9 @@ from overlap.graphs.eager import drive
 from overlap.models.llama import Llama
 from overlap.models.program import Batch, Forward
 from overlap.ops.attention import Attention
-from overlap.sample.sampler import SampleKind, sample, sample_all
+from overlap.sample.sampler import sample, sample_all
 from overlap.sample.shaping import mask_logits, shape_logits
-from overlap.schedule.plan import Admission, StepPlan
+from overlap.schedule.plan import Admission, SampleKind, StepPlan
 from overlap.spec.drafter import Drafter, Read
 from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs
 from overlap.spec.rows import DraftRows
@@ -40,7 +40,7 @@ from overlap.spec.runs import Outcome, Runs, build_runs, keep_drafts, land_runs,
 from overlap.state.inputs import apply_changes, sampled_rows
 from overlap.state.mail import Mail
 from overlap.state.packing import ADMISSION_WORDS, Layout
-from overlap.state.replay import take_plan
+from overlap.state.replay import update_pages
 from overlap.state.rows import SlotRows
 from overlap.state.shapes import to_device
 
@@ -103,7 +103,7 @@ class Speculation:
 
         Which plan it is, and how many of the rows are real, stands in the mail.
         """
-        take_plan(mail, self._rows)
+        update_pages(mail, self._rows)
         runs = build_runs(mail.packed, self._rows, self._drafts, num_rows, width, self._context)
         inputs = run_inputs(runs, self._context)
         final_NC, taps_NX = self._read(inputs, self._drive)

@@ -18,12 +18,12 @@ from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES
 from overlap.state.rows import SlotRows
 
 
-def take_plan(mail: Mail, rows: SlotRows) -> None:
+def update_pages(mail: Mail, rows: SlotRows) -> None:
     """Apply the page updates of the plan in `mail.packed`."""
     if mail.packed.is_cuda:
         from overlap.state import replay_triton
 
-        replay_triton.take_plan(mail, rows)
+        replay_triton.update_pages(mail, rows)
         return
     words = mail.packed.numpy()
     first, count = words[PAGE_UPDATES], words[NUM_UPDATES]

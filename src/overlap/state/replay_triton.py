@@ -18,13 +18,13 @@ from overlap.state.mail import DEPTH, Mail
 from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES
 from overlap.state.rows import SlotRows
 
-_TAKE_PROGRAMS: Final = 2
-_TAKE_BLOCK: Final = 128
+_UPDATE_PROGRAMS: Final = 2
+_UPDATE_BLOCK: Final = 128
 _TABLE_BLOCK: Final = 128
 
 
 @triton.jit
-def _take_plan_kernel(
+def _update_pages_kernel(
     packed,
     page_table,
     WIDTH: tl.constexpr,
@@ -123,16 +123,16 @@ def _settle_decode_kernel(
     tl.store(turn, (place + 1) % PLACES)
 
 
-def take_plan(mail: Mail, rows: SlotRows) -> None:
-    """See `state.replay.take_plan`."""
-    _take_plan_kernel[(_TAKE_PROGRAMS,)](
+def update_pages(mail: Mail, rows: SlotRows) -> None:
+    """See `state.replay.update_pages`."""
+    _update_pages_kernel[(_UPDATE_PROGRAMS,)](
         mail.packed,
         rows.page_table,
         WIDTH=rows.page_table.shape[1],
         NUM_UPDATES_WORD=NUM_UPDATES,
         PAGE_UPDATES_WORD=PAGE_UPDATES,
-        PROGRAMS=_TAKE_PROGRAMS,
-        BLOCK=_TAKE_BLOCK,
+        PROGRAMS=_UPDATE_PROGRAMS,
+        BLOCK=_UPDATE_BLOCK,
         num_warps=2,
     )
 
