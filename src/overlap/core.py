@@ -274,9 +274,9 @@ class Core:
             self._stopped.set_result(None)
 
     def _serve(self) -> None:
-        from overlap.assemble import assemble  # imports torch: here, so that importing overlap stays light
-
         try:
+            from overlap.assemble import assemble  # imports torch: here, so that importing overlap stays light
+
             parts = assemble(self._asked)
         except BaseException as error:
             why = str(error)

@@ -201,7 +201,6 @@ def compare_with_a_graph(parts: Parts, plan: StepPlan, kind: SampleKind, size: i
 
     def eager() -> None:
         lane.mail.turn.fill_(place)
-        lane.mail.bring(place)
         decode_step(lane, part(graphs._inputs, size, size, size), kind)
 
     on_stream(runner, eager)
@@ -297,7 +296,6 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
                 assert shape.kind != "pieces"
                 if graphs._turn != place:
                     graphs._lane.mail.turn.fill_(place)
-                graphs._lane.mail.bring(place)
                 graphs.run_eagerly(shape)
                 graphs._turn = (place + 1) % DEPTH
                 return True
@@ -375,7 +373,6 @@ def test_tokens_drawn_under_a_graph_have_the_exact_probabilities(small: Path, ki
 
         def listen() -> None:
             lane.mail.turn.fill_(place)
-            lane.mail.bring(place)
             decode_step(replace(lane, program=listening), inputs, kind)
 
         on_stream(runner, listen)

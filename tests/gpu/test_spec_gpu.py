@@ -272,7 +272,6 @@ def test_a_graph_does_bit_for_bit_what_its_calls_do_when_they_are_made_one_by_on
                 shape = Shape(one, size)  # type: ignore[arg-type]  # wide, and plain
                 landed, before = lane.mail.landed_words[place], State(runner)
                 on_stream(runner, partial(lane.mail.turn.fill_, place))
-                on_stream(runner, partial(lane.mail.bring, place))
                 on_stream(runner, partial(graphs.run_eagerly, shape))
                 count = rows * (5 if one.startswith("wide") else 1)
                 tokens, after = landed[:count].copy(), State(runner)
@@ -305,7 +304,6 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
             def eager(shape: Shape, place: int, num_rows: int, graphs: GraphDriver = graphs) -> bool:
                 if graphs._turn != place:
                     graphs._lane.mail.turn.fill_(place)
-                graphs._lane.mail.bring(place)
                 graphs.run_eagerly(shape)
                 graphs._turn = (place + 1) % DEPTH
                 return True
@@ -409,7 +407,6 @@ def test_tokens_drawn_in_a_verify_under_a_graph_have_the_exact_probabilities(
 
         lane.program.logits = listen  # type: ignore[method-assign,assignment]
         on_stream(runner, partial(lane.mail.turn.fill_, place))
-        on_stream(runner, partial(lane.mail.bring, place))
         on_stream(runner, partial(graphs.run_eagerly, shape))
         lane.program.logits = logits_of  # type: ignore[method-assign]
         assert on_stream(runner, lambda: graphs.capture(shape)), runner.explain()

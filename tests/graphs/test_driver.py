@@ -111,7 +111,6 @@ class RepeatingDriver(GraphDriver):
         if shape in self.refuses:
             raise CaptureError("no")
         self._lane.mail.turn.fill_(3)
-        self._lane.mail.bring(3)
         self.run_eagerly(shape)
 
         def launch() -> None:

@@ -60,7 +60,6 @@ class Replaying:
         lane, place = self._runner._main._lane, plan.number % DEPTH
         pack(plan, lane.mail.plan_words[place])
         lane.mail.turn.fill_(place)
-        lane.mail.bring(place)
         size = plan.num_rows + self._padding
         decode_step(lane, part(self._inputs, size, size, size), width_of(kind)[0])
         return lane.mail.landed_words[place][: plan.num_rows].copy()
@@ -120,7 +119,6 @@ def test_a_run_with_nothing_but_padding_changes_no_slot_and_no_page(tiny_llama_d
         inputs = lane.static_inputs(16, 16)
         for kind in ("greedy", "sampled", "truncated", "shaped"):
             lane.mail.turn.fill_(EMPTY)
-            lane.mail.bring(EMPTY)
             decode_step(lane, part(inputs, 8, 8, 8), kind)
         inputs.kv_index.fill_(-1)
         batch = lane.batch(inputs)

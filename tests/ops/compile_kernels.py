@@ -144,7 +144,7 @@ def compile_all() -> None:
             draw_triton.draw(logits, rows, index, index, truncated)
     inputs_triton.build_inputs(torch.from_numpy(words), layout, rows, inputs)
     mail = Mail(1000, 4, "cpu")
-    replay_triton.update_pages(mail, rows)
+    replay_triton.take_plan(mail, rows, 4)
     replay_triton.build_decode_inputs(mail.packed, rows, inputs)
     for dtype in (torch.int64, torch.int32):
         replay_triton.settle_decode(mail, rows, torch.zeros(4, dtype=dtype))

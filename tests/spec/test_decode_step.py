@@ -102,7 +102,6 @@ def both_ways(parts: Parts, plan: StepPlan) -> None:
     before.restore()
     mail.landed_words[place][:] = -9
     mail.turn.fill_(place)
-    mail.bring(place)
     asked, width = width_of(kind)
     on_stream(runner, lambda: speculation.decode(mail, size, width or speculation.width, asked))
     assert mail.landed_words[place][: plan.num_landing].tolist() == landed[: plan.num_landing].tolist()
@@ -181,7 +180,6 @@ def test_a_run_with_padding_only_changes_nothing(tiny_llama_dir: Path, drafters:
         before, mail = State(runner), runner._main._mail
         for width in (1, 4):
             mail.turn.fill_(EMPTY)
-            mail.bring(EMPTY)
             on_stream(runner, lambda width=width: speculation.decode(mail, 8, width, "sampled"))
             State(runner).assert_equals(before)
 

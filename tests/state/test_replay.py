@@ -60,12 +60,11 @@ def fresh_rows(slots: int, width: int) -> SlotRows:
 
 
 def mail_with(plan: StepPlan, place: int, slots: int, width: int) -> Mail:
-    """Mail with the plan at each place of the host, and the one of `place` brought to the device."""
+    """Mail with the plan at each place of the host, and `place` the one whose turn it is."""
     mail = Mail(capacity(slots, slots, slots * width), slots, "cpu")
     for words in mail.plan_words[:EMPTY]:
         pack(plan, words)
     mail.turn.fill_(place)
-    mail.bring(place)
     return mail
 
 
@@ -82,7 +81,7 @@ def compare_kernels(chance: random.Random) -> None:
         rows, mail = fresh_rows(slots, width), mail_with(plan, place, slots, width)
         out = empty_inputs(size, size, width, "cpu")
         out.emit_tokens.zero_()
-        kind.update_pages(mail, rows)
+        kind.take_plan(mail, rows, size)
         kind.build_decode_inputs(mail.packed, rows, out)
         kind.settle_decode(mail, rows, torch.arange(100, 100 + size))
         results.append((rows, mail, out))
@@ -124,7 +123,7 @@ def test_a_replayed_step_does_what_a_launched_one_does_and_its_padding_does_noth
         settle_tokens(rows, expected.emit_slots, tokens[:num_rows].int())
 
         own, out = fresh_rows(slots, width), empty_inputs(size, size, width, "cpu")
-        replay.update_pages(mail, own)
+        replay.take_plan(mail, own, size)
         replay.build_decode_inputs(mail.packed, own, out)
         replay.settle_decode(mail, own, tokens)
 
@@ -148,7 +147,7 @@ def test_the_empty_plan_changes_nothing_but_the_turn() -> None:
     rows, before = fresh_rows(5, 4), fresh_rows(5, 4)
     mail = mail_with(decode_plan(random.Random(0), 5, 5, 4), EMPTY, 5, 4)
     out = empty_inputs(8, 8, 4, "cpu")
-    replay.update_pages(mail, rows)
+    replay.take_plan(mail, rows, 8)
     replay.build_decode_inputs(mail.packed, rows, out)
     replay.settle_decode(mail, rows, torch.arange(8))
     for name in SlotRows.COLUMNS:

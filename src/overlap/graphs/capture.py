@@ -51,11 +51,6 @@ class Graph:
         self.num_nodes = num_nodes
         """How many kernels and copies it has."""
 
-    @property
-    def stream(self) -> int:
-        """The address of the stream that it was recorded on."""
-        return self._recorder.stream
-
     def launch(self) -> None:
         """Enqueue all of it on the stream that it was recorded on. Raises CaptureError, and then nothing was."""
         self._recorder.launch(self._address)
@@ -72,9 +67,7 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.stream: Final[int] = torch.cuda.current_stream(device).cuda_stream
-        """Its address."""
-        self._stream = ctypes.c_void_p(self.stream)
+        self._stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         self._cuda = patient()
         self._launch = driver().cuGraphLaunch
         self._pool: Any = torch.cuda.MemPool()

@@ -94,7 +94,6 @@ class GraphDriver:
         if self._turn != place:
             self._lane.mail.turn.fill_(place)
         self._turn = None
-        self._lane.mail.bring(place, graph.stream)
         try:
             graph.launch()
         except CaptureError as failure:
@@ -161,7 +160,6 @@ class GraphDriver:
 
     def _capture_full(self, shape: Shape, recorder: Recorder) -> None:
         self._lane.mail.turn.fill_(EMPTY)
-        self._lane.mail.bring(EMPTY, recorder.stream)
         self.run_eagerly(shape)
         with recorder.recording():
             recorder.begin()

@@ -16,7 +16,7 @@ from overlap.schedule.plan import SampleKind
 from overlap.spec.step import Speculation
 from overlap.state.inputs import StepInputs, empty_inputs
 from overlap.state.mail import Mail
-from overlap.state.replay import build_decode_inputs, settle_decode, update_pages
+from overlap.state.replay import build_decode_inputs, settle_decode, take_plan
 from overlap.state.rows import SlotRows
 
 
@@ -73,7 +73,7 @@ def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
     Which plan it is, and how many of the rows are real, stands in the mail. So the same calls, recorded once, are every
     decode step of up to B rows.
     """
-    update_pages(lane.mail, lane.rows)
+    take_plan(lane.mail, lane.rows, len(inputs.seq_lens))
     build_decode_inputs(lane.mail.packed, lane.rows, inputs)
     num_rows = len(inputs.seq_lens)
     lane.attention.plan(

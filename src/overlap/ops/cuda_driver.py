@@ -20,7 +20,6 @@ _TYPES: Final[dict[str, tuple[Any, ...]]] = {
     "cuEventElapsedTime": (ctypes.POINTER(ctypes.c_float), _pointer, _pointer),
     "cuEventDestroy_v2": (_pointer,),
     "cuStreamWaitEvent": (_pointer, _pointer, _number),
-    "cuMemcpyHtoDAsync_v2": (_pointer, _pointer, ctypes.c_size_t, _pointer),
     "cuStreamBeginCapture_v2": (_pointer, ctypes.c_int),
     "cuStreamEndCapture": (_pointer, _out),
     "cuGraphGetNodes": (_pointer, _pointer, ctypes.POINTER(ctypes.c_size_t)),

@@ -40,7 +40,7 @@ from overlap.spec.runs import Outcome, Runs, build_runs, keep_drafts, land_runs,
 from overlap.state.inputs import apply_changes, sampled_rows
 from overlap.state.mail import Mail
 from overlap.state.packing import ADMISSION_WORDS, Layout
-from overlap.state.replay import update_pages
+from overlap.state.replay import take_plan
 from overlap.state.rows import SlotRows
 from overlap.state.shapes import to_device
 
@@ -103,7 +103,7 @@ class Speculation:
 
         Which plan it is, and how many of the rows are real, stands in the mail.
         """
-        update_pages(mail, self._rows)
+        take_plan(mail, self._rows, num_rows)
         runs = build_runs(mail.packed, self._rows, self._drafts, num_rows, width, self._context)
         inputs = run_inputs(runs, self._context)
         final_NC, taps_NX = self._read(inputs, self._drive)

@@ -1,13 +1,11 @@
 """Mail: how a step's plan reaches the device, and how its tokens come back.
 
-On CUDA both ends are pinned memory: plans are copied from there, tokens are written there by the device. Each has DEPTH
-places that take turns:
-two flights in the air, and one being packed. A place is written again only when the flight that used it has landed, so
-neither side ever meets the other's next step.
+On CUDA both ends are pinned memory: the device reads plans there, and writes tokens there. Each has DEPTH places that
+take turns: two flights in the air, and one being packed. A place is written again only when the flight that used it has
+landed, so neither side ever meets the other's next step.
 
-An eager step is told its place by the host. A step that is one graph finds its plan in `packed`, where `bring` has put
-it (a kernel that fetched it from the host by itself took 46 µs: docs/log.md). Where its tokens go it can not be told,
-so the device keeps its own `turn`, the place of the next such step, and the graph moves it on.
+An eager step is told its place by the host. A step that is one graph can be told nothing, so the device keeps its own
+`turn`, the place of the next such step: the graph fetches the plan from there, and moves the turn on.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import torch
 from torch import Tensor
 
 from overlap.cache.pages import Ints
-from overlap.ops.cuda_driver import check, driver
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.shaping import MOST_SCORED, TOLD_WORDS
 from overlap.state.packing import HEADER, USED
@@ -34,7 +31,6 @@ class Mail:
     """The places of one lane, and the device's side of them."""
 
     __slots__ = (
-        "_addresses",
         "_masks",
         "landed_words",
         "landings",
@@ -66,21 +62,10 @@ class Mail:
         self.scored_words: list[Ints] = list(self.scored.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
         """int32 [words] on the device: the plan of the step that runs."""
-        self._addresses = [plan.data_ptr() for plan in self.plans] if pinned else []
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
         """int32 [1] on the device: the place of the next step that is a graph."""
 
         self._masks: list[Tensor | None] = [None] * DEPTH
-
-    def bring(self, place: int, stream: int | None = None) -> None:
-        """Enqueue the copy of the plan at `place` to `packed`; on CUDA on `stream` (an address; None: torch's own)."""
-        used = int(self.plan_words[place][USED])
-        if not self._addresses:
-            self.packed.numpy()[:used] = self.plan_words[place][:used]
-            return
-        stream = torch.cuda.current_stream(self.packed.device).cuda_stream if stream is None else stream
-        copy = driver().cuMemcpyHtoDAsync_v2
-        check("cuMemcpyHtoDAsync", copy(self.packed.data_ptr(), self._addresses[place], 4 * used, stream))
 
     def put_masks(self, place: int, rows: Sequence[int], masks: Sequence[Ints]) -> Tensor:
         """Write which tokens may be chosen where, and return it: int32 [M, 1 + B] on the host, for `mask_logits`.

@@ -1,6 +1,6 @@
 """The state changes of a decode step as a graph can replay them: nothing comes from the host as an argument.
 
-Counts and offsets are read from the packed plan's header, the place of its tokens from `Mail.turn`. A plan for this has
+Counts and offsets are read from the packed plan's header, the plan's place from `Mail.turn`. A plan for this has decode
 rows only and admits nobody; it may have fewer rows than the graph, R <= B. The rows from R on are padding: one token at
 position 0 of the scratch slot, whose KV is written nowhere and whose token goes nowhere.
 
@@ -14,18 +14,23 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.state.inputs import StepInputs
 from overlap.state.mail import DEPTH, Mail
-from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES
+from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES, USED
 from overlap.state.rows import SlotRows
 
 
-def update_pages(mail: Mail, rows: SlotRows) -> None:
-    """Apply the page updates of the plan in `mail.packed`."""
+def take_plan(mail: Mail, rows: SlotRows, num_rows: int) -> None:
+    """Copy the plan whose turn it is to `mail.packed`, and apply its page updates.
+
+    `num_rows` is B: about as much as such a plan has is fetched at once.
+    """
     if mail.packed.is_cuda:
         from overlap.state import replay_triton
 
-        replay_triton.update_pages(mail, rows)
+        replay_triton.take_plan(mail, rows, num_rows)
         return
     words = mail.packed.numpy()
+    plan = mail.plan_words[int(mail.turn.numpy()[0])]
+    words[: plan[USED]] = plan[: plan[USED]]
     first, count = words[PAGE_UPDATES], words[NUM_UPDATES]
     slots, indices, pages = words[first : first + 3 * count].reshape(3, -1)
     rows.page_table.numpy()[slots, indices] = pages

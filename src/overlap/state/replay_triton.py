@@ -1,6 +1,8 @@
-"""The state changes of a replayed decode step in three kernels. Imported only where Triton is; see `state.replay`.
+"""The state changes of a replayed decode step in four kernels. Imported only where Triton is; see `state.replay`.
 
-The plan was copied to the device in front of the replay; the last kernel writes the tokens straight to pinned memory.
+The first reads the plan straight from pinned memory, the last writes the tokens there: a replay needs no copy beside
+it. The host has packed the plan before it launches the graph, so the kernel finds it; `volatile` keeps the reads out of
+caches that a step before may have filled from the same place.
 """
 
 from __future__ import annotations
@@ -15,12 +17,31 @@ from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 from overlap.state.inputs import StepInputs
 from overlap.state.mail import DEPTH, Mail
-from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES
+from overlap.state.packing import HEADER, NUM_ROWS, NUM_UPDATES, PAGE_UPDATES, USED
 from overlap.state.rows import SlotRows
 
+_TAKE_BLOCK: Final = 512
+_USUAL_WORDS: Final = 6
+"""Words of a plan of decode rows, a row: its part of five sections, and some page updates."""
 _UPDATE_PROGRAMS: Final = 2
 _UPDATE_BLOCK: Final = 128
 _TABLE_BLOCK: Final = 128
+
+
+@triton.jit(do_not_specialize=["stride", "words"])
+def _take_plan_kernel(plans, turn, packed, stride, words, USED_WORD: tl.constexpr, BLOCK: tl.constexpr):
+    """Begins a graph, so it is launched as a plain kernel: what it waits for lies in front of the graph.
+
+    It looks once over the bus: what there is to read is asked for before it is known how much of it there is.
+    """
+    plan = plans + tl.load(turn).to(tl.int64) * stride
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = tl.load(plan + USED_WORD, volatile=True)
+    tl.store(packed + word, tl.load(plan + word, mask=word < words, other=0, volatile=True), mask=word < words)
+    word += words
+    while tl.min(word) < used:
+        tl.store(packed + word, tl.load(plan + word, mask=word < used, other=0, volatile=True), mask=word < used)
+        word += tl.num_programs(0) * BLOCK
 
 
 @triton.jit
@@ -32,8 +53,11 @@ def _update_pages_kernel(
     PAGE_UPDATES_WORD: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Begins a graph, so it never starts early: an early kernel there does not wait for a copy before the graph."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_updates = tl.load(packed + NUM_UPDATES_WORD)
     updates = packed + tl.load(packed + PAGE_UPDATES_WORD)
     lane = tl.arange(0, BLOCK)
@@ -123,8 +147,19 @@ def _settle_decode_kernel(
     tl.store(turn, (place + 1) % PLACES)
 
 
-def update_pages(mail: Mail, rows: SlotRows) -> None:
-    """See `state.replay.update_pages`."""
+def take_plan(mail: Mail, rows: SlotRows, num_rows: int) -> None:
+    """See `state.replay.take_plan`."""
+    words = min(HEADER + _USUAL_WORDS * num_rows, mail.plans.shape[1])
+    _take_plan_kernel[(triton.cdiv(words, _TAKE_BLOCK),)](
+        mail.plans,
+        mail.turn,
+        mail.packed,
+        mail.plans.stride(0),
+        words,
+        USED_WORD=USED,
+        BLOCK=_TAKE_BLOCK,
+        num_warps=4,
+    )
     _update_pages_kernel[(_UPDATE_PROGRAMS,)](
         mail.packed,
         rows.page_table,
@@ -134,6 +169,7 @@ def update_pages(mail: Mail, rows: SlotRows) -> None:
         PROGRAMS=_UPDATE_PROGRAMS,
         BLOCK=_UPDATE_BLOCK,
         num_warps=2,
+        **launch_triton.early(mail.packed.device),
     )
 
 
