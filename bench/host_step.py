@@ -31,7 +31,7 @@ from overlap.cache.pages import Ints
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
-from overlap.state.packing import capacity, pack
+from overlap.state.packing import capacity, pack, pack_again
 from overlap.streams.sim import SimDevice
 
 ROWS = (1, 16, 64, 256, 1024)
@@ -58,6 +58,7 @@ class Rig:
         self._next_key = 0
         self._stream = SimDevice(0.0).stream("compute")
         self._buffers = [np.zeros(capacity(max_rows, budget, num_pages), dtype=np.int32) for _ in range(3)]
+        self._plans: list[StepPlan | None] = [None] * 3
         for _ in range(num_rows):
             self.submit()
 
@@ -75,7 +76,12 @@ class Rig:
 
     def launch(self, plan: StepPlan) -> None:
         """Pack a plan and queue it."""
-        pack(plan, self._buffers[plan.number % 3])
+        out, before = self._buffers[plan.number % 3], self._plans[plan.number % 3]
+        if plan.again and before is not None and before.slots is plan.slots:  # as the runner does
+            pack_again(plan, out)
+        else:
+            pack(plan, out)
+        self._plans[plan.number % 3] = plan
         self._stream.launch("step", int, tokens=plan.num_tokens)
         self._stream.mark()
         self._stream.spans.clear()

@@ -16,6 +16,7 @@ others with the target's forward in pieces.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
@@ -42,7 +43,7 @@ from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
 from overlap.state.mail import DEPTH, Mail, mask_lines
-from overlap.state.packing import Layout, capacity, pack
+from overlap.state.packing import Layout, capacity, pack, pack_again
 from overlap.state.rows import SlotRows
 from overlap.streams.cpu import use_cores
 from overlap.streams.stream import Busy, Mark, Stream
@@ -75,7 +76,10 @@ class TorchFlight:
         num_blocks: int,
         usual: Callable[[], bool],
     ) -> None:
-        """`usual` says, once a block has been launched, whether such steps will always run as this one does."""
+        """`usual` says, once a block has been launched, whether such steps will always run as this one does.
+
+        No blocks are a plan that was launched a moment ago.
+        """
         self.plan = plan
         self.blocks_left = num_blocks
         self._stream = stream
@@ -83,8 +87,8 @@ class TorchFlight:
         self._scores = scores
         self._blocks = blocks
         self._usual = usual
-        self._typical = True
-        self._mark: Mark | None = None
+        self._typical = num_blocks > 0 or usual()
+        self._mark: Mark | None = None if num_blocks else stream.mark()
 
     def launch_block(self) -> None:
         """Enqueue the next block; behind the last one stands the mark."""
@@ -251,6 +255,7 @@ class _LaneRunner:
         self._rows = rows
         self._decodes = decodes
         self._place = 0
+        self._packed: list[StepPlan | None] = [None] * DEPTH  # what lies at each place of the mail
         self._cores = torch.get_num_threads()
         self._shares_cores = False
         self._speculation = speculation
@@ -322,6 +327,11 @@ class _LaneRunner:
     def launch(self, plan: StepPlan) -> TorchFlight:
         """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
         place = self._place = (self._place + 1) % DEPTH
+        before, self._packed[place] = self._packed[place], plan
+        if plan.again and before is not None and before.slots is plan.slots and self._graphs is not None:
+            pack_again(plan, self._mail.plan_words[place])
+            if not plan.logprobs:
+                return self._launch_again(self._graphs, plan, place)
         layout = pack(plan, self._mail.plan_words[place])
         masks = None
         if plan.masked:
@@ -340,6 +350,20 @@ class _LaneRunner:
         flight = TorchFlight(plan, self._stream, landings, scores, blocks, 1, self._is_usual)
         flight.launch_block()
         return flight
+
+    def _launch_again(self, graphs: GraphDriver, plan: StepPlan, place: int) -> TorchFlight:
+        """Enqueue a step of the rows of the step before, by the same graph if that was one."""
+
+        def run() -> None:
+            if graphs.replay_again(plan, place):
+                return
+            layout = pack(plan, self._mail.plan_words[place])
+            with torch.inference_mode():
+                deque(self._step(plan, layout, place, None, None), maxlen=0)
+
+        self._stream.launch("step", run, tokens=plan.num_tokens)
+        landings = [self._mail.landed_words[place][: plan.num_landing]]
+        return TorchFlight(plan, self._stream, landings, None, iter(()), 0, self._is_usual)
 
     def _is_usual(self) -> bool:
         """Return whether the step that was launched last runs as such steps will from now on."""

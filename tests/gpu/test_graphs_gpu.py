@@ -212,7 +212,7 @@ def compare_with_a_graph(parts: Parts, plan: StepPlan, kind: SampleKind, size: i
     for _ in range(2):
         landed[:] = -1
         assert on_stream(runner, partial(graphs.replay_decode, shape, place, rows))
-        assert landed[:rows].tolist() == tokens.tolist()
+        assert landed[:rows].tolist() == tokens.tolist(), kind
         assert (landed[rows:] == -1).all(), "padding lands nowhere"
         assert State(runner).equals(after)
         before.restore()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from overlap.cache.pages import Ints
 from overlap.errors import InternalError
 from overlap.graphs.capture import CaptureError, Graph, Recorder
 from overlap.graphs.lane import Lane, decode_step, part
@@ -66,6 +67,7 @@ class GraphDriver:
         self._recorder: Recorder | None = None
         self._full: dict[Shape, Graph] = {}
         self._pieces: dict[Shape, Pieces] = {}
+        self._again: tuple[Ints, Shape] | None = None  # the rows of the last whole step, and what ran it
         self._turn: int | None = None  # what the device's `turn` is once all that is queued has run; None: unknown
         self._replays = self._piecewise = self._eager = self._captures = self._failures = 0
         self._padded_rows = self._padded_tokens = 0
@@ -77,11 +79,20 @@ class GraphDriver:
         """Return the graph that is to run a plan, captured now if it is time; None for an eager step."""
         decision = self.policy.decide(plan)
         self.usual = decision.capture is None and not decision.first
+        whole = decision.own and decision.run is not None and decision.run.kind != "pieces"
+        self._again = (plan.slots, decision.run) if whole and decision.run is not None else None
         if decision.capture is not None and not self.capture(decision.capture):
             decision = Decision(None, None)
         if decision.run is None:
             self._eager += 1
         return decision.run
+
+    def replay_again(self, plan: StepPlan, place: int) -> bool:
+        """Enqueue a step of the rows of the step before (`StepPlan.again`) as that was; False if it could not be."""
+        if self._again is None or self._again[0] is not plan.slots or self._turn != place:
+            return False
+        self.usual = True
+        return self._launch(self._again[1], place, plan.num_rows)
 
     def forget_turn(self) -> None:
         """Take in that something else has used the mail since."""
@@ -90,10 +101,12 @@ class GraphDriver:
     @torch.inference_mode()
     def replay_decode(self, shape: Shape, place: int, num_rows: int) -> bool:
         """Enqueue a whole decode step, whose plan lies at `place` of the mail; False if it could not be, nor was."""
-        graph = self._full[shape]
         if self._turn != place:
             self._lane.mail.turn.fill_(place)
-        self._turn = None
+        return self._launch(shape, place, num_rows)
+
+    def _launch(self, shape: Shape, place: int, num_rows: int) -> bool:
+        graph, self._turn = self._full[shape], None
         try:
             graph.launch()
         except CaptureError as failure:
@@ -187,6 +200,7 @@ class GraphDriver:
 
     def _lose(self, shape: Shape, failure: Exception) -> None:
         self._failures += 1
+        self._again = None
         first = str(failure).strip().splitlines()
         self.policy.lost(shape, f"{type(failure).__name__}: {first[0] if first else 'no message'}")
         self._full.pop(shape, None)

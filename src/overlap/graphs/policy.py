@@ -68,6 +68,8 @@ class Decision:
 
     capture: Shape | None
     run: Shape | None
+    own: bool = field(default=False, compare=False)
+    """Whether what runs it is the graph of its own kind and size: the next such step needs no other decision."""
     first: bool = field(default=False, compare=False)
     """Whether it runs without a graph because it is the first of its size: the next ones will take less."""
 
@@ -152,7 +154,7 @@ class Policy:
         wanted = Shape(kind, size)
         ready = self._ready(kind, count)
         if ready == wanted:
-            return Decision(None, ready), ""
+            return Decision(None, ready, own=True), ""
         self._missed[wanted] += 1
         patience = SECOND_USE if ready is None else PATIENCE
         if self._missed[wanted] >= patience and self._may_capture(wanted):

@@ -13,6 +13,9 @@ While prompts wait and rows decode, a splitter says how the two share the device
 lanes. In two lanes the side lane's steps hold the prompt chunks and the main lane's the decode rows, planned apart and
 settled in any order; a request changes over when the step that reads the end of its prompt has been settled.
 
+A steady step costs what has changed: while the same rows decode, the plan before is taken with other positions
+(`_plan_again`), and its tokens are looked at for nothing but ends (`_settle_again`).
+
 With a drafter a decode row runs several positions, and only the device knows how many tokens come of them until the
 step is settled. So `next` is an upper bound then: as if every draft in the air were confirmed. What turns out not to be
 is taken back when the step is settled; pages that were taken for it stay, and hold what comes instead.
@@ -44,6 +47,22 @@ from overlap.schedule.slots import Slots, Update
 from overlap.schedule.split import Splitter
 
 NONE: Final = np.empty(0, dtype=np.int32)
+NO_UPDATES: Final[Update] = (NONE, NONE, NONE)
+
+
+class _Known:
+    """What is found out once about rows that are settled again and again."""
+
+    __slots__ = ("fronts", "keys", "num_left", "only_front", "slots", "stops", "until_limit")
+
+    def __init__(self, at: Slots, slots: Ints, num_left: int) -> None:
+        self.slots = slots
+        self.keys, self.fronts, self.stops = at.keys[slots], at.fronts[slots], at.stops[slots]
+        self.only_front = int(self.fronts[0]) if (self.fronts == self.fronts[0]).all() else None
+        self.num_left = num_left
+        """How often a request had left its slot by then: the rows are all read while that stays so."""
+        self.until_limit = int((at.limit[slots] - at.made[slots]).min())
+        """Steps until the first of them has as many tokens as it may have."""
 
 
 class Planner:
@@ -101,6 +120,9 @@ class Planner:
         self._decoding_truncates = False
         self._joining: list[int] = []  # slots that decode from the next plan on
         self._leaving = False  # a slot in _decoding has no more to run
+        self._before: StepPlan | None = None  # the last plan, if its rows may simply go on
+        self._known: _Known | None = None
+        self._num_left = 0  # how often a request has left its slot
         self._all_rows: Ints = np.arange(max_rows, dtype=np.int32)
         self._ones: Ints = np.ones(max_rows, dtype=np.int32)
 
@@ -150,7 +172,9 @@ class Planner:
         return self._desk.queue_seconds
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
-        """Take in what a landed step took on the device."""
+        """Take in what a landed step took on the device. Of steps that repeat one in eight says enough."""
+        if plan.again and plan.number % 8:
+            return
         if plan.scores is None:  # a step that scores is no measure for others
             self._lanes.note_time(plan, seconds)
         if self._pace is not None and plan.num_decode == plan.num_rows:
@@ -241,6 +265,9 @@ class Planner:
         updates: list[Update] = []
         if lane == SIDE:
             return self._plan_side(updates)
+        if self._before is not None and (again := self._plan_again(self._before)) is not None:
+            self._before = again
+            return again
         self._preempt_for_pressing()
         self._refresh_decoding()
         free = self._forms.free(self._decoding)
@@ -256,9 +283,47 @@ class Planner:
             if admissions:
                 raise InternalError("a request was admitted to a step that has no room for it")
             return None
-        return self._build(
-            decode, chunks, admissions, updates, MAIN, width if len(decode) else 1
-        )  # in turn with prompts
+        # a step may be in turn with prompts, and have no decode rows
+        plan = self._build(decode, chunks, admissions, updates, MAIN, width if len(decode) else 1)
+        goes_on = decode is self._decoding and not (chunks or admissions or plan.masked or self._drafts or plan.beside)
+        self._before = plan if goes_on else None
+        return plan
+
+    def _plan_again(self, before: StepPlan) -> StepPlan | None:
+        """Plan the step of the same rows, one position on; None if anything else is to be considered."""
+        at, slots = self._slots, before.slots
+        changed = self._leaving or self._joining or self._prefilling or len(self._queue) or self._lanes.two
+        if changed or slots is not self._decoding or self._forms:
+            return None
+        starts = before.starts + 1
+        short = slots[at.room[slots] < starts + self._reach]
+        if len(short) > self._store.num_available:
+            return None
+        page_slots, page_indices, page_ids = self._extend(short) if len(short) else NO_UPDATES
+        at.next[slots] = starts + 1
+        at.left[slots] = left = at.left[slots] - 1
+        self._leaving = not left.all()
+        self._planned += 1
+        self._lanes[MAIN].note(self._planned)
+        return StepPlan(
+            number=self._planned,
+            slots=slots,
+            counts=before.counts,
+            starts=starts,
+            num_decode=before.num_decode,
+            prompt=NONE,
+            emits=before.emits,
+            sampled=before.sampled,
+            truncated=before.truncated,
+            shaped=before.shaped,
+            logprobs=before.logprobs,
+            again=True,
+            admissions=(),
+            page_slots=page_slots,
+            page_indices=page_indices,
+            page_ids=page_ids,
+            chunk_pages=NONE,
+        )
 
     def _width(self, num_decode: int) -> int:
         """Return how many positions each decode row of the next step runs."""
@@ -354,7 +419,7 @@ class Planner:
 
     def _preempt(self, request: Request) -> None:
         slot = request.slot
-        made, tokens = int(self._slots.made[slot]), self._slots.tokens(slot)
+        tokens, made = self._slots.tokens(slot), int(self._slots.made[slot])
         self._leave(request)
         request.change(Change.PREEMPT)
         request.prompt, request.made, request.chunked, request.slot = tokens, request.made + made, 0, -1
@@ -459,6 +524,7 @@ class Planner:
                 sampled = np.flatnonzero(at.sampled[slots[emits]]).astype(np.int32)
                 truncated = truncated or bool(at.truncates[chunk_slots[last]].any())
         masked, masks = self._forms.masks(slots[emits]) if self._forms else ((), ())
+        page_slots, page_indices, page_ids = _columns(updates)
         return StepPlan(
             number=self._planned,
             lane=lane,
@@ -485,7 +551,9 @@ class Planner:
             score_tokens=None if scores is None else scores[1],
             admissions=tuple(admissions),
             chunk_pages=chunk_pages,
-            **_columns(updates),
+            page_slots=page_slots,
+            page_indices=page_indices,
+            page_ids=page_ids,
         )
 
     # ── settle ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -496,6 +564,9 @@ class Planner:
         Of a wide plan `num_landing` numbers land. Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each
         token, then what is told with it. Of a plan with `scores` their `words` [S, TOLD_WORDS] land, too.
         """
+        if plan.again and not plan.logprobs and (again := self._settle_again(plan, tokens)) is not None:
+            return again
+        self._known = None
         scored = self._settle_scores(plan, words) if words is not None else ()
         told = tokens[:, 1:] if plan.logprobs else None
         tokens = tokens[:, 0] if plan.logprobs else tokens
@@ -522,6 +593,21 @@ class Planner:
             self._forms.note(plan, slots, tokens[:, None], None, draft_words)
         self.pass_step(plan)
         return Settled(keys, fronts, tokens, ends, cached, told, scored)
+
+    def _settle_again(self, plan: StepPlan, tokens: Ints) -> Settled | None:
+        """Take in a step of rows that all go on; None, and nothing is done, if one may end here or has left."""
+        at, known = self._slots, self._known
+        if known is None or known.slots is not plan.slots or known.num_left != self._num_left:
+            if not at.reading[plan.slots].all():
+                return None
+            at.catch_up()
+            known = self._known = _Known(at, plan.slots, self._num_left)
+        if known.until_limit <= 1 or (known.stops == tokens[:, None]).any():
+            return None
+        known.until_limit -= 1
+        at.note_again(plan.slots, tokens)
+        self.pass_step(plan)
+        return Settled(known.keys, known.fronts, tokens, (), only_front=known.only_front)
 
     def _settle_scores(self, plan: StepPlan, words: Ints) -> tuple[Scored, ...]:
         """Take in the scores of prompts that are still read."""
@@ -619,6 +705,7 @@ class Planner:
         self._forms.leave(request)
         self._slots.leave(request, self._lanes[MAIN].planned)
         self._leaving = True
+        self._num_left += 1
         self._open_fences()
 
     # ── check ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -640,9 +727,9 @@ class Planner:
         self._store.check_idle()
 
 
-def _columns(updates: list[Update]) -> dict[str, Ints]:
-    """Turn page table updates into the three columns of a plan."""
+def _columns(updates: list[Update]) -> Update:
+    """Return page table updates as the three columns of a plan."""
     if not updates:
-        return {"page_slots": NONE, "page_indices": NONE, "page_ids": NONE}
+        return NO_UPDATES
     slots, indices, pages = (np.concatenate(column) for column in zip(*updates, strict=True))
-    return {"page_slots": slots, "page_indices": indices, "page_ids": pages}
+    return slots, indices, pages

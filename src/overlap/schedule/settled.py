@@ -41,6 +41,8 @@ class Settled:
     the ids of the MOST_ALTERNATIVES most likely tokens (-1 past the vocabulary), then the bits of theirs."""
     scored: tuple[Scored, ...] = ()
     """Scores of prompts. Those of one request come in order, and none after its first token."""
+    only_front: int | None = None
+    """The front of all entries, where that is known already."""
 
     def of_front(self, front: int) -> Settled:
         """Return the entries of one front."""

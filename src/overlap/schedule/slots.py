@@ -8,6 +8,8 @@ step ahead of the device. `made` counts the tokens that have been settled. Betwe
 that turns out to have ended has been launched once more already; its slot is no longer `reading`, so what lands there
 is dropped, and the fence keeps slot and pages until it has landed.
 
+Tokens of the same rows, step after step, are written down together (`note_again`, `catch_up`).
+
 Settled full pages go to the prefix tree: those of a prompt as its chunks are settled, those of an answer when its
 request leaves its slot. `shared` says which entries of a slot's table the tree has; the others are the slot's own.
 """
@@ -28,6 +30,8 @@ from overlap.schedule.request import Request
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Update: TypeAlias = tuple[Ints, Ints, Ints]
 """Page table updates as parallel columns: slots, indices, pages."""
+MOST_LATE: Final = 32
+"""Steps whose tokens are written down at once at most."""
 
 
 class Slots:
@@ -81,6 +85,8 @@ class Slots:
         self._page_tokens: Ints = np.zeros(
             (store.num_pages, PAGE), dtype=np.int32
         )  # the host's copy of what pages hold
+        self._late: list[Ints] = []  # tokens of `_late_slots`, a column a step, that are not written down yet
+        self._late_slots: Ints = np.empty(0, dtype=np.int32)
 
     def take(self, request: Request, hit: Hit) -> Update:
         """Give a request a slot, the pages of its hit, and new ones for what `pages_at_first` says."""
@@ -136,12 +142,32 @@ class Slots:
 
     def note_tokens(self, slots: Ints, tokens: Ints) -> None:
         """Take in one settled token for each of `slots`."""
+        self.catch_up()
         positions = self.base[slots] + self.made[slots]
         self._page_tokens[self.table[slots, positions // PAGE], positions % PAGE] = tokens
         self.made[slots] += 1
 
+    def note_again(self, slots: Ints, tokens: Ints) -> None:
+        """Take in the same as `note_tokens`, soon: see `catch_up`. Cheap while `slots` stays the same object."""
+        if slots is not self._late_slots:
+            self.catch_up()
+            self._late_slots = slots
+        self._late.append(tokens)
+        if len(self._late) == MOST_LATE:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Write down what `note_again` was told. Whoever reads `made` or the tokens of pages asks for this first."""
+        if not self._late:
+            return
+        slots, tokens, self._late = self._late_slots, np.stack(self._late), []
+        positions = self.base[slots] + self.made[slots] + np.arange(len(tokens), dtype=np.int32)[:, None]
+        self._page_tokens[self.table[slots, positions // PAGE], positions % PAGE] = tokens
+        self.made[slots] += len(tokens)
+
     def note_runs(self, slots: Ints, runs: Ints, kept: Ints) -> None:
         """Take in the first `kept` [N] tokens of each row of `runs` [N, J] for each of `slots` [N]."""
+        self.catch_up()
         rows, places = np.where(np.arange(runs.shape[1]) < kept[:, None])
         slots_n = slots[rows]
         positions = self.base[slots_n] + self.made[slots_n] + places
@@ -158,6 +184,7 @@ class Slots:
 
     def tokens(self, slot: int) -> Ints:
         """Return the tokens of a slot, the settled ones of its answer included."""
+        self.catch_up()
         length = int(self.base[slot] + self.made[slot])
         return self._page_tokens[self.table[slot, : pages_for(length)]].reshape(-1)[:length].copy()
 
@@ -166,6 +193,7 @@ class Slots:
 
         The settled full pages stay in the prefix tree, which may give them up once the fence is open.
         """
+        self.catch_up()
         slot = request.slot
         self.reading[slot] = False
         self.num_running -= 1
@@ -185,6 +213,7 @@ class Slots:
         pages = self.table[slot, :num_full]
         if self.shared[slot, :num_full].all():
             return
+        self.catch_up()
         tokens = self._page_tokens[pages].reshape(-1)
         request.node, kept = self.store.keep(tokens, pages.copy(), request.salt, request.node)
         self.shared[slot, :num_full] |= kept

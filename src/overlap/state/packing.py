@@ -22,8 +22,9 @@ ADMISSION_WORDS: Final = 8
 NUM_ROWS: Final = 0
 NUM_UPDATES: Final = 6
 PAGE_UPDATES: Final = 13
+PROMPT: Final = 14
 USED: Final = 15
-"""Where the header has R, N, the offset of the page updates, and the words in use: a graph reads them there."""
+"""Where the header has R, N, the offsets of page updates and prompt, and the words in use: a graph reads them there."""
 SECTIONS: Final = (
     "slots", "row_tokens", "counts", "row_emits", "sampled", "admissions", "page_updates", "prompt",
 )  # fmt: skip
@@ -103,6 +104,18 @@ def pack(plan: StepPlan, out: Ints) -> Layout:
         updates[0], updates[1], updates[2] = plan.page_slots, plan.page_indices, plan.page_ids
     out[prompt:used] = plan.prompt
     return layout
+
+
+def pack_again(plan: StepPlan, out: Ints) -> None:
+    """Write a plan to where one of the same rows was packed last (see `StepPlan.again`): only page updates differ."""
+    first, num_updates = int(out[PAGE_UPDATES]), len(plan.page_slots)
+    end = first + 3 * num_updates
+    if end > len(out):
+        raise InternalError(f"Step {plan.number} needs {end} packed words, but the buffer has {len(out)}.")
+    out[NUM_UPDATES], out[PROMPT], out[USED] = num_updates, end, end
+    if num_updates:
+        updates = out[first:end].reshape(3, num_updates)
+        updates[0], updates[1], updates[2] = plan.page_slots, plan.page_indices, plan.page_ids
 
 
 def _admission_words(admissions: tuple[Admission, ...]) -> Ints:

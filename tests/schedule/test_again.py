@@ -1,0 +1,102 @@
+"""Steps that repeat: the plan before taken one position on, and tokens looked at for nothing but ends."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from overlap.schedule.plan import StepPlan
+from overlap.schedule.planner import Planner
+from overlap.schedule.request import Request
+from overlap.schedule.settled import Settled
+from overlap.state.packing import USED, capacity, pack, pack_again
+
+
+class Careful(Planner):
+    """Never repeats."""
+
+    def _plan_again(self, before: StepPlan) -> StepPlan | None:
+        return None
+
+    def _settle_again(self, plan: StepPlan, tokens: Any) -> Settled | None:
+        return None
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two plans, or what was settled, say the same."""
+    leave_out = {"again", "only_front", "masks"}
+    return all(
+        np.array_equal(getattr(one, field.name), getattr(other, field.name))
+        for field in fields(one)
+        if field.name not in leave_out
+    )
+
+
+def run(kind: type[Planner], seed: int) -> tuple[list[StepPlan], list[Settled]]:
+    """Drive a planner through a random load, two steps in the air; return all that it said."""
+    chance = random.Random(seed)
+    pages, max_rows = chance.choice([12, 40, 200]), chance.choice([1, 3, 8])
+    planner = kind(max_rows=max_rows, num_pages=pages, token_budget=64, prefill_chunk=32, context=160)
+    plans: list[StepPlan] = []
+    settled: list[Settled] = []
+    flights: deque[StepPlan] = deque()
+    for step in range(400):
+        if chance.random() < 0.04 and step < 300:
+            planner.submit(
+                Request(
+                    key=step,
+                    front=chance.choice([0, 0, 1]),
+                    prompt=np.array([chance.randrange(9) for _ in range(chance.randint(1, 40))], dtype=np.int32),
+                    limit=chance.choice([1, 5, 60, 100]),
+                    stop_ids=(7,) if chance.random() < 0.5 else (),
+                    temperature=chance.choice([0.0, 0.7]),
+                )
+            )
+        if chance.random() < 0.01:
+            planner.end(chance.randrange(step + 1))
+        plan = planner.plan()
+        if plan is not None:
+            plans.append(plan)
+            flights.append(plan)
+        if flights and (plan is None or len(flights) == 2):
+            flight = flights.popleft()
+            tokens = np.array([chance.randrange(400) for _ in range(len(flight.emits))], dtype=np.int32)
+            settled.append(planner.settle(flight, tokens))
+        planner.check()
+    return plans, settled
+
+
+def test_steps_that_repeat_are_those_that_would_have_been_planned_anyway() -> None:
+    repeated = 0
+    for seed in range(24):
+        plans, settled = run(Planner, seed)
+        careful_plans, careful_settled = run(Careful, seed)
+        assert len(plans) == len(careful_plans)
+        assert all(same(*pair) for pair in zip(plans, careful_plans, strict=True)), seed
+        assert all(same(*pair) for pair in zip(settled, careful_settled, strict=True)), seed
+        repeated += sum(plan.again for plan in plans)
+    assert repeated > 2000
+
+
+def test_a_plan_packed_over_one_of_the_same_rows_is_packed_as_if_alone() -> None:
+    packed = 0
+    for seed in range(8):
+        plans, _ = run(Planner, seed)
+        places: list[StepPlan | None] = [None] * 3
+        words = np.zeros((3, capacity(8, 64, 208)), dtype=np.int32)
+        for number, plan in enumerate(plans):
+            before, places[number % 3] = places[number % 3], plan
+            if plan.again and before is not None and before.slots is plan.slots:
+                packed += 1
+                pack_again(plan, words[number % 3])
+                alone = np.zeros_like(words[0])
+                pack(plan, alone)
+                used = int(alone[USED])
+                assert words[number % 3, :used].tolist() == alone[:used].tolist()
+            else:
+                pack(plan, words[number % 3])
+    assert packed > 300
