@@ -18,7 +18,8 @@ Two loads, JSON lines: `offline`, many requests at once, tokens in and out over 
 random moments (the same for every way) over answers that run already: time between two tokens of those (one that
 brought several counts as several), time to the first token of the prompts, and all tokens over the seconds until the
 last prompt is done. Then a line each of how the policy compares with the best fixed way. Before any figure the graphs
-of all shares are captured and all ways run a part of the load, for kernels and the policy to settle. A way that fails
+of all shares are captured, all ways run a part of the load, for kernels to be there, and the policy runs whole loads:
+what it has learned is kept on disk, so that a policy knows its loads is the rule. A way that fails
 or takes more than `--limit` seconds has a line that says so, and the others go on. Doubt it as you doubt one round on
 a shared machine: `--rounds` more of them shows the spread. Both shapes are meant to take two minutes on an H100.
 """
@@ -275,8 +276,10 @@ async def warm_up(bench: Bench, asked: argparse.Namespace, progress: Any) -> Non
     await bench.settled(3 * asked.settle)
     for load in asked.load:
         for way in ways_of(bench, asked, load):
-            with suppress(Exception):  # told when it is measured
-                await run_way(bench, asked, load, way, asked.warm)
+            learns = way in ("auto", "target")
+            for _ in range(asked.learn if learns else 1):
+                with suppress(Exception):  # told when it is measured
+                    await run_way(bench, asked, load, way, 1.0 if learns else asked.warm)
             await bench.settled(asked.settle)
             progress.update()
 
@@ -306,8 +309,9 @@ async def turns(bench: Bench, asked: argparse.Namespace, shape: str, load: str, 
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "torch": torch.__version__,
     }  # fmt: skip
+    ways = ways_of(bench, asked, load)
     for number in range(asked.rounds):
-        for way in ways_of(bench, asked, load):
+        for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:  # nobody is always the last
             target = {"target_itl_ms": asked.target_itl_ms} if way == "target" else {}
             try:
                 found.setdefault(way, []).append(await run_way(bench, asked, load, way, 1.0))
@@ -362,6 +366,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=1)
     arguments.add_argument("--limit", type=float, default=60.0, metavar="S", help="for one way under one load")
     arguments.add_argument("--warm", type=float, default=0.3, help="share of a load that each way runs before")
+    arguments.add_argument("--learn", type=int, default=2, metavar="N", help="loads that the policy runs before")
     arguments.add_argument("--settle", type=float, default=15.0, metavar="S", help="wait for graphs so long at most")
     for name, kind in (("requests", int), ("tokens-in", int), ("tokens-out", int), ("running", int), ("prompt", int),
                        ("rate", float), ("seconds", float), ("max-rows", int)):  # fmt: skip

@@ -368,7 +368,7 @@ def _splitter(
     cost.load(costs.path)
     target_s = resolved.target_itl_s
     # For throughput two lanes brought 1.05 times the better of the others at best (H100, bench/two_lanes.py).
-    patience = 512 if cuda and target_s is None else 0
+    patience = 256 if cuda and target_s is None else 0
     budget = resolved.token_budget
     policy = SplitPolicy(cost, token_budget=budget, target_itl_s=target_s, shares=shares, patience=patience)
     return policy, costs

@@ -334,7 +334,7 @@ def test_without_a_second_lane_it_chooses_between_mixed_and_serial() -> None:
     assert set(chosen.choices) <= {"mixed", "serial"}
 
 
-def test_with_patience_two_lanes_are_not_tried_for_a_size_that_came_a_few_times_only() -> None:
+def test_with_patience_two_lanes_are_not_tried_before_many_steps_were_planned() -> None:
     tried = {}
     for patience in (0, 400):
         chosen = SplitPolicy(CostModel(NOMINAL, "test"), token_budget=BUDGET, patience=patience)

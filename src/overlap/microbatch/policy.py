@@ -120,8 +120,8 @@ class SplitPolicy:
     ) -> None:
         """`shares` are the numbers of SMs that decode rows can have to themselves; none without such hardware.
 
-        `two_lanes` False leaves mixed and serial to choose from. `patience` is how often a size must have come before
-        two lanes are tried for it: where they can bring little, a short job has no time to find out.
+        `two_lanes` False leaves mixed and serial to choose from. `patience` is how many steps are planned before two
+        lanes are tried at all: where they can bring little, a short job has no time to find out.
         """
         self.cost = cost
         self.shares: Final = shares
@@ -183,7 +183,7 @@ class SplitPolicy:
     def _look(self, size: _Size, rows: int, context: int, tokens: int, later: int) -> Choice:
         work = _Work(rows, context, tokens, self._worth_s(rows, context, later))
         ways = {route: self._way(route, work) for route in self._routes}
-        if size.chosen <= self._patience:
+        if self._total <= self._patience:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
         if size.trial is not None:
             way = ways[size.trial]
