@@ -203,12 +203,7 @@ class Runner:
 
     def usable(self) -> bool:
         """Return whether the device still works. Waits for it."""
-        if self._device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self._device)
-            except RuntimeError:
-                return False
-        return True
+        return all(lane.usable() for lane in self._lanes)
 
     def state_bytes(self) -> int:
         """Return the bytes of device memory that slots, mail and KV take."""
@@ -328,10 +323,10 @@ class _LaneRunner:
         """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
         place = self._place = (self._place + 1) % DEPTH
         before, self._packed[place] = self._packed[place], plan
-        if plan.again and before is not None and before.slots is plan.slots and self._graphs is not None:
+        same = before is not None and before.slots is plan.slots and before.width == plan.width
+        if plan.again and same and not plan.logprobs and self._graphs is not None:
             pack_again(plan, self._mail.plan_words[place])
-            if not plan.logprobs:
-                return self._launch_again(self._graphs, plan, place)
+            return self._launch_again(self._graphs, plan, place)
         layout = pack(plan, self._mail.plan_words[place])
         masks = None
         if plan.masked:
@@ -364,6 +359,20 @@ class _LaneRunner:
         self._stream.launch("step", run, tokens=plan.num_tokens)
         landings = [self._mail.landed_words[place][: plan.num_landing]]
         return TorchFlight(plan, self._stream, landings, None, iter(()), 0, self._is_usual)
+
+    def usable(self) -> bool:
+        """Return whether what was launched could run. Waits for it, on CUDA.
+
+        For this stream, not for the device: that fails while anybody in the process captures a graph.
+        """
+        if not self._kv.is_cuda:
+            return True
+        self._stream.launch("check", lambda: torch.cuda.current_stream(self._kv.device).synchronize())
+        try:
+            self._stream.mark()  # an error of the device stays, and every later call tells it
+        except RuntimeError:
+            return False
+        return True
 
     def _is_usual(self) -> bool:
         """Return whether the step that was launched last runs as such steps will from now on."""

@@ -161,6 +161,7 @@ class State:
             self._columns += [getattr(shapes, name)[:-1] for name in ShapeRows.__slots__]
         self._rows = [column.clone() for column in self._columns]
         self._kv = runner._kv.clone()
+        torch.cuda.synchronize()  # what is launched next runs on another stream
 
     def restore(self) -> None:
         with torch.inference_mode():

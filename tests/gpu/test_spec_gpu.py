@@ -217,6 +217,7 @@ class State:
             columns.append(runner._rows.shapes.rows.seen[:scratch])
         self._columns = [*columns, runner._kv]
         self._kept = [column.clone() for column in self._columns]
+        torch.cuda.synchronize()  # what is launched next runs on another stream
 
     def restore(self) -> None:
         with torch.inference_mode():

@@ -67,7 +67,7 @@ class GraphDriver:
         self._recorder: Recorder | None = None
         self._full: dict[Shape, Graph] = {}
         self._pieces: dict[Shape, Pieces] = {}
-        self._again: tuple[Ints, Shape] | None = None  # the rows of the last whole step, and what ran it
+        self._again: tuple[Ints, int, Shape] | None = None  # rows and width of the last whole step, and what ran it
         self._turn: int | None = None  # what the device's `turn` is once all that is queued has run; None: unknown
         self._replays = self._piecewise = self._eager = self._captures = self._failures = 0
         self._padded_rows = self._padded_tokens = 0
@@ -80,7 +80,7 @@ class GraphDriver:
         decision = self.policy.decide(plan)
         self.usual = decision.capture is None and not decision.first
         whole = decision.own and decision.run is not None and decision.run.kind != "pieces"
-        self._again = (plan.slots, decision.run) if whole and decision.run is not None else None
+        self._again = (plan.slots, plan.width, decision.run) if whole and decision.run is not None else None
         if decision.capture is not None and not self.capture(decision.capture):
             decision = Decision(None, None)
         if decision.run is None:
@@ -89,10 +89,13 @@ class GraphDriver:
 
     def replay_again(self, plan: StepPlan, place: int) -> bool:
         """Enqueue a step of the rows of the step before (`StepPlan.again`) as that was; False if it could not be."""
-        if self._again is None or self._again[0] is not plan.slots or self._turn != place:
+        if self._again is None or self._turn != place:
+            return False
+        slots, width, shape = self._again
+        if slots is not plan.slots or width != plan.width:
             return False
         self.usual = True
-        return self._launch(self._again[1], place, plan.num_rows)
+        return self._launch(shape, place, plan.num_rows)
 
     def forget_turn(self) -> None:
         """Take in that something else has used the mail since."""

@@ -79,6 +79,7 @@ class FlashInferAttention:
         self._wrappers = [
             BatchPrefillWithPagedKVCacheWrapper(prefill_scratch, "NHD", backend=backend) for _ in range(_WRAPPERS)
         ]
+        self._columns = [_Columns() for _ in range(_WRAPPERS)]
         self._turn = 0
         self._prefill: Any = None
         self._num_decode = 0
@@ -118,11 +119,14 @@ class FlashInferAttention:
         lengths = rows.starts[num_decode:] + counts
         self._turn = (self._turn + 1) % _WRAPPERS
         self._prefill = self._wrappers[self._turn]
+        pinned = self._columns[self._turn].put(
+            _offsets(counts), _offsets(-(-lengths // PAGE)), rows.chunk_pages, (lengths - 1) % PAGE + 1
+        )
         self._prefill.plan(
-            qo_indptr=_pinned(_offsets(counts)),
-            paged_kv_indptr=_pinned(_offsets(-(-lengths // PAGE))),
-            paged_kv_indices=_pinned(rows.chunk_pages),
-            paged_kv_last_page_len=_pinned((lengths - 1) % PAGE + 1),
+            qo_indptr=pinned[0],
+            paged_kv_indptr=pinned[1],
+            paged_kv_indices=pinned[2],
+            paged_kv_last_page_len=pinned[3],
             num_qo_heads=self._num_heads,
             num_kv_heads=self._num_kv_heads,
             head_dim_qk=self._head_dim,
@@ -231,6 +235,20 @@ def _offsets(counts: Ints) -> Ints:
     return out
 
 
-def _pinned(column: Ints) -> Tensor:
-    """Return a pinned copy. torch's caching allocator gives its memory out again only when copies from it are done."""
-    return torch.from_numpy(np.ascontiguousarray(column)).pin_memory()
+class _Columns:
+    """Pinned memory for the columns of one wrapper's plan, written again two steps later: then that has landed."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0, dtype=torch.int32)
+
+    def put(self, *columns: Ints) -> list[Tensor]:
+        """Return the columns as int32 in pinned memory."""
+        total = sum(map(len, columns))
+        if total > len(self._held):
+            self._held = torch.empty(max(1024, 1 << (total - 1).bit_length()), dtype=torch.int32, pin_memory=True)
+        words, parts, start = self._held.numpy(), [], 0
+        for column in columns:
+            words[start : start + len(column)] = column
+            parts.append(self._held[start : start + len(column)])
+            start += len(column)
+        return parts

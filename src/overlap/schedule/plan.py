@@ -101,8 +101,8 @@ class StepPlan:
     """... and which, one for each: int32 [P, B], first for the row's next token, then behind each of its drafts; bit
     `v % 32` of word `v // 32` for token v."""
     again: bool = False
-    """Whether these are the rows of the lane's step before, `slots` being the same object, all of them decode rows, and
-    nothing but their positions and pages has changed: what was found out about the rows then still holds."""
+    """Whether these are the rows of the lane's step before, `slots` being the same object, all of them decode rows of
+    the same width, and nothing but positions and pages has changed: what was found out about them then still holds."""
     tells_drafts: int = 0
     """With a drafter: behind all else land so many numbers and one for each masked row: how many drafts its slot holds
     now, and these."""

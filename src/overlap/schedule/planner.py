@@ -172,8 +172,8 @@ class Planner:
         return self._desk.queue_seconds
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
-        """Take in what a landed step took on the device. Of steps that repeat one in eight says enough."""
-        if plan.again and plan.number % 8:
+        """Take in what a landed step took on the device. Of plain steps that repeat one in eight says enough."""
+        if plan.again and self._pace is None and plan.number % 8:
             return
         if plan.scores is None:  # a step that scores is no measure for others
             self._lanes.note_time(plan, seconds)
@@ -265,14 +265,18 @@ class Planner:
         updates: list[Update] = []
         if lane == SIDE:
             return self._plan_side(updates)
-        if self._before is not None and (again := self._plan_again(self._before)) is not None:
-            self._before = again
-            return again
+        before, width = self._before, 1
+        goes_on = before is not None and self._goes_on(before)
+        if before is not None and goes_on:
+            width = self._width(before.num_decode)
+            if width == before.width and (again := self._plan_again(before)) is not None:
+                self._before = again
+                return again
         self._preempt_for_pressing()
         self._refresh_decoding()
         free = self._forms.free(self._decoding)
         decode = self._grow(free, updates) if len(free) else NONE
-        width = self._width(len(decode)) if self._drafts and len(decode) else 1
+        width = width if goes_on else self._width(len(decode))
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
         stalled = max(0, len(free) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
@@ -285,22 +289,25 @@ class Planner:
             return None
         # a step may be in turn with prompts, and have no decode rows
         plan = self._build(decode, chunks, admissions, updates, MAIN, width if len(decode) else 1)
-        goes_on = decode is self._decoding and not (chunks or admissions or plan.masked or self._drafts or plan.beside)
-        self._before = plan if goes_on else None
+        repeats = decode is self._decoding and not (chunks or admissions or plan.masked or plan.beside)
+        self._before = plan if repeats else None
         return plan
 
-    def _plan_again(self, before: StepPlan) -> StepPlan | None:
-        """Plan the step of the same rows, one position on; None if anything else is to be considered."""
-        at, slots = self._slots, before.slots
+    def _goes_on(self, before: StepPlan) -> bool:
+        """Whether there is nothing to consider but the rows of the step before."""
         changed = self._leaving or self._joining or self._prefilling or len(self._queue) or self._lanes.two
-        if changed or slots is not self._decoding or self._forms:
-            return None
-        starts = before.starts + 1
-        short = slots[at.room[slots] < starts + self._reach]
+        return not (changed or self._forms) and before.slots is self._decoding
+
+    def _plan_again(self, before: StepPlan) -> StepPlan | None:
+        """Plan the step of the same rows, some positions on; None if there are not enough pages."""
+        at, slots, width = self._slots, before.slots, before.width
+        starts = at.next[slots]  # with a drafter less may have come of the step before than was hoped for
+        needed = starts + self._reach
+        short = slots[at.room[slots] < (np.minimum(needed, self._context) if self._drafts else needed)]
         if len(short) > self._store.num_available:
             return None
         page_slots, page_indices, page_ids = self._extend(short) if len(short) else NO_UPDATES
-        at.next[slots] = starts + 1
+        at.next[slots] = starts + width
         at.left[slots] = left = at.left[slots] - 1
         self._leaving = not left.all()
         self._planned += 1
@@ -311,6 +318,8 @@ class Planner:
             counts=before.counts,
             starts=starts,
             num_decode=before.num_decode,
+            width=width,
+            drafts=before.drafts,
             prompt=NONE,
             emits=before.emits,
             sampled=before.sampled,
@@ -327,6 +336,8 @@ class Planner:
 
     def _width(self, num_decode: int) -> int:
         """Return how many positions each decode row of the next step runs."""
+        if not (self._drafts and num_decode):
+            return 1
         wide = self._drafts + 1
         fits = num_decode * wide < self._token_budget
         return wide if fits and (self._pace is None or self._pace.choose(num_decode)) else 1
@@ -564,8 +575,14 @@ class Planner:
         Of a wide plan `num_landing` numbers land. Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each
         token, then what is told with it. Of a plan with `scores` their `words` [S, TOLD_WORDS] land, too.
         """
-        if plan.again and not plan.logprobs and (again := self._settle_again(plan, tokens)) is not None:
+        if (
+            plan.again
+            and plan.width == 1
+            and not plan.logprobs
+            and (again := self._settle_again(plan, tokens)) is not None
+        ):
             return again
+        self._slots.catch_up()
         self._known = None
         scored = self._settle_scores(plan, words) if words is not None else ()
         told = tokens[:, 1:] if plan.logprobs else None
