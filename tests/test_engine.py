@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import random
+import sys
 import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -384,6 +385,17 @@ async def test_closing_ends_what_runs_and_draining_lets_it_end(tiny_llama_dir: P
         await asyncio.sleep(0.001)
     await engine.aclose(drain=True)
     assert (await reader).usage.completion_tokens == 30
+
+
+async def test_an_engine_whose_parts_cannot_be_imported_says_so(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "overlap.assemble", None)
+    engine = AsyncEngine(tiny_llama_dir, device="cpu")
+    async with asyncio.timeout(20):
+        with pytest.raises(ImportError, match=r"overlap\.assemble"):
+            await engine.start()
+        await engine.aclose()
 
 
 async def test_starting_can_be_cancelled(tiny_llama_dir: Path) -> None:
