@@ -50,7 +50,8 @@ def main() -> None:
         axes.barh(place + 0.17, rate / limit, color="#2f6f5e", height=0.34)
         axes.barh(place - 0.17, VLLM[key] / limit, color="#b9c2cf", height=0.34)
         told = f"{rate:,.0f}" if best[key] is auto[key] else f"{rate:,.0f} ({best[key]['tokens_per_s']:,.0f})"
-        axes.text(1.015, place, f"{told} of {limit:,.0f} tok/s", va="center", color="#39465a")
+        beside = max(1.0, VLLM[key] / limit) + 0.015
+        axes.text(beside, place, f"{told} of {limit:,.0f} tok/s", va="center", color="#39465a")
     axes.set_yticks(range(len(keys)), [f"{NAMES[model]} {workload}" for model, workload in reversed(keys)])
     axes.set_xlim(0, 1.42)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "limit on an H100"])

@@ -326,3 +326,15 @@ def test_a_picture_of_two_lanes_shows_the_second_one_at_work() -> None:
     words = " ".join(text for text in shown.itertext())
     assert "step 7" in words
     assert "step 30" not in words
+
+
+def test_a_picture_of_two_lanes_shows_the_second_one_even_if_it_worked_in_a_shorter_time_without_idling() -> None:
+    device = [DeviceSpan("compute", n, 1e-3 * n, 1e-3 * (n + 1), 0.0, 0.0) for n in range(1, 41)]
+    device += [
+        DeviceSpan("compute", n, 1e-3 * (n + 9), 1e-3 * (n + 10), 9e-3 if n == 41 else 0.0, 0.0) for n in (41, 42)
+    ]
+    device.append(DeviceSpan("prompts", 43, 51e-3, 53e-3, 0.0, 0.0))
+    record = Record("two lanes", (), tuple(sorted(device, key=lambda span: span.start)), {})
+    words = " ".join(ET.fromstring(picture(record, steps=6)).itertext())
+    assert "step 43" in words
+    assert "step 20" not in words

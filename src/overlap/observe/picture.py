@@ -75,7 +75,8 @@ def picture(record: Record, *, steps: int = 12) -> str:
 def _window(device: tuple[DeviceSpan, ...], steps: int) -> list[DeviceSpan]:
     """Return the spans of the middle steps of the longest run of steps that no idle time interrupts.
 
-    With several streams: of the steps around the one nearest to the middle that ran on another stream than the first.
+    With several streams: of the longest in which more than one ran, the steps around the one nearest to the middle that
+    ran on another stream than the first.
     """
     runs: list[list[DeviceSpan]] = []
     busy_until = 0.0
@@ -85,7 +86,8 @@ def _window(device: tuple[DeviceSpan, ...], steps: int) -> list[DeviceSpan]:
             runs.append([])
         runs[-1].append(span)
         busy_until = max(busy_until, span.end)
-    longest = max(runs, key=len, default=[])
+    several = [run for run in runs if len({span.stream for span in run}) > 1]
+    longest = max(several or runs, key=len, default=[])
     numbers = sorted({span.number for span in longest})
     first = max(0, (len(numbers) - steps) // 2)
     others = sorted({span.number for span in longest if span.stream != longest[0].stream})

@@ -49,11 +49,13 @@ class LedFlight:
     async def wait_landed(self) -> Ints:
         """Return the tokens [E]. Raises EngineDead with the reason if a rank was lost meanwhile."""
         try:
-            return await self._flight.wait_landed()
+            tokens = await self._flight.wait_landed()
         except Exception as failure:
             if not await asyncio.to_thread(self._team.wait_lost, CAUSE_S):
                 raise
             raise EngineDead(self._team.why()) from failure
+        self._team.check()  # a sum over NCCL that was given up raises nothing, and what lands then means nothing
+        return tokens
 
     def scored(self) -> Ints | None:
         """Return this rank's scores: they are the same on each. Only once it has landed."""
