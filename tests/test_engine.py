@@ -387,13 +387,16 @@ async def test_closing_ends_what_runs_and_draining_lets_it_end(tiny_llama_dir: P
     assert (await reader).usage.completion_tokens == 30
 
 
+@pytest.mark.parametrize("missing", ["overlap.assemble", "torch"])
 async def test_an_engine_whose_parts_cannot_be_imported_says_so(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "overlap.assemble", None)
+    for name in {missing, "overlap.assemble"}:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     engine = AsyncEngine(tiny_llama_dir, device="cpu")
     async with asyncio.timeout(20):
-        with pytest.raises(ImportError, match=r"overlap\.assemble"):
+        with pytest.raises(ImportError, match=missing):
             await engine.start()
         await engine.aclose()
 

@@ -272,9 +272,12 @@ class Core:
             if self._masks is not None:
                 self._masks.close()
             self._loop = self._planner = self._runner = self._masks = None
-            gc.collect()  # a failed step's traceback may hold tensors in a cycle
-            _give_back_cached_memory()
-            self._stopped.set_result(None)
+            try:
+                gc.collect()  # a failed step's traceback may hold tensors in a cycle
+                with suppress(ImportError):  # of torch: then there is nothing to give back
+                    _give_back_cached_memory()
+            finally:
+                self._stopped.set_result(None)
 
     def _serve(self) -> None:
         try:

@@ -106,7 +106,9 @@ class GraphDriver:
         """Enqueue a whole decode step, whose plan lies at `place` of the mail; False if it could not be, nor was."""
         if self._turn != place:
             self._lane.mail.turn.fill_(place)
-        return self._launch(shape, place, num_rows)
+        launched = self._launch(shape, place, num_rows)
+        self._eager += not launched
+        return launched
 
     def _launch(self, shape: Shape, place: int, num_rows: int) -> bool:
         graph, self._turn = self._full[shape], None
@@ -114,7 +116,6 @@ class GraphDriver:
             graph.launch()
         except CaptureError as failure:
             self._lose(shape, failure)
-            self._eager += 1
             return False
         self._turn = (place + 1) % DEPTH
         self._replays += 1
