@@ -31,7 +31,7 @@ from overlap.cache.pages import Ints
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
-from overlap.state.packing import capacity, pack, pack_again
+from overlap.state.packing import capacity, goes_over, pack, pack_again
 from overlap.streams.sim import SimDevice
 
 ROWS = (1, 16, 64, 256, 1024)
@@ -77,7 +77,7 @@ class Rig:
     def launch(self, plan: StepPlan) -> None:
         """Pack a plan and queue it."""
         out, before = self._buffers[plan.number % 3], self._plans[plan.number % 3]
-        if plan.again and before is not None and before.slots is plan.slots:  # as the runner does
+        if goes_over(plan, before):  # as the runner does
             pack_again(plan, out)
         else:
             pack(plan, out)

@@ -21,7 +21,7 @@ last prompt is done. Then a line each of how the policy compares with the best f
 of all shares are captured, all ways run a part of the load, for kernels to be there, and the policy runs whole loads:
 what it has learned is kept on disk, so that a policy knows its loads is the rule. A way that fails
 or takes more than `--limit` seconds has a line that says so, and the others go on. Doubt it as you doubt one round on
-a shared machine: `--rounds` more of them shows the spread. Both shapes are meant to take two minutes on an H100.
+a shared machine: `--rounds` more of them shows the spread. SmolLM2's shape with two rounds takes 108 s on an H100.
 """
 
 from __future__ import annotations

@@ -249,10 +249,7 @@ class Core:
         """Outbox: hand a step's tokens to the fronts that read them."""
         if not len(settled.keys) and not settled.scored:
             return
-        only = None if settled.only_front is None else self._fronts.get(settled.only_front)
-        if only is not None and only.post_settled(settled):
-            return
-        for number in {*settled.fronts.tolist(), *(one.front for one in settled.scored)}:
+        for number in settled.all_fronts:
             part = settled.of_front(number)
             front = self._fronts.get(number)
             if front is None or not front.post_settled(part):  # its event loop was closed: nobody reads there any more

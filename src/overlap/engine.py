@@ -30,6 +30,8 @@ from overlap.text.answer import AnswerText
 from overlap.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
+    from overlap.cache.pages import Ints
+    from overlap.schedule.matcher import Matcher
     from overlap.text import Tokenizer
 
 
@@ -363,15 +365,17 @@ class AsyncEngine:
             turns=front.turns,
             scored=None if params.prompt_logprobs is None else PromptScores(tokens.tolist(), params.prompt_logprobs),
         )
-        own = _own_terms(params, terms, deadline, self._eos_ids(live), live.model.vocab_size)
-        request = Request(
+        request = _request(
+            params,
+            terms,
             key=key,
             front=front.number,
             prompt=tokens,
             limit=limit,
             matcher=matcher,
-            scores=0 if params.prompt_logprobs is None else len(tokens),
-            **own,
+            deadline=deadline,
+            eos_ids=self._eos_ids(live),
+            vocab_size=live.model.vocab_size,
         )
         with self._lock:
             if request_id in self._answers:
@@ -409,24 +413,40 @@ class AsyncEngine:
                 self._core.end(answer.key)
 
 
-def _own_terms(
-    params: SamplingParams, terms: Terms, deadline: float | None, eos_ids: set[int], vocab_size: int
-) -> dict[str, Any]:
-    """Return what a Request has of its caller's parameters and terms, by field."""
+def _request(
+    params: SamplingParams,
+    terms: Terms,
+    *,
+    key: int,
+    front: int,
+    prompt: Ints,
+    limit: int,
+    matcher: Matcher | None,
+    deadline: float | None,
+    eos_ids: set[int],
+    vocab_size: int,
+) -> Request:
+    """Return what the engine's loop has to know of a request."""
     goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
     stop_ids = {*params.stop_token_ids, *(() if goes_on else eos_ids)}
-    return {
-        "temperature": params.temperature,
-        "top_k": max(params.top_k, 0),
-        "top_p": params.top_p,
-        "min_p": params.min_p,
-        "seed": secrets.randbits(64) if params.seed is None else params.seed % 2**64,
-        "stop_ids": tuple(sorted(stop_ids)),
-        "shaping": params.shaping(stop_ids, vocab_size),
-        "logprobs": params.logprobs is not None,
-        "structured": params.structured,
-        "priority": terms.priority,
-        "fairness_key": terms.fairness_key,
-        "salt": terms.cache_salt,
-        "deadline": deadline,
-    }
+    return Request(
+        key=key,
+        front=front,
+        prompt=prompt,
+        limit=limit,
+        temperature=params.temperature,
+        top_k=max(params.top_k, 0),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=secrets.randbits(64) if params.seed is None else params.seed % 2**64,
+        stop_ids=tuple(sorted(stop_ids)),
+        shaping=params.shaping(stop_ids, vocab_size),
+        logprobs=params.logprobs is not None,
+        structured=params.structured,
+        matcher=matcher,
+        scores=0 if params.prompt_logprobs is None else len(prompt),
+        priority=terms.priority,
+        fairness_key=terms.fairness_key,
+        salt=terms.cache_salt,
+        deadline=deadline,
+    )

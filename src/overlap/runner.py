@@ -1,9 +1,9 @@
 """The runner: turns a plan into work on a stream, and the work's end into tokens. Decides nothing.
 
-A step is one of three; each begins with one packed copy of its plan to the device. A decode step that was captured is
-one launch more: its graph writes the tokens to pinned memory, too (`graphs.lane`). Any other's tokens come back as one
-copy; its forward is run eagerly, or as captured pieces with attention in between (`graphs.pieces`). The ends on the
-host rotate: see `state.mail`.
+A step is one of three. A decode step that was captured is one launch: its graph fetches the plan from pinned memory
+and writes the tokens there (`graphs.lane`). Any other crosses to the device as one packed copy and comes back as one;
+its forward is run eagerly, or as captured pieces with attention in between (`graphs.pieces`). The ends on the host
+rotate: see `state.mail`. A step of the same rows as the one before is packed by what has changed and runs as that ran.
 
 Two lanes have a stream, a mail, an attention and graphs each; weights, KV and the slots' rows are the same. A step of
 the side lane is launched in blocks of layers, so that the main lane's next step never waits for the host to launch all
@@ -43,7 +43,7 @@ from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
 from overlap.state.mail import DEPTH, Mail, mask_lines
-from overlap.state.packing import Layout, capacity, pack, pack_again
+from overlap.state.packing import Layout, capacity, goes_over, pack, pack_again
 from overlap.state.rows import SlotRows
 from overlap.streams.cpu import use_cores
 from overlap.streams.stream import Busy, Mark, Stream
@@ -326,8 +326,7 @@ class _LaneRunner:
         """Enqueue a plan and return at once; a side lane's is enqueued block by block."""
         place = self._place = (self._place + 1) % DEPTH
         before, self._packed[place] = self._packed[place], plan
-        same = before is not None and before.slots is plan.slots and before.width == plan.width
-        if plan.again and same and not plan.logprobs and self._graphs is not None:
+        if self._graphs is not None and not plan.logprobs and goes_over(plan, before):
             pack_again(plan, self._mail.plan_words[place])
             return self._launch_again(self._graphs, plan, place)
         layout = pack(plan, self._mail.plan_words[place])

@@ -295,14 +295,12 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
 
             def eager(shape: Shape, place: int, num_rows: int, graphs: GraphDriver = graphs) -> bool:
                 assert shape.kind != "pieces"
-                if graphs._turn != place:
-                    graphs._lane.mail.turn.fill_(place)
                 graphs.run_eagerly(shape)
                 graphs._turn = (place + 1) % DEPTH
                 return True
 
             if not replays:
-                graphs.replay_decode = eager  # type: ignore[method-assign]
+                graphs._launch = eager  # type: ignore[method-assign]
             answers.append(serve(parts, requests(48, 1), aborts))
             statistics.append(runner.statistics())
             preemptions = parts.planner.statistics().preemptions

@@ -6,7 +6,6 @@ import asyncio
 import json
 import signal
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,12 +70,11 @@ async def test_a_killed_rank_ends_the_engine_and_leaves_nothing(model: Path) -> 
     generation = engine.generate([5, 6, 7], SamplingParams(max_tokens=900, ignore_eos=True))
     await anext(generation)
     followers[0].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    with pytest.raises(EngineDead, match=r"rank 1 .* was ended by signal 9 \(SIGKILL\)"):
-        async for _ in generation:
-            pass
-    await engine.aclose()
-    assert time.monotonic() - killed < 30, "the other waits for a rank that is gone"
+    async with asyncio.timeout(30):  # or the other waits for a rank that is gone
+        with pytest.raises(EngineDead, match=r"rank 1 .* was ended by signal 9 \(SIGKILL\)"):
+            async for _ in generation:
+                pass
+        await engine.aclose()
     assert not any(process.is_running() for process in followers)
     assert left_behind() <= before
 
@@ -85,8 +83,7 @@ async def test_an_exception_in_one_rank_ends_the_engine_and_leaves_nothing(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = left_behind()
-    began = time.monotonic()
-    async with AsyncEngine(model, **OPTIONS, tensor_parallel=2) as engine:
+    async with asyncio.timeout(90), AsyncEngine(model, **OPTIONS, tensor_parallel=2) as engine:
         runner = engine._core._runner
         assert isinstance(runner, LeadingRunner)
         launch = runner._team.launch
@@ -97,5 +94,4 @@ async def test_an_exception_in_one_rank_ends_the_engine_and_leaves_nothing(
         monkeypatch.setattr(runner._team, "launch", spoilt)
         with pytest.raises(EngineDead, match=r"rank 1 .* failed: IndexError"):
             await answer(engine, [5, 6, 7], 40)
-    assert time.monotonic() - began < 60
     assert left_behind() <= before

@@ -15,7 +15,7 @@ from overlap.schedule.plan import REFUSED, UNUSED, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
-from overlap.state.packing import USED, capacity, pack, pack_again
+from overlap.state.packing import USED, capacity, goes_over, pack, pack_again
 
 
 class Careful(Planner):
@@ -122,7 +122,7 @@ def test_a_plan_packed_over_one_of_the_same_rows_is_packed_as_if_alone() -> None
         words = np.zeros((3, capacity(8, 64, 208)), dtype=np.int32)
         for number, plan in enumerate(plans):
             before, places[number % 3] = places[number % 3], plan
-            if plan.again and before is not None and before.slots is plan.slots:
+            if goes_over(plan, before):
                 packed += 1
                 pack_again(plan, words[number % 3])
                 alone = np.zeros_like(words[0])

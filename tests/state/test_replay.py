@@ -72,7 +72,7 @@ def compare_kernels(chance: random.Random) -> None:
     """Run the references and the kernels on the same plan, and compare all that they wrote."""
     from overlap.state import replay_triton
 
-    slots, width = chance.choice([1, 6, 40]), chance.choice([3, 130])
+    slots, width = chance.choice([1, 6, 40, 100]), chance.choice([3, 130])  # 100 rows: a plan for several programs
     size = chance.randint(1, slots) if chance.random() < 0.8 else slots + 3
     place = chance.choice([*range(DEPTH), EMPTY])
     plan = decode_plan(chance, slots, min(size, slots), width)

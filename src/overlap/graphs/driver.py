@@ -79,8 +79,8 @@ class GraphDriver:
         """Return the graph that is to run a plan, captured now if it is time; None for an eager step."""
         decision = self.policy.decide(plan)
         self.usual = decision.capture is None and not decision.first
-        whole = decision.own and decision.run is not None and decision.run.kind != "pieces"
-        self._again = (plan.slots, plan.width, decision.run) if whole and decision.run is not None else None
+        own = decision.run if decision.own else None
+        self._again = None if own is None or own.kind == "pieces" else (plan.slots, plan.width, own)
         if decision.capture is not None and not self.capture(decision.capture):
             decision = Decision(None, None)
         if decision.run is None:

@@ -1,7 +1,7 @@
 """CUDA's driver, called without giving up the interpreter's lock.
 
 torch lets go of the lock at each call. While another thread computes in Python, the engine's thread would then wait for
-it behind every record, query and copy, up to 5 ms each, though the calls take a microsecond. What waits for the device,
+it behind every record and query, up to 5 ms each, though the calls take a microsecond. What waits for the device,
 or takes long (capturing), is called through `patient`, which lets go of it.
 """
 

@@ -4,7 +4,7 @@ A kernel that is launched so may begin as soon as every block of the kernel befo
 in its first instruction). Until its own `gdc_wait` it may read only what no kernel writes: weights. It must wait before
 its first read of anything else and before its first write. Every kernel of ours waits in every block, so a kernel that
 has ended implies that all before it have, and the order of the stream is kept for what comes behind. A kernel that may
-be the first of a graph is never launched so: there it does not wait for a copy in front of the graph.
+be the first of a graph is a plain one: what it waits for lies in front of the graph, where it cannot be started early.
 """
 
 from __future__ import annotations

@@ -157,7 +157,9 @@ class _Rank:
             dtype=dtype,
             device=self._device,
         )
-        attention, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
+        attention, _ = choose_attention(
+            kv, part.num_heads, max_pages_per_row=pages_for(memory.context), max_rows=setup.max_rows
+        )
         return Runner(
             program,
             attention,

@@ -53,13 +53,13 @@ NO_UPDATES: Final[Update] = (NONE, NONE, NONE)
 class _Known:
     """What is found out once about rows that are settled again and again."""
 
-    __slots__ = ("fronts", "keys", "num_left", "only_front", "slots", "stops", "until_limit")
+    __slots__ = ("departures", "fronts", "keys", "only_front", "slots", "stops", "until_limit")
 
-    def __init__(self, at: Slots, slots: Ints, num_left: int) -> None:
+    def __init__(self, at: Slots, slots: Ints, departures: int) -> None:
         self.slots = slots
         self.keys, self.fronts, self.stops = at.keys[slots], at.fronts[slots], at.stops[slots]
         self.only_front = int(self.fronts[0]) if (self.fronts == self.fronts[0]).all() else None
-        self.num_left = num_left
+        self.departures = departures
         """How often a request had left its slot by then: the rows are all read while that stays so."""
         self.until_limit = int((at.limit[slots] - at.made[slots]).min())
         """Steps until the first of them has as many tokens as it may have."""
@@ -122,7 +122,8 @@ class Planner:
         self._leaving = False  # a slot in _decoding has no more to run
         self._before: StepPlan | None = None  # the last plan, if its rows may simply go on
         self._known: _Known | None = None
-        self._num_left = 0  # how often a request has left its slot
+        self._seen: Ints = NONE  # the rows of the last step that repeated and was settled at length
+        self._departures = 0  # how often a request has left its slot
         self._all_rows: Ints = np.arange(max_rows, dtype=np.int32)
         self._ones: Ints = np.ones(max_rows, dtype=np.int32)
 
@@ -265,9 +266,8 @@ class Planner:
         updates: list[Update] = []
         if lane == SIDE:
             return self._plan_side(updates)
-        before, width = self._before, 1
-        goes_on = before is not None and self._goes_on(before)
-        if before is not None and goes_on:
+        before, width = self._before, 0
+        if before is not None and self._goes_on(before):
             width = self._width(before.num_decode)
             if width == before.width and (again := self._plan_again(before)) is not None:
                 self._before = again
@@ -276,7 +276,7 @@ class Planner:
         self._refresh_decoding()
         free = self._forms.free(self._decoding)
         decode = self._grow(free, updates) if len(free) else NONE
-        width = width if goes_on else self._width(len(decode))
+        width = width or self._width(len(decode))
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
         stalled = max(0, len(free) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
@@ -614,11 +614,12 @@ class Planner:
     def _settle_again(self, plan: StepPlan, tokens: Ints) -> Settled | None:
         """Take in a step of rows that all go on; None, and nothing is done, if one may end here or has left."""
         at, known = self._slots, self._known
-        if known is None or known.slots is not plan.slots or known.num_left != self._num_left:
-            if not at.reading[plan.slots].all():
+        if known is None or known.slots is not plan.slots or known.departures != self._departures:
+            first, self._seen = self._seen is not plan.slots, plan.slots
+            if first or not at.reading[plan.slots].all():  # what comes once is not worth finding out about
                 return None
             at.catch_up()
-            known = self._known = _Known(at, plan.slots, self._num_left)
+            known = self._known = _Known(at, plan.slots, self._departures)
         if known.until_limit <= 1 or (known.stops == tokens[:, None]).any():
             return None
         known.until_limit -= 1
@@ -722,7 +723,7 @@ class Planner:
         self._forms.leave(request)
         self._slots.leave(request, self._lanes[MAIN].planned)
         self._leaving = True
-        self._num_left += 1
+        self._departures += 1
         self._open_fences()
 
     # ── check ────────────────────────────────────────────────────────────────────────────────────────────────────

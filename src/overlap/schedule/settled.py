@@ -44,8 +44,17 @@ class Settled:
     only_front: int | None = None
     """The front of all entries, where that is known already."""
 
+    @property
+    def all_fronts(self) -> set[int]:
+        """Whose entries there are."""
+        if self.only_front is not None:
+            return {self.only_front}
+        return {*self.fronts.tolist(), *(one.front for one in self.scored)}
+
     def of_front(self, front: int) -> Settled:
         """Return the entries of one front."""
+        if self.only_front == front:
+            return self
         mine = self.fronts == front
         if mine.all() and all(one.front == front for one in self.scored):
             return self

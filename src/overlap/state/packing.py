@@ -106,8 +106,13 @@ def pack(plan: StepPlan, out: Ints) -> Layout:
     return layout
 
 
+def goes_over(plan: StepPlan, before: StepPlan | None) -> bool:
+    """Return whether a plan can be packed over another one by `pack_again`: it repeats, and the rows are the same."""
+    return plan.again and before is not None and before.slots is plan.slots and before.width == plan.width
+
+
 def pack_again(plan: StepPlan, out: Ints) -> None:
-    """Write a plan to where one of the same rows was packed last (see `StepPlan.again`): only page updates differ."""
+    """Write a plan to where one of the same rows was packed last (see `goes_over`): only page updates differ."""
     first, num_updates = int(out[PAGE_UPDATES]), len(plan.page_slots)
     end = first + 3 * num_updates
     if end > len(out):
