@@ -96,6 +96,16 @@ def candidates(op: Op, question: Question, rows: int) -> Iterator[Tiles]:
         for block_o, block_i in cuts:
             if block_o * rows <= 32 and (block_i <= 2 * question.inputs):
                 yield Tiles("gemv", block_o, block_i, max(1, block_i // 256))
+    if rows > 1:
+        width = 1024 if question.inputs <= 1024 or large else 2048
+        warps = (4, 8) if question.inputs <= 1024 else (8,)
+        for block_o in (8, 16, 32):
+            yield from (Tiles("split", block_o, width, count) for count in warps)
+        if not large and question.inputs % 2048 > 1024:
+            yield Tiles("split", 8, 4096, 16)
+        if large:
+            yield Tiles("split", 16, 512, 4)
+            yield Tiles("split", 64, 512, 8)
     if rows > 1 and "norm" not in op:
         yield Tiles("dot", 16, 128 if question.inputs < 1024 else 256, 4, 4)
         yield Tiles("dot", 16, 256, 2, 5)

@@ -2,9 +2,10 @@
 
     python bench/steady.py                                        SmolLM2's shape, 1, 8, 64 and 256 rows
     python bench/steady.py --shape llama-8b --rows 1 8 --kernels  and which kernels a step's time goes to
+    python bench/steady.py --model smollm2-135m-instruct --speculative eagle --rows 1 8   steps that verify and draft
 
-Random weights. As many rows as asked for decode at once; windows with and without a trace take turns. A JSON line for
-each number of rows:
+Random weights, unless a model is named. Steps with a drafter are all wide ones here (`num_drafts` is fixed). As many
+rows as asked for decode at once; windows with and without a trace take turns. A JSON line for each number of rows:
 
     step_ms        time between two steps, of the windows without a trace
     bubble         the share of the time in which the device had nothing queued, measured on the device (target: under
@@ -64,13 +65,18 @@ async def keep_busy(engine: AsyncEngine, rows: int, tokens: int, vocabulary: int
     return tasks
 
 
-async def window(engine: AsyncEngine) -> dict[str, float]:
-    """Return what a window's steps took: seconds between two, and the bubble's share."""
+async def window(engine: AsyncEngine, rows: int) -> dict[str, float]:
+    """Return what a window's steps of so many rows took: seconds between two, the bubble's share, tokens a second."""
     before, began = engine.statistics(), time.perf_counter()
     await asyncio.sleep(WINDOW_S)
     after, seconds = engine.statistics(), time.perf_counter() - began
     bubble, busy = after.bubble_s - before.bubble_s, after.busy_s - before.busy_s
-    return {"step_s": seconds / max(1, after.steps - before.steps), "bubble": bubble / max(1e-9, bubble + busy)}
+    steps = max(1, after.steps - before.steps)
+    return {
+        "step_s": seconds / steps,
+        "bubble": bubble / max(1e-9, bubble + busy),
+        "tokens_per_s": (rows * steps + after.accepted_tokens - before.accepted_tokens) / seconds,
+    }
 
 
 def host_us(record: Record) -> dict[str, float]:
@@ -100,7 +106,9 @@ async def kernels(engine: AsyncEngine) -> list[tuple[float, float, str]]:
 
 async def measure(asked: argparse.Namespace, model: str) -> None:
     """Open an engine and print a line for each number of rows."""
-    options: dict[str, Any] = {"load_format": "dummy", "context": 64 + asked.tokens + 16, "max_rows": max(asked.rows)}
+    options: dict[str, Any] = {"context": 64 + asked.tokens + 16, "max_rows": max(asked.rows)}
+    options |= {} if asked.model else {"load_format": "dummy"}
+    options |= {"speculative": asked.speculative, "num_drafts": asked.num_drafts} if asked.speculative else {}
     async with AsyncEngine(model, device=asked.device, **options) as engine:
         vocabulary = engine._opened.model.vocab_size  # type: ignore[union-attr]
         for rows in asked.rows:
@@ -111,11 +119,11 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
             await asyncio.sleep(WINDOW_S / 4)
             plain, traced, records = [], [], []
             for _ in range(asked.rounds):
-                plain.append(await window(engine))
+                plain.append(await window(engine, rows))
                 with tempfile.TemporaryDirectory() as folder:
                     tracing: Tracing = engine.trace(f"{folder}/trace.json")
                     async with tracing as trace:
-                        traced.append(await window(engine))
+                        traced.append(await window(engine, rows))
                     records.append(trace.record())
             found = await kernels(engine) if asked.kernels and torch.cuda.is_available() else []
             ended = sum(task.done() for task in tasks)
@@ -123,10 +131,12 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             step_s = statistics.median(one["step_s"] for one in plain)
+            drafting = {"speculative": asked.speculative, "drafts": asked.num_drafts} if asked.speculative else {}
+            rate = statistics.median(one["tokens_per_s"] for one in plain)
             line = {
-                "bench": "steady", "shape": asked.shape, "rows": rows, "step_ms": round(1e3 * step_s, 4),
-                "tokens_per_s": round(rows / step_s, 1), "bubble": [round(one["bubble"], 5) for one in plain],
-                "host_us": host_us(records[-1]),
+                "bench": "steady", "shape": asked.model or asked.shape, **drafting, "rows": rows,
+                "step_ms": round(1e3 * step_s, 4), "tokens_per_s": round(rate, 1),
+                "bubble": [round(one["bubble"], 5) for one in plain], "host_us": host_us(records[-1]),
                 "trace_costs": round(statistics.median(one["step_s"] for one in traced) / step_s - 1, 4),
                 "ended_early": ended, "device": name_of(asked.device), "torch": torch.__version__, "kernels": found,
             }  # fmt: skip
@@ -168,6 +178,9 @@ def main() -> None:
     """Read the command line, measure, print."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    arguments.add_argument("--model", help="a model in place of random weights of a shape")
+    arguments.add_argument("--speculative", choices=("ngram", "eagle"))
+    arguments.add_argument("--num-drafts", type=int, default=4)
     arguments.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
     arguments.add_argument("--tokens", type=int, default=12000, help="of each answer: more than the windows need")
     arguments.add_argument("--rounds", type=int, default=3)
@@ -179,7 +192,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shape = {**SHAPES[asked.shape], "max_position_embeddings": max(8192, asked.tokens + 128)}
         (Path(folder) / "config.json").write_text(json.dumps(shape))
-        asyncio.run(measure(asked, folder))
+        asyncio.run(measure(asked, asked.model or folder))
     if asked.device != "cpu" and torch.cuda.is_available():
         uvloop.run(awaiting(200))
 

@@ -132,9 +132,11 @@ def assemble(asked: EngineConfig) -> Parts:
             parts = _on(stream, lambda: _parts(resolved, checkpoint, text, stream, device, team, cache, show=show))
             return replace(parts, masks=masks)
         except BaseException:
+            if team is not None:
+                team.give_up()  # before the stream is waited for, which may wait for the other ranks
             stream.close()
             if team is not None:
-                team.close(kill=True)
+                team.close()
             if masks is not None:
                 masks.close()
             raise

@@ -22,6 +22,8 @@ CUTS = (
     (None, torch.bfloat16),
     (None, torch.float16),
     (Tiles("gemv", 4, 1024, 4), torch.bfloat16),
+    (Tiles("split", 8, 1024, 8), torch.bfloat16),
+    (Tiles("split", 16, 512, 4), torch.float16),
     (Tiles("dot", 16, 128, 4, 4), torch.bfloat16),
     (Tiles("dot", 64, 64, 4, 4), torch.bfloat16),
 )
@@ -45,7 +47,7 @@ def test_each_way_of_multiplying_few_rows_agrees_with_float64(
     if cut is not None:
 
         def same(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
-            unfit = "norm" in op if cut.kernel == "dot" else rows > 8
+            unfit = "norm" in op if cut.kernel == "dot" else cut.kernel == "gemv" and rows > 8
             return None if unfit else cut
 
         monkeypatch.setattr("overlap.ops.linear_choice.guess", same)
@@ -76,7 +78,7 @@ def test_each_way_of_multiplying_few_rows_agrees_with_float64(
 @pytest.mark.parametrize("shape", [(9, 3, 64, 576), (32, 8, 128, 4096)], ids=str)
 def test_norm_product_rotation_and_write_in_one_kernel_agree_with_float32(shape: tuple[int, int, int, int]) -> None:
     num_heads, num_kv_heads, head_dim, hidden = shape
-    for rows in (1, 3, 5):
+    for rows in (1, 3, 5, 9, 16):
         torch.manual_seed(rows)
         weight = torch.randn((num_heads + 2 * num_kv_heads) * head_dim, hidden).mul(0.05).bfloat16()
         residual, factor = torch.randn(rows, hidden), torch.rand(hidden) + 0.5

@@ -109,12 +109,14 @@ def main() -> None:
     compile_all()
     for rows in (1, 3, 16):
         linears(576, 1536, rows)
+    linears(2048, 4096, 16)
 
 
 def compile_all() -> None:
     linears(64, 128, 1)
     rotated(1, 9, 3, 64, 576)
     rotated(2, 32, 8, 128, 4096)
+    rotated(8, 9, 3, 64, 576)
     for width in (1, 5):
         decoded(3, 3, 64, width)
         decoded(8, 4, 128, width)

@@ -96,20 +96,22 @@ def check_embedding(chance: random.Random) -> None:
         assert torch.equal(embedding_triton.embed(token_ids, table), embedding.embed(token_ids, table))
 
 
-def random_tiles(chance: random.Random, kernel: Literal["gemv", "dot"]) -> Tiles:
+def random_tiles(chance: random.Random, kernel: Literal["gemv", "split", "dot"]) -> Tiles:
+    if kernel == "split":
+        return Tiles("split", chance.choice([8, 16]), chance.choice([64, 256]), 4)
     if kernel == "dot":
         return Tiles("dot", chance.choice([16, 32]), chance.choice([16, 32, 64]), 4, 3)
     return Tiles("gemv", chance.choice([2, 4, 8]), chance.choice([16, 64, 256]), 4)
 
 
 def check_linear(chance: random.Random) -> None:
-    """Plain, biased, added, normed, gated, and their mixtures, in both kernels, against float64."""
-    kernels: tuple[Literal["gemv", "dot"], ...] = ("gemv", "gemv", "dot")
+    """Plain, biased, added, normed, gated, and their mixtures, in all kernels, against float64."""
+    kernels: tuple[Literal["gemv", "split", "dot"], ...] = ("gemv", "split", "dot")
     for kernel in kernels:
         # The interpreter multiplies the bits of bfloat16 as whole numbers in `tl.dot` (Triton 3.6).
         dtype = chance.choice([torch.float32, torch.bfloat16 if kernel == "gemv" else torch.float16])
         rows, outputs, inputs = chance.randint(1, 16), chance.choice([1, 30, 64, 100]), 8 * chance.randint(1, 20)
-        gated, normed = chance.random() < 0.5, kernel == "gemv" and chance.random() < 0.5
+        gated, normed = chance.random() < 0.5, kernel != "dot" and chance.random() < 0.5
         added = not gated and chance.random() < 0.5
         x = torch.randn(rows, inputs + 8)[:, :inputs].to(torch.float32 if normed else dtype)
         weight = torch.randn(2 * outputs if gated else outputs, inputs).to(dtype)
@@ -137,7 +139,9 @@ def check_linear(chance: random.Random) -> None:
 
 def check_qkv(chance: random.Random) -> None:
     """Norm, product, rotation and write in one kernel against one after the other."""
-    for dtype in DTYPES:
+    kinds: tuple[tuple[torch.dtype, Literal["gemv", "split"]], ...]
+    kinds = ((torch.float32, "gemv"), (torch.bfloat16, "gemv"), (torch.float32, "split"), (torch.float16, "split"))
+    for dtype, kernel in kinds:
         num_kv_heads = chance.choice([1, 2, 3])
         num_heads, head_dim, hidden = num_kv_heads * chance.choice([1, 3]), chance.choice([4, 16, 48]), 40
         tokens, layers, pages = chance.randint(1, 9), 3, 5
@@ -151,7 +155,7 @@ def check_qkv(chance: random.Random) -> None:
         layer = chance.randrange(layers)
         got_kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
         expected_kv = got_kv.float()
-        tiles = Tiles("gemv", chance.choice([2, 4, 8]), chance.choice([16, 64]), 4)
+        tiles = random_tiles(chance, kernel)
         rest = (layer, kv_index, num_heads, num_kv_heads)
         got = qkv_triton.norm_qkv(residual, factor, 1e-5, weight, bias, tiles, positions, table, got_kv, *rest)
         qkv = norm.rms_norm(residual, factor, 1e-5, torch.float32) @ weight.float().T

@@ -22,6 +22,7 @@ def test_a_guess_is_a_cut_that_the_kernels_can_take(op: Op, shape: tuple[int, in
         if tiles is None:
             assert "norm" in op  # the norm apart, and then one of ours
             assert rows > 2
+            assert shape[0] * shape[1] > 1 << 22  # a large weight
             continue
         for size in (tiles.block_o, tiles.block_i, tiles.warps):
             assert size & (size - 1) == 0
@@ -29,6 +30,9 @@ def test_a_guess_is_a_cut_that_the_kernels_can_take(op: Op, shape: tuple[int, in
         if tiles.kernel == "gemv":  # a thread has 8 inputs side by side, and no two warps share a row's piece
             assert tiles.block_i == 256 * tiles.warps
             assert tiles.block_o >= 2  # a gate and its up
+        elif tiles.kernel == "split":
+            assert tiles.block_o >= 8  # the tensor cores' least
+            assert tiles.block_i >= 16 * tiles.warps
         else:
             assert min(tiles.block_o, tiles.block_i) >= 16
 

@@ -20,15 +20,16 @@ write of keys and values after it; SiLU and product of its two halves; norm and 
 class Tiles:
     """How a kernel cuts a matrix."""
 
-    kernel: Literal["gemv", "dot"]
-    """"gemv" multiplies in float32 registers, "dot" on the tensor cores (and knows no norm)."""
+    kernel: Literal["gemv", "split", "dot"]
+    """"gemv" multiplies in float32 registers, "split" on the tensor cores, each warp a part of the inputs, "dot" there,
+    too, over large weights (and knows no norm)."""
     block_o: int
     """Rows of the weight that a program owns."""
     block_i: int
     """Inputs that it takes at a time."""
     warps: int
     stages: int = 1
-    """Tiles in flight (dot only; gemv keeps one ahead, in registers)."""
+    """Tiles in flight (dot only; the others keep one ahead, in registers)."""
 
 
 def bucket(rows: int) -> int:
@@ -54,8 +55,12 @@ def choose(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
 def guess(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
     """Return what should be good: every SM busy, whole rows of small matrices in flight before the wait."""
     weight_rows = 2 * outputs if "gated" in op else outputs
+    large = weight_rows * inputs > _LARGE
     # Past two rows, x costs a program as much to read as its part of a large weight: the tensor cores share it more.
-    if rows > (2 if weight_rows * inputs > _LARGE else 4):
+    if rows > 4 and not large:
+        block_i = 1024 if inputs <= 1024 or inputs > 2048 else 2048
+        return Tiles("split", 8 if weight_rows // 16 < _PROGRAMS else 16, block_i, 8)
+    if rows > 2 and large:
         if "norm" in op:
             return None
         block_o = next((block for block in (64, 32) if weight_rows // block >= _PROGRAMS), 16)

@@ -5,8 +5,11 @@ each program owns a few rows of the weight, loads its first tile *before* it wai
 are never written), and loads each later tile one ahead. Norm before, residual or SiLU after cost nothing but arithmetic
 there, and save a kernel and a round trip through memory each.
 
-Two kernels: `_gemv_kernel` multiplies in float32 registers (1 to 8 rows); `_dot_kernel` on the tensor cores, the weight
-as the left operand (up to 16 rows). Both add up in float32 and round once, when the result is stored.
+Two kernels. `_skinny_kernel` takes its first tile of the weight before it waits, the whole of it where inputs are few,
+and multiplies either in float32 registers ("gemv") or on the tensor cores, each warp a part of the inputs ("split": one
+chain of 16 by 8 products would be as long as the inputs, and the other warps idle). `_dot_kernel` runs on the tensor
+cores over large weights, which are its left operand. All add up in float32 and round once, when the result is stored;
+a norm before "split" is rounded to the weight's dtype once more, before the tensor cores.
 
 Legend: T tokens (rows of x), I inputs, O outputs.
 """
@@ -33,9 +36,16 @@ def _silu(value):
 
 
 @triton.jit
-def first_tile(weight, line, inside, INPUTS: tl.constexpr, BLOCK_I: tl.constexpr):  # noqa: ANN201
-    """Load the first [1, BLOCK_O, BLOCK_I] of the weight's rows `line`. Weights are never written: no need to wait."""
-    column = tl.arange(0, BLOCK_I)[None, None, :]
+def _columns(BLOCK_I: tl.constexpr, PARTS: tl.constexpr):
+    """Return the inputs of a tile, [PARTS, 1, BLOCK_I / PARTS]."""
+    PART: tl.constexpr = BLOCK_I // PARTS
+    return tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+
+
+@triton.jit
+def first_tile(weight, line, inside, INPUTS: tl.constexpr, BLOCK_I: tl.constexpr, PARTS: tl.constexpr):  # noqa: ANN201
+    """Load the first [PARTS, BLOCK_O, BLOCK_I / PARTS] of the weight's rows `line`: never written, so no wait."""
+    column = _columns(BLOCK_I, PARTS)
     source = weight + line.to(tl.int64)[None, :, None] * INPUTS + column
     mask = inside[None, :, None] & (column < INPUTS)
     return tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -56,10 +66,84 @@ def multiply(  # noqa: ANN201
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PARTS: tl.constexpr,
     RUN: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
     """Return x (or its RMS norm) times the weight's rows `line`, [ROWS, BLOCK_O], given the `first_tile` of them."""
+    if PARTS > 1:
+        y = _by_parts(
+            tile, x, norm, weight, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
+            HAS_NORM,
+        )  # fmt: skip
+    else:
+        y = _by_lanes(
+            tile, x, norm, weight, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, RUN, HAS_NORM
+        )
+    return y
+
+
+@triton.jit
+def _by_parts(
+    tile,
+    x,
+    norm,
+    weight,
+    line,
+    line_inside,
+    rows,
+    x_stride,
+    eps,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """On the tensor cores: a warp multiplies its part of the inputs, and the parts are added up at the end."""
+    row = tl.arange(0, ROWS)
+    column = _columns(BLOCK_I, PARTS)
+    source = weight + line.to(tl.int64)[None, :, None] * INPUTS + column
+    x_source = x + row.to(tl.int64)[None, :, None] * x_stride + column
+    total = tl.zeros((PARTS, ROWS, BLOCK_O), tl.float32)
+    squares = tl.zeros((PARTS, ROWS, BLOCK_I // PARTS), tl.float32)
+    for start in range(0, INPUTS, BLOCK_I):
+        ahead = start + BLOCK_I
+        ahead_inside = line_inside[None, :, None] & (ahead + column < INPUTS)
+        next_tile = tl.load(source + ahead, mask=ahead_inside, other=0.0, eviction_policy="evict_first")
+        inside = start + column < INPUTS
+        value = tl.load(x_source + start, mask=(row < rows)[None, :, None] & inside, other=0.0)
+        if HAS_NORM:
+            squares += value * value
+            value = (value * tl.load(norm + start + column, mask=inside, other=0.0)).to(tile.dtype)
+        total = tl.dot(value, tl.permute(tile, (0, 2, 1)), total, input_precision="ieee")
+        tile = next_tile
+    y = tl.sum(total, axis=0)
+    if HAS_NORM:
+        y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=2), axis=0) / INPUTS + eps)[:, None]
+    return y
+
+
+@triton.jit
+def _by_lanes(
+    tile,
+    x,
+    norm,
+    weight,
+    line,
+    line_inside,
+    rows,
+    x_stride,
+    eps,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    RUN: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """In float32 registers."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_I)
     source = weight + line.to(tl.int64)[None, :, None] * INPUTS + column[None, None, :]
@@ -87,7 +171,7 @@ def multiply(  # noqa: ANN201
 
 # `rows` is not specialised: 1 and 16 would each be compiled anew. INPUTS is known so that a loop of one turn is none.
 @triton.jit(do_not_specialize=["rows"])
-def _gemv_kernel(
+def _skinny_kernel(
     x,
     norm,
     weight,
@@ -104,6 +188,7 @@ def _gemv_kernel(
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PARTS: tl.constexpr,
     RUN: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -124,7 +209,7 @@ def _gemv_kernel(
     else:
         output = program * BLOCK_O + line
         line = output
-    tile = first_tile(weight, line, output < outputs, INPUTS, BLOCK_I)
+    tile = first_tile(weight, line, output < outputs, INPUTS, BLOCK_I, PARTS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     y = multiply(
@@ -141,6 +226,7 @@ def _gemv_kernel(
         ROWS,
         BLOCK_O,
         BLOCK_I,
+        PARTS,
         RUN,
         HAS_NORM,
     )
@@ -269,7 +355,7 @@ def linear(
     """Return x W^T + b, [T, O], for x [T, I] and a contiguous weight; T is at most 16.
 
     `norm` is (weight [I] in float32, eps) of an RMS norm of x before the product; x is the float32 stream then,
-    and the kernel must be "gemv". `residual_TO` (float32) is added to the result, which is float32 then. `gated`: the
+    and the kernel not "dot". `residual_TO` (float32) is added to the result, which is float32 then. `gated`: the
     weight is [2O, I], and the result silu(first half) * second half. `dtype` is that of the result, else the weight's.
     """
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -291,6 +377,11 @@ def greedy(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiles: Tiles)
     options: dict[str, Any] = launch_triton.early(x_TI.device)
     _best_kernel[(rows,)](highest, best, tokens, parts, BLOCK=block, num_warps=max(1, min(block // 256, 16)), **options)
     return tokens
+
+
+def parts_of(tiles: Tiles, rows: int) -> dict[str, int]:
+    """Return the constants PARTS and ROWS of a skinny kernel: a warp's part each, and the tensor cores' 16 rows."""
+    return {"PARTS": tiles.warps, "ROWS": 16} if tiles.kernel == "split" else {"PARTS": 1, "ROWS": bucket(rows)}
 
 
 def _launch(
@@ -321,8 +412,8 @@ def _launch(
         )  # fmt: skip
         return
     scale, eps = (weight, 0.0) if norm is None else norm
-    _gemv_kernel[(grid,)](
+    _skinny_kernel[(grid,)](
         x, scale, weight, *others, out, best, rows, outputs, *strides, eps,
-        INPUTS=inputs, ROWS=bucket(rows), BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, RUN=RUN,
+        INPUTS=inputs, BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, RUN=RUN, **parts_of(tiles, rows),
         HAS_NORM=norm is not None, **options,
     )  # fmt: skip

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
-from overlap.ops.linear_choice import Tiles, bucket
-from overlap.ops.linear_triton import RUN, first_tile, multiply
+from overlap.ops.linear_choice import Tiles
+from overlap.ops.linear_triton import RUN, first_tile, multiply, parts_of
 
 
 @triton.jit
@@ -51,6 +51,7 @@ def _qkv_kernel(
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PARTS: tl.constexpr,
     RUN: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -67,7 +68,7 @@ def _qkv_kernel(
     pair = program * (BLOCK_O // 2) + half // 2
     line = (pair // HALF) * (2 * HALF) + pair % HALF + (half % 2) * HALF
     line_inside = pair < (HEADS + 2 * KV_HEADS) * HALF
-    tile = first_tile(weight, line, line_inside, INPUTS, BLOCK_I)
+    tile = first_tile(weight, line, line_inside, INPUTS, BLOCK_I, PARTS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -82,7 +83,7 @@ def _qkv_kernel(
     index = tl.load(kv_index + row, mask=row < rows, other=-1)[:, None]
 
     y = multiply(
-        tile, x, norm, weight, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, RUN, True
+        tile, x, norm, weight, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS, RUN, True
     )
     if HAS_BIAS:
         y += tl.load(bias + line, mask=line_inside, other=0.0).to(tl.float32)[None, :]
@@ -112,7 +113,7 @@ def norm_qkv(
     num_heads: int,
     num_kv_heads: int,
 ) -> Tensor:
-    """Return the rotated q, [T, H, D], of the RMS-normed stream; T is at most 16, the kernel "gemv".
+    """Return the rotated q, [T, H, D], of the RMS-normed stream; T is at most 16, the kernel not "dot".
 
     As `ops.linear_triton.linear` with a norm, and `ops.rope.rope_and_write` behind it, but nothing is rounded between.
     """
@@ -122,7 +123,7 @@ def norm_qkv(
     _qkv_kernel[(triton.cdiv(weight_XC.shape[0], tiles.block_o),)](
         residual_TC, norm_C, weight_XC, weight_XC if bias_X is None else bias_X, positions_T, table, kv, kv_index_T,
         q_THD, rows, layer, kv.shape[1], residual_TC.stride(0), eps,
-        INPUTS=inputs, ROWS=bucket(rows), BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, RUN=RUN, HEADS=num_heads,
+        INPUTS=inputs, BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, RUN=RUN, **parts_of(tiles, rows), HEADS=num_heads,
         KV_HEADS=num_kv_heads, HALF=head_dim // 2, PAGE_TOKENS=PAGE, HAS_BIAS=bias_X is not None,
         num_warps=tiles.warps, **options,
     )  # fmt: skip

@@ -6,6 +6,7 @@ changes, and two engines with groups live in one process.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
 LOCALHOST: Final = "127.0.0.1"
+ABORT_S: Final = 10.0
+"""How long NCCL may take to give up before its thread is left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Group:
         self.rank = rank
         self.size = size
         self.device: Final = device
+        self._aborting: threading.Thread | None = None
         timeout = timedelta(seconds=timeout_s)
         self._backend: Any
         if device.type == "cuda":
@@ -76,19 +80,25 @@ class Group:
         return out
 
     def abort(self) -> None:
-        """End whatever waits for another rank, here, with an error. From any thread; nothing can be summed after."""
-        if self.device.type == "cuda":
-            self._backend.abort()
+        """End whatever waits for another rank, here, with an error. From any thread; nothing can be summed after.
+
+        Does not wait. NCCL gives the device up at once, but comes back only when no graph with its sums is left, so
+        whoever destroys the graphs must not wait for it.
+        """
+        if self.device.type == "cuda" and self._aborting is None:
+            backend = self._backend
+            self._aborting = threading.Thread(target=backend.abort, name="overlap-nccl-abort", daemon=True)
+            self._aborting.start()
         # gloo has nothing to abort: when a rank's process ends, its connections do, and every wait for it fails.
 
     def close(self) -> None:
         """Leave: end the threads that gloo or NCCL keeps for this rank. Waits for them; nothing can be summed after.
 
         A process that ends while they run may be killed by them (gloo: "terminate called without an active
-        exception"). Graphs with sums in them must be gone, and every rank's sums done. NCCL is told to give up, which
+        exception"). Graphs with sums in them must be gone, and this rank's sums done. NCCL is told to give up, which
         asks nobody else: merely dropped, it waits for ranks that may have left, in a destructor, for ever.
         """
-        if self._backend is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self._backend.abort()
+        self.abort()
+        if self._aborting is not None:
+            self._aborting.join(ABORT_S)
         self._backend = None

@@ -104,7 +104,7 @@ class LeadingRunner:
     def close(self) -> None:
         """Let all ranks finish what is queued, and end the followers."""
         if self._failed:
-            self._team.close(kill=True)
+            self._team.give_up()
         else:
             self._team.stop()
         try:

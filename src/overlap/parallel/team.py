@@ -182,7 +182,8 @@ class Team:
             local = place is None or place.local
             team._group = Group(store, 0, team.size, device, timeout_s=resolved.step_limit, local=local)
         except BaseException as failure:
-            team.close(kill=True)
+            team.give_up()
+            team.close()
             if team.lost is not None and not isinstance(failure, EngineDead):
                 raise EngineDead(f"The engine did not start: {team.lost}.") from failure
             raise
@@ -335,18 +336,29 @@ class Team:
             with contextlib.suppress(OSError):
                 follower.tell(Stop())
 
-    def close(self, *, kill: bool = False) -> None:
-        """Wait for the followers to end (they are killed after STOP_S seconds, or at once) and clean up. Idempotent."""
+    def give_up(self) -> None:
+        """Kill the followers, and let nothing here wait for them. `close` comes after."""
         self._closed = True
-        kill = kill or self._why is not None
-        if not kill:
+        for follower in self._followers:
+            follower.close(kill=True)
+        self._followers.clear()
+        if self._group is not None:
+            self._group.abort()
+
+    def close(self) -> None:
+        """Wait for the followers to end (they are killed after STOP_S seconds, or at once if one is gone) and clean up.
+
+        What this rank has queued must be done, and its graphs gone. Idempotent.
+        """
+        self._closed = True
+        if self._why is None:
             self.stop()
         for follower in self._followers:
-            follower.close(kill=kill)
+            follower.close(kill=self._why is not None)
         self._followers.clear()
         group, self._group = self._group, None
         if group is not None:
-            group.abort() if kill else group.close()
+            group.close()
         if self._meeting is not None:
             shutil.rmtree(self._meeting, ignore_errors=True)
             self._meeting = None
