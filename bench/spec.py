@@ -1,9 +1,11 @@
 """What does a drafter bring? Tokens a second with and without, by the number of rows, and how many drafts were right.
 
-Each engine answers the same prompts greedily, as many at once as there are rows: questions that `overlap train-drafter`
-does not ask, about subjects that it does not know. A verify reads the weights once for all its positions, so where
-reading weights is the bound a confirmed draft is a token for free; where computing is (many rows, or a CPU) each
-drafted position costs what a token costs. The limit at few rows is the tokens that a verify brings, less drafting.
+Each engine answers the same prompts greedily, as many at once as there are rows (and at least 8, one behind the
+other): questions that `overlap train-drafter` does not ask, about subjects that it does not know, in the model's chat
+template where it has one. An answer ends where the model ends it. A verify reads the weights once for all its
+positions, so where reading weights is the bound a confirmed draft is a token for free; where computing is (many rows,
+or a CPU) each drafted position costs what a token costs. The limit at few rows is the tokens that a verify brings,
+less drafting.
 
 "ratio" is to the engine without a drafter at as many rows. "emitted" is the mean number of tokens that a verify
 brought, and "accepted" the share of drafts confirmed at each place of a run, of those with all before them confirmed.
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 
 from overlap import AsyncEngine, SamplingParams
+from overlap.spec.asking import encode_question
 
 sys.path.insert(0, str(Path(__file__).parent))
 from offline import settled  # type: ignore[import-not-found]
@@ -49,26 +52,34 @@ ASKED = (
     "Write code that prints a poem about {}.",
 )  # fmt: skip
 Line = dict[str, Any]
+LEAST = 8
+"""Prompts at least, one behind the other if need be: drafts are righter in one text than in another."""
 
 
-def prompts_of(rows: int) -> list[str]:
-    """Return so many prompts, all different up to 256."""
-    questions = [ASKED[(row + row // 16) % 16].format(SUBJECTS[row % 16]) for row in range(rows)]
-    return [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in questions]
+def questions_of(count: int) -> list[str]:
+    """Return so many questions, all different up to 256."""
+    return [ASKED[(row + row // 16) % 16].format(SUBJECTS[row % 16]) for row in range(count)]
 
 
 async def timed(engine: AsyncEngine, rows: int, params: SamplingParams) -> tuple[float, list[list[int]]]:
-    """Return the tokens a second at which the answers to `rows` prompts came, and the answers."""
-    answers: list[list[int]] = [[]] * rows
+    """Return the tokens a second at which answers came, `rows` at once, and the answers."""
+    prompts = [await encode_question(engine, question) for question in questions_of(max(rows, LEAST))]
+    answers: list[list[int]] = [[]] * len(prompts)
+    waiting = iter(range(len(prompts)))
+
+    async def work() -> None:
+        for number in waiting:
+            async for output in engine.generate_batch([prompts[number]], params, progress=False):
+                answers[number] = output.token_ids
+
     start = time.perf_counter()
-    async for output in engine.generate_batch(prompts_of(rows), params, progress=False):
-        answers[output.index] = output.token_ids
+    await asyncio.gather(*(work() for _ in range(rows)))
     return sum(map(len, answers)) / (time.perf_counter() - start), answers
 
 
 async def measure(engine: AsyncEngine, name: str, arguments: argparse.Namespace, **facts: Any) -> list[Line]:
     """Return a line for each number of rows."""
-    params = SamplingParams(max_tokens=arguments.tokens, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=arguments.tokens, temperature=0)
     for rows in arguments.rows:
         await timed(engine, rows, params)  # what is measured first would pay for captures and for the pace's trials
     await settled(engine, most_s=arguments.settle)

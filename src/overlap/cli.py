@@ -354,7 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train-drafter", help="train an EAGLE-3 head for a model", allow_abbrev=False)
     _add_model(train)
     train.add_argument("--output", metavar="DIR", required=True, help="where the head goes; a second run goes on there")
-    train.add_argument("--prompts", metavar="FILE", help="prompts, one a line (default: built-in topics)")
+    train.add_argument("--prompts", metavar="FILE", help="prompts, one a line (default: built-in ones of many kinds)")
     train.add_argument("--num-prompts", type=int, metavar="N", help="answers to make (default: 20000)")
     train.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of an answer at most (default: 384)")
     train.add_argument("--temperature", type=float, help="of the answers (default: 0.8)")

@@ -1,4 +1,4 @@
-"""The bench of drafters, small enough for a CPU: what it prints, and that nobody trained on its prompts."""
+"""The bench of drafters, small enough for a CPU. (tests/spec/test_prompts.py: nobody trains on its prompts.)"""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from overlap.spec.topics import QUESTIONS, TOPICS
-
 SCRIPT = Path(__file__).parents[2] / "bench" / "spec.py"
 
 
-def test_its_prompts_are_all_different_and_none_is_trained_on() -> None:
+def test_its_prompts_are_all_different() -> None:
     spec = importlib.util.spec_from_file_location("bench_spec", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    assert len(set(bench.prompts_of(256))) == 256
-    assert not set(bench.SUBJECTS) & set(TOPICS)
-    assert not set(bench.ASKED) & set(QUESTIONS)
+    assert len(set(bench.questions_of(256))) == 256
 
 
 def test_it_compares_each_engine_with_the_plain_one(tiny_llama_dir: Path) -> None:
@@ -33,6 +29,6 @@ def test_it_compares_each_engine_with_the_plain_one(tiny_llama_dir: Path) -> Non
     assert [(line["engine"], line["rows"]) for line in lines] == [
         (name, rows) for name in ("none", "ngram", "ngram, waiting") for rows in (1, 2)
     ]
-    assert all(line["same"] == line["rows"] for line in lines)
+    assert all(line["same"] == 8 for line in lines)
     assert all("sync" in line for line in lines[4:])
     assert len(lines[2]["accepted"]) == 3

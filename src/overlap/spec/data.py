@@ -23,7 +23,7 @@ from torch import Tensor
 from overlap.errors import ConfigError
 from overlap.messages import SamplingParams
 from overlap.spec.asking import Asked, encode_question
-from overlap.spec.topics import QUESTIONS, TOPICS
+from overlap.spec.prompts import built_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +70,10 @@ def join(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Corpus:
 def prompts_from(path: Path | None, count: int, seed: int) -> list[str]:
     """Return `count` prompts: the lines of a text file in random order, again and again, or built-in ones."""
     if path is None:
-        known = [question.format(topic) for topic in TOPICS for question in QUESTIONS]
-    else:
-        known = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not known:
-            raise ConfigError(f"{str(path)!r} has no prompts. Write one a line.")
+        return [prompt for _, prompt in itertools.islice(built_in(seed), count)]
+    known = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not known:
+        raise ConfigError(f"{str(path)!r} has no prompts. Write one a line.")
     random.Random(seed).shuffle(known)
     return list(itertools.islice(itertools.cycle(known), count))
 

@@ -1,60 +1,111 @@
-"""Built-in prompts for training a drafter: so many topics, so many things to ask about each."""
+"""What built-in prompts are about: topics by field of life. None of them is a subject of bench/spec.py."""
 
 from __future__ import annotations
 
 from typing import Final
 
-TOPICS: Final = (
-    "the water cycle", "photosynthesis", "the French Revolution", "black holes", "bread baking", "chess openings",
-    "binary search", "the human heart", "volcanoes", "jazz", "solar panels", "the Roman Empire", "bicycles", "bees",
-    "climate change", "prime numbers", "Shakespeare", "vaccines", "the stock market", "coffee", "glaciers", "robots",
-    "the periodic table", "democracy", "yoga", "dinosaurs", "electric cars", "poetry", "the internet", "sleep",
-    "cryptography", "gardening", "the moon landing", "recycling", "gravity", "migration of birds", "Python lists",
-    "public libraries", "coral reefs", "inflation", "tea", "mountain climbing", "the violin", "antibiotics", "rivers",
-    "time management", "a job interview", "cats", "dogs", "the Great Wall of China", "linear equations", "fractions",
-    "the immune system", "rainforests", "railways", "pottery", "healthy breakfasts", "learning a language", "maps",
-    "the ocean floor", "earthquakes", "the Renaissance", "ancient Egypt", "the Silk Road", "the Industrial Revolution",
-    "the Cold War", "the printing press", "satellites", "the speed of light", "atoms", "DNA", "evolution",
-    "the human brain", "memory", "dreams", "vitamins", "blood pressure", "running", "swimming", "football",
-    "basketball", "tennis", "the Olympic Games", "painting", "sculpture", "photography", "film making", "opera",
-    "the piano", "hip hop", "dance", "architecture", "bridges", "skyscrapers", "city parks", "public transport",
-    "airplanes", "submarines", "steam engines", "batteries", "wind power", "nuclear energy", "water purification",
-    "plastic waste", "deforestation", "deserts", "the Arctic", "whales", "sharks", "elephants", "wolves",
-    "butterflies", "spiders", "mushrooms", "trees", "roses", "wheat", "rice", "cheese", "chocolate", "pasta", "soup",
-    "salads", "spices", "honey", "wine", "family dinners", "birthdays", "weddings", "moving to a new city",
-    "saving money", "taxes", "insurance", "small businesses", "marketing", "teamwork", "leadership", "public speaking",
-    "writing letters", "note taking", "exams", "reading novels", "science fiction", "fairy tales", "mythology",
-    "philosophy", "ethics", "kindness", "friendship", "stress", "meditation", "depression", "first aid", "dentists",
-    "glasses", "shoes", "clothing", "furniture", "home repairs", "cleaning", "cooking for beginners", "camping",
-    "hiking", "fishing", "sailing", "travel on a budget", "airports", "hotels", "museums", "castles", "islands",
-    "lighthouses", "weather forecasts", "clouds", "thunderstorms", "snow", "the seasons", "the calendar", "clocks",
-    "probability", "geometry", "statistics", "algebra", "calculus", "logic puzzles", "sorting algorithms", "recursion",
-    "databases", "web pages", "spreadsheets", "computer networks", "operating systems", "machine learning",
-    "video games", "smartphones", "social media", "privacy", "passwords", "open source software", "3D printing",
-    "drones", "space telescopes", "Mars", "comets", "the Sun", "tides", "salt", "gold", "steel", "glass", "paper",
-    "cotton", "leather", "rubber", "oil", "magnets", "electricity", "sound", "color", "mirrors", "maps of the stars",
-    "languages of the world", "grammar", "alphabets", "proverbs", "newspapers", "radio", "television", "law courts",
-    "elections", "human rights", "the United Nations", "refugees", "volunteering", "farmers", "nurses", "teachers",
-    "firefighters", "astronauts", "explorers", "inventors", "kings and queens", "pirates", "knights", "samurai",
-    "the Vikings", "the Aztecs", "the Ottoman Empire", "India", "Brazil", "Japan", "Canada", "Kenya", "Australia",
-    "Italy", "the Nile", "the Himalayas", "the Sahara", "Antarctica",
+SCIENCE: Final = (
+    "the water cycle", "photosynthesis", "black holes", "volcanoes", "prime numbers", "the periodic table", "gravity",
+    "linear equations", "fractions", "the ocean floor", "earthquakes", "the speed of light", "atoms", "DNA",
+    "evolution", "probability", "geometry", "statistics", "algebra", "calculus", "logic puzzles", "comets", "the Sun",
+    "tides", "magnets", "electricity", "sound", "color", "mirrors", "Mars", "clouds", "thunderstorms", "snow",
+    "the seasons", "glaciers", "climate change", "coral reefs", "the ozone layer", "acids and bases", "rust",
+    "friction", "rainbows", "the scientific method", "fossils", "tectonic plates", "the Moon", "Saturn's rings",
+    "galaxies", "the Big Bang", "quantum mechanics", "relativity", "entropy", "soil", "seeds", "pollination",
+    "food chains", "bacteria", "viruses", "cells", "genes", "hurricanes", "fog", "lightning", "the greenhouse effect",
+    "pi", "infinity", "Fibonacci numbers",
 )  # fmt: skip
-QUESTIONS: Final = (
-    "Explain {} to a child.", "What is interesting about {}?", "Write a short essay on {}.",
-    "Give me five facts about {}.", "Write a dialogue between two friends about {}.",
-    "What are the most common mistakes concerning {}?", "Summarize what a beginner should know about {}.",
-    "Write a short story that has to do with {}.", "Make a quiz of three questions about {}, with answers.",
-    "How has {} changed over time?", "Write a poem about {}.", "List the pros and cons of {}.",
-    "Compare {} with something similar.", "Write an email that invites people to a talk on {}.",
-    "Why does {} matter today?", "Describe {} in three sentences.", "Give step by step advice on {}.",
-    "What would the world be without {}?", "Write a Python function that has to do with {}.",
-    "What questions do experts on {} ask?", "Tell me about {}.", "What is {}?", "How does {} work?",
-    "Who should learn about {}, and why?", "Write a speech about {}.",
-    "What are three books one could write about {}?", "Write a slogan and a short advertisement for {}.",
-    "Explain the history of {} in a few paragraphs.", "What is the future of {}?",
-    "Write a letter to a friend about {}.", "Make a table of important words about {} with their meanings.",
-    "Plan a lesson on {} for a school class.", "Give an example of a problem with {} and solve it.",
-    "What did people once believe about {} that is wrong?",
-    'Rewrite this sentence in a formal style: "I really like {} and you should too."', "Write a news report about {}.",
-    "What does one need to get started with {}?", "Give me ten ideas for a project on {}.",
+HISTORY: Final = (
+    "the French Revolution", "the Roman Empire", "the moon landing", "the Great Wall of China", "the Renaissance",
+    "ancient Egypt", "the Silk Road", "the Industrial Revolution", "the Cold War", "the printing press", "pirates",
+    "the Vikings", "the Aztecs", "the Ottoman Empire", "knights", "samurai", "kings and queens", "explorers",
+    "inventors", "castles", "the Black Death", "the Magna Carta", "the American Civil War", "women's suffrage",
+    "the fall of the Berlin Wall", "ancient Greece", "the Mongol Empire", "the Inca", "the Age of Sail", "Cleopatra",
+    "Napoleon", "Marie Curie", "Leonardo da Vinci", "Abraham Lincoln", "Nelson Mandela", "Gandhi", "Joan of Arc",
+    "Albert Einstein", "the gold rush", "the Great Depression", "World War I", "World War II", "the Stone Age",
+)  # fmt: skip
+TECHNOLOGY: Final = (
+    "binary search", "solar panels", "robots", "electric cars", "the internet", "cryptography", "satellites",
+    "Python lists", "railways", "airplanes", "submarines", "steam engines", "batteries", "wind power", "nuclear energy",
+    "sorting algorithms", "recursion", "databases", "web pages", "spreadsheets", "computer networks", "smartphones",
+    "operating systems", "machine learning", "video games", "social media", "privacy", "passwords", "drones",
+    "open source software", "3D printing", "space telescopes", "radio", "television", "clocks", "elevators", "GPS",
+    "self-driving cars", "virtual reality", "cloud computing", "version control", "unit tests", "APIs",
+    "regular expressions", "JSON", "hash tables", "linked lists", "Bluetooth", "microchips", "search engines",
+    "chatbots", "spam filters", "QR codes", "refrigerators", "washing machines", "microwave ovens", "lasers",
+    "compilers", "the Linux command line",
+)  # fmt: skip
+NATURE: Final = (
+    "bees", "dinosaurs", "migration of birds", "rivers", "rainforests", "deserts", "the Arctic", "whales", "sharks",
+    "elephants", "wolves", "butterflies", "spiders", "mushrooms", "trees", "roses", "wheat", "cats", "dogs", "horses",
+    "deforestation", "plastic waste", "recycling", "water purification", "octopuses", "owls", "snakes", "ants", "bats",
+    "kangaroos", "tigers", "polar bears", "dolphins", "hummingbirds", "crocodiles", "frogs", "goldfish", "hedgehogs",
+    "bamboo", "cacti", "orchids", "moss", "oak trees", "seaweed", "waterfalls", "caves", "wetlands",
+    "endangered species",
+)  # fmt: skip
+FOOD: Final = (
+    "bread baking", "coffee", "tea", "rice", "cheese", "chocolate", "pasta", "soup", "salads", "spices", "honey",
+    "wine", "healthy breakfasts", "cooking for beginners", "pizza", "sushi", "tacos", "curry", "pancakes", "olive oil",
+    "garlic", "potatoes", "apples", "strawberries", "bananas", "ice cream", "yogurt", "barbecue", "vegetarian cooking",
+    "street food", "leftovers", "school lunches", "farmers' markets", "food allergies", "table manners", "salt",
+    "sugar", "eggs",
+)  # fmt: skip
+HEALTH: Final = (
+    "the human heart", "vaccines", "sleep", "yoga", "antibiotics", "the immune system", "the human brain", "memory",
+    "dreams", "vitamins", "blood pressure", "stress", "meditation", "depression", "first aid", "dentists", "glasses",
+    "back pain", "headaches", "the common cold", "diabetes", "asthma", "allergies", "weight loss", "protein",
+    "hydration", "stretching", "posture", "screen time", "anxiety", "burnout", "quitting smoking", "sunscreen",
+    "healthy habits",
+)  # fmt: skip
+SPORTS: Final = (
+    "running", "swimming", "football", "basketball", "tennis", "the Olympic Games", "chess openings",
+    "mountain climbing", "camping", "hiking", "fishing", "sailing", "baseball", "golf", "boxing", "skiing", "surfing",
+    "skateboarding", "table tennis", "volleyball", "karate", "gymnastics", "cycling races", "rowing", "ice hockey",
+    "horse riding", "weight lifting", "board games", "card games", "jigsaw puzzles", "darts", "rugby", "cricket",
+    "bird watching",
+)  # fmt: skip
+ARTS: Final = (
+    "jazz", "Shakespeare", "poetry", "the violin", "pottery", "painting", "sculpture", "photography", "film making",
+    "opera", "the piano", "hip hop", "dance", "architecture", "reading novels", "science fiction", "fairy tales",
+    "mythology", "museums", "the guitar", "drums", "choirs", "ballet", "watercolors", "calligraphy", "comic books",
+    "stand-up comedy", "theater costumes", "graffiti", "woodworking", "sewing", "jewelry making", "candle making",
+    "haiku", "detective stories", "Beethoven", "Vincent van Gogh", "film music", "folk songs", "animation", "podcasts",
+)  # fmt: skip
+SOCIETY: Final = (
+    "the stock market", "democracy", "public libraries", "inflation", "time management", "a job interview", "taxes",
+    "insurance", "small businesses", "marketing", "teamwork", "leadership", "public speaking", "writing letters",
+    "note taking", "exams", "philosophy", "ethics", "languages of the world", "grammar", "alphabets", "proverbs",
+    "newspapers", "law courts", "elections", "human rights", "the United Nations", "refugees", "volunteering",
+    "farmers", "nurses", "teachers", "firefighters", "astronauts", "saving money", "learning a language", "maps",
+    "the calendar", "credit cards", "student loans", "budgeting", "retirement", "mortgages", "negotiation",
+    "customer service", "remote work", "meetings", "resumes", "startups", "advertising", "supply chains", "charities",
+    "traffic laws", "the police", "homework", "online courses", "kindergarten", "universities", "sign language",
+    "emojis", "journalism", "fake news", "world religions", "Stoicism", "cultural differences",
+    "tipping in restaurants", "unions", "patents",
+)  # fmt: skip
+HOME: Final = (
+    "gardening", "bicycles", "family dinners", "birthdays", "weddings", "moving to a new city", "shoes", "clothing",
+    "furniture", "home repairs", "cleaning", "travel on a budget", "airports", "hotels", "weather forecasts", "paper",
+    "gold", "steel", "glass", "cotton", "leather", "rubber", "oil", "bridges", "skyscrapers", "city parks",
+    "public transport", "islands", "lighthouses", "laundry", "house plants", "interior design", "doing the dishes",
+    "noisy neighbors", "roommates", "babysitting", "raising children", "pets", "road trips", "packing a suitcase",
+    "train journeys", "picnics", "gift giving", "thank-you notes", "Halloween", "New Year's Eve", "umbrellas", "keys",
+    "pencils", "backpacks", "wooden toys", "alarm clocks", "garage sales", "lost luggage", "power outages", "soap",
+)  # fmt: skip
+FEELINGS: Final = (
+    "kindness", "friendship", "love", "grief", "jealousy", "anger", "happiness", "loneliness", "courage", "patience",
+    "gratitude", "homesickness", "boredom", "curiosity", "trust", "forgiveness", "honesty", "ambition",
+    "self-confidence", "procrastination", "motivation", "shyness", "nostalgia", "hope", "failure", "luck",
+    "fear of heights", "growing old",
+)  # fmt: skip
+PLACES: Final = (
+    "India", "Brazil", "Japan", "Canada", "Kenya", "Australia", "Italy", "the Nile", "the Himalayas", "the Sahara",
+    "Antarctica", "London", "New York", "Tokyo", "Rome", "Berlin", "Cairo", "Mexico City", "Istanbul", "Seoul",
+    "Iceland", "Norway", "Portugal", "Greece", "Morocco", "South Africa", "Thailand", "Vietnam", "China", "Argentina",
+    "Peru", "California", "Texas", "Hawaii", "Scotland", "Ireland", "Switzerland", "the Amazon", "Mount Everest",
+    "Venice", "the Grand Canyon", "the Mediterranean", "Barcelona", "Singapore", "New Zealand", "Chicago", "the Alps",
+    "Lisbon",
+)  # fmt: skip
+TOPICS: Final = (
+    *SCIENCE, *HISTORY, *TECHNOLOGY, *NATURE, *FOOD, *HEALTH, *SPORTS, *ARTS, *SOCIETY, *HOME, *FEELINGS, *PLACES,
 )  # fmt: skip

@@ -17,11 +17,12 @@ from overlap.config import cache_directory, package_index
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
 from overlap.spec.data import Corpus, answer, prompts_from, split
+from overlap.spec.forms import KINDS
 from overlap.spec.head_files import write_eagle3
 from overlap.spec.shipped import shape_of
 from overlap.spec.train import HeadTraining, Report, TrainSettings
 
-DATA_SHARE: Final = 0.35
+DATA_SHARE: Final = 0.3
 """The share of `minutes` that goes into making the texts."""
 
 
@@ -122,7 +123,9 @@ def _target(job: Job) -> Llama:
 def _card(job: Job, training: HeadTraining, corpus: Corpus, judged: Corpus, report: Report) -> str:
     """Return the README.md of a head."""
     positions = "\n".join(f"| {place} | {share:.3f} |" for place, share in enumerate(report.accepted, 1))
-    source = "built-in topics and questions" if job.prompts is None else f"the {job.num_prompts} prompts given"
+    source = (
+        f"built-in prompts of {len(KINDS)} kinds" if job.prompts is None else f"the {job.num_prompts} prompts given"
+    )
     name = Path(job.model).name
     return f"""# An EAGLE-3 head for {name}
 
