@@ -1,6 +1,7 @@
-"""Which kernel should multiply a few rows by a matrix, and how near is each to what the memory gives?
+"""Which kernel should multiply some rows by a matrix, and how near is each to what the memory gives?
 
     python bench/kernels.py [--shape llama-8b] [--rows 1 8 2 4 16] [--seconds 80]
+    python bench/kernels.py --shape smollm2-135m --rows 64 256 32 128
 
 For each matrix of a shape, each number of rows, and each way in which the layer uses it (with the norm before it, the
 rotation, the residual or SiLU after it), times the library's product *with the separate kernels it then needs*, and
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.ops import linear_triton, qkv_triton
 from overlap.ops.activation import silu_mul
-from overlap.ops.linear_choice import Op, Tiles, guess
+from overlap.ops.linear_choice import FEW_ROWS, Op, Tiles, guess
 from overlap.ops.norm import add_rms_norm
 from overlap.ops.rope import rope_and_write, rope_table
 
@@ -42,6 +44,15 @@ SHAPES = {
     "qwen3-0.6b": (1024, 3072, 16, 8, 128, 151936),
     "llama-8b": (4096, 14336, 32, 8, 128, 128256),
 }
+SMS = 132
+"""Of an H100: a cut of so many programs keeps each busy once."""
+BLOCKS = (
+    (16, 128, 2, 4, 16), (32, 128, 4, 4, 16),
+    (16, 128, 4, 4, 32), (32, 64, 4, 6, 32), (32, 128, 4, 4, 32), (128, 64, 4, 4, 32),
+    (16, 64, 4, 6, 64), (32, 64, 4, 6, 64), (32, 128, 4, 4, 64), (64, 64, 4, 5, 64), (128, 64, 8, 4, 64),
+    (32, 64, 8, 4, 128), (64, 64, 8, 4, 128), (128, 64, 8, 4, 128),
+)  # fmt: skip
+"""Cuts of "blocks": (block_o, block_i, warps, stages, block_t)."""
 ROUND_BYTES = 160 << 20
 """Bytes of weights that a graph reads before it reads one again: more than any cache holds."""
 
@@ -57,6 +68,8 @@ class Question:
     inputs: int
     heads: tuple[int, int, int] | None = None
     """(query heads, key heads, head size) of a product whose result is rotated and written to the KV memory."""
+    head_norm: bool = False
+    """Whether each head is normed before it is rotated."""
 
     @property
     def gated(self) -> bool:
@@ -72,9 +85,10 @@ class Question:
 def questions(shape: str) -> list[Question]:
     """The five products of a model."""
     hidden, inner, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
-    ops: tuple[Op, ...] = ("norm", "plain") if "qwen3" in shape else ("norm_rope", "norm", "plain")
+    ops: tuple[Op, ...] = ("norm_rope", "rope", "norm", "plain")
+    rotated = (heads, kv_heads, head_dim)
     return [
-        Question("qkv", ops, (heads + 2 * kv_heads) * head_dim, hidden, (heads, kv_heads, head_dim)),
+        Question("qkv", ops, (heads + 2 * kv_heads) * head_dim, hidden, rotated, head_norm="qwen3" in shape),
         Question("o", ("add",), hidden, heads * head_dim),
         Question("gate_up", ("norm_gated", "gated"), inner, hidden),
         Question("down", ("add",), hidden, inner),
@@ -83,7 +97,37 @@ def questions(shape: str) -> list[Question]:
 
 
 def candidates(op: Op, question: Question, rows: int) -> Iterator[Tiles]:
-    """Yield the cuts that may be best, the guess first."""
+    """Yield the cuts that may be best, the guess first where there is one."""
+    cuts = few_rows_candidates if rows <= FEW_ROWS else more_rows_candidates
+    for tiles in cuts(op, question, rows):
+        heads = question.heads if question.head_norm and "rope" in op else None
+        if heads is None or tiles.owns_heads(heads[2]):
+            yield tiles
+
+
+def more_rows_candidates(op: Op, question: Question, rows: int) -> Iterator[Tiles]:
+    """Of "blocks" the cuts whose number of programs comes nearest to the SMs; "split" where rows are not many."""
+
+    def programs(cut: tuple[int, int, int, int, int]) -> int:
+        return -(-question.lines // cut[0]) * -(-rows // cut[4])
+
+    cuts = [cut for cut in BLOCKS if cut[4] <= max(64, rows)]
+    if question.head_norm and "rope" in op:
+        cuts = [cut for cut in cuts if cut[0] == 128]
+    if "norm" in op:  # a thread's squares would take its registers
+        cuts = [cut for cut in cuts if cut[4] * cut[1] // cut[2] <= 1024]
+    for cut in sorted(cuts, key=lambda cut: abs(math.log2(programs(cut) / SMS)))[:8]:
+        yield Tiles("blocks", *cut)
+    if rows <= 64 and question.lines * question.inputs <= 1 << 23:
+        width = 1024 if question.inputs <= 1024 else 2048
+        yield Tiles("split", 16, width, 8, 1, 16)
+        yield Tiles("split", 32, width, 8, 1, 16)
+        if "norm" not in op:
+            yield Tiles("split", 16, width, 8, 1, 32)
+
+
+def few_rows_candidates(op: Op, question: Question, rows: int) -> Iterator[Tiles]:
+    """Yield cuts for up to 16 rows, the guess first."""
     first = guess(op, question.outputs, question.inputs, rows)
     if first is not None:
         yield first
@@ -106,7 +150,10 @@ def candidates(op: Op, question: Question, rows: int) -> Iterator[Tiles]:
         if large:
             yield Tiles("split", 16, 512, 4)
             yield Tiles("split", 64, 512, 8)
-    if rows > 1 and "norm" not in op:
+    if question.head_norm and "rope" in op:
+        yield Tiles("blocks", 128, 64, 4, 4, 16)
+        yield Tiles("blocks", 128, 128, 8, 3, 16)
+    if rows > 1 and op in ("plain", "add", "gated"):
         yield Tiles("dot", 16, 128 if question.inputs < 1024 else 256, 4, 4)
         yield Tiles("dot", 16, 256, 2, 5)
         if large:
@@ -137,9 +184,10 @@ class Bench:
         if question.heads is not None:
             heads, kv_heads, head_dim = question.heads
             index = torch.arange(rows, dtype=torch.int32, device=device)
-            kv = torch.zeros(2, 1, 2, PAGE, kv_heads, head_dim, dtype=dtype, device=device)
-            table = rope_table(head_dim, 64, 1e4, None, device)
-            self.rotation = (index, table, kv, 0, index, heads, kv_heads)
+            kv = torch.zeros(-(-rows // PAGE), 1, 2, PAGE, kv_heads, head_dim, dtype=dtype, device=device)
+            table = rope_table(head_dim, max(64, rows), 1e4, None, device)
+            head_norm = torch.rand(heads + kv_heads, head_dim, device=device) + 0.5 if question.head_norm else None
+            self.rotation = (index, table, kv, 0, index, heads, kv_heads, head_norm)
 
     def library(self, weight: Tensor) -> Tensor:
         """The product by the library, with the kernels that it needs around it."""
@@ -148,7 +196,7 @@ class Bench:
             x = add_rms_norm(self.x, self.residual, self.norm, 1e-5)[0]
         y = F.linear(x, weight)
         if self.rotation:
-            return rope_and_write(y, *self.rotation)
+            return rope_and_write(y, *(*self.rotation, 1e-5))
         if self.question.gated:
             return silu_mul(y)
         return y.float() if op == "plain" else y  # an addition rides on the norm that comes next
@@ -156,18 +204,20 @@ class Bench:
     def ours(self, op: Op, tiles: Tiles, weight: Tensor) -> Tensor:
         """The same by a kernel of ours."""
         if op == "norm_rope":
-            return qkv_triton.norm_qkv(self.residual, self.norm, 1e-5, weight, None, tiles, *self.rotation)
+            return qkv_triton.qkv(self.residual, self.norm, 1e-5, weight, None, tiles, *self.rotation)
         norm = None
         x = self.x
         if "norm" in op:
             x, norm = self.residual, (self.norm, 1e-5)
         elif len(self.question.ops) > 1:  # the norm apart
             x = add_rms_norm(self.x, self.residual, self.norm, 1e-5)[0]
+        if op == "rope":
+            return qkv_triton.qkv(x, None, 1e-5, weight, None, tiles, *self.rotation)
         added = self.out_residual if op == "add" else None
         head = torch.float32 if self.question.ops == ("plain",) else None
         gated = self.question.gated
         y = linear_triton.linear(x, weight, None, tiles, norm=norm, residual_TO=added, gated=gated, dtype=head)
-        return rope_and_write(y, *self.rotation) if self.rotation else y
+        return rope_and_write(y, *(*self.rotation, 1e-5)) if self.rotation else y
 
     def wrong(self, op: Op, tiles: Tiles) -> str | None:
         """Return what is wrong with a kernel's result, against float32 on its own inputs; None if nothing is."""
@@ -184,7 +234,7 @@ class Bench:
             want = want + self.out_residual.float()
         if self.rotation:
             positions, table, kv, *rest = self.rotation
-            want = rope_and_write(want, positions, table, kv.float(), *rest)
+            want = rope_and_write(want, positions, table, kv.float(), *(*rest, 1e-5))
         error = float((got - want).norm() / want.norm())
         return None if error < 1e-2 else f"relative error {error:.3g}"
 
@@ -271,12 +321,13 @@ def paste(question: Question, rows: int, library: float, best: dict[Op, tuple[fl
     for position, op in enumerate(question.ops):
         rivals = [best[later][0] for later in question.ops[position + 1 :] if later in best]
         won = op in best and best[op][0] <= min([library * 0.97, *rivals])
-        chosen = "None" if not won else f"Tiles{(best[op][1].kernel, *_columns(best[op][1])[1:])}".replace("'", '"')
+        chosen = "None" if not won else f"Tiles{_columns(best[op][1])}".replace("'", '"')
         yield f'    ("{op}", {question.outputs}, {question.inputs}, {rows}): {chosen},'
 
 
-def _columns(tiles: Tiles) -> tuple[str, int, int, int, int]:
-    return (tiles.kernel, tiles.block_o, tiles.block_i, tiles.warps, tiles.stages)
+def _columns(tiles: Tiles) -> tuple[str | int, ...]:
+    columns = (tiles.kernel, tiles.block_o, tiles.block_i, tiles.warps, tiles.stages, tiles.block_t)
+    return columns if tiles.kernel in ("split", "blocks") else columns[:-1]
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -296,7 +347,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def main() -> None:
     """Read the command line, measure, print."""
-    arguments = argparse.ArgumentParser(description="few rows times a matrix: which kernel?")
+    arguments = argparse.ArgumentParser(description="some rows times a matrix: which kernel?")
     arguments.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
     arguments.add_argument("--rows", type=int, nargs="+", default=[1, 8, 2, 4, 16])
     arguments.add_argument("--matrix", nargs="+", default=["qkv", "o", "gate_up", "down", "head"])

@@ -14,10 +14,11 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.figures import Statistics, statistics_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from overlap.models.config import ModelConfig
     from overlap.observe.timeline import Timeline
     from overlap.parallel.leading import LeadingRunner
+    from overlap.parallel.team import Team
     from overlap.runner import Runner
     from overlap.schedule.matcher import Matcher
     from overlap.schedule.planner import Planner
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Front)
+
+LOST_S: Final = 15.0
+"""Seconds that the engine has to end by itself once a rank is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +279,8 @@ class Core:
                 with suppress(ImportError):  # of torch: then there is nothing to give back
                     _give_back_cached_memory()
             finally:
-                self._stopped.set_result(None)
+                with suppress(InvalidStateError):  # nobody waits any more: it was left behind
+                    self._stopped.set_result(None)
 
     def _serve(self) -> None:
         try:
@@ -331,8 +337,25 @@ class Core:
             )
         )
         if parts.team is not None:
-            parts.team.when_lost(self._wake)
+            parts.team.when_lost(partial(self._rank_lost, parts.team))
         await self._loop.run()
+
+    def _rank_lost(self, team: Team) -> None:
+        """Let the loop end with the reason, and see to it that it does."""
+        self._wake()
+        timer = threading.Timer(LOST_S, self._leave_behind, (team,))
+        timer.daemon = True
+        timer.start()
+
+    def _leave_behind(self, team: Team) -> None:
+        """End without the engine's thread, if that is still waiting inside a sum for a rank that is gone."""
+        if self._stopped.done():
+            return
+        why = f"{team.why()} This rank does not come back from a sum: the process keeps its memory until it ends"
+        self._end_all(lambda: EngineDead(why))
+        team.give_up()
+        with suppress(InvalidStateError):  # it has just ended after all
+            self._stopped.set_result(None)
 
     def _wake(self) -> None:
         """Let the loop look again: a rank is gone, or a mask was made. From any thread."""

@@ -305,7 +305,8 @@ class Loop:
             self._busy_s += busy.end - busy.start
             self._bubble_s += bubble
         if busy.typical:
-            self._planner.note_time(flight.plan, busy.end - busy.start)
+            waited = 0.0 if slept or flight.plan.lane == SIDE else busy.gap
+            self._planner.note_time(flight.plan, busy.end - busy.start, waited)
         self._timeline.ran(flight.plan, busy, bubble)
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:

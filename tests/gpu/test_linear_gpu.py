@@ -24,10 +24,28 @@ CUTS = (
     (Tiles("gemv", 4, 1024, 4), torch.bfloat16),
     (Tiles("split", 8, 1024, 8), torch.bfloat16),
     (Tiles("split", 16, 512, 4), torch.float16),
+    (Tiles("split", 16, 1024, 8, 1, 32), torch.bfloat16),
     (Tiles("dot", 16, 128, 4, 4), torch.bfloat16),
     (Tiles("dot", 64, 64, 4, 4), torch.bfloat16),
+    (Tiles("blocks", 32, 128, 4, 4, 16), torch.bfloat16),
+    (Tiles("blocks", 16, 64, 4, 6, 64), torch.bfloat16),
+    (Tiles("blocks", 32, 64, 4, 4, 64), torch.float16),
+    (Tiles("blocks", 64, 64, 8, 4, 128), torch.bfloat16),
 )
 """None is whatever is chosen by itself."""
+
+
+def take(cut: Tiles | None, monkeypatch: pytest.MonkeyPatch, *, never: tuple[Op, ...] = ()) -> None:
+    """Have every Linear take this cut wherever its kernel knows the op and so many rows; None leaves all as it is."""
+    if cut is None:
+        return
+
+    def same(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
+        few = cut.kernel in ("gemv", "dot") and rows > (8 if cut.kernel == "gemv" else 16)
+        unknown = cut.kernel == "dot" and op not in ("plain", "add", "gated")
+        return None if few or unknown or op in never else cut
+
+    monkeypatch.setattr("overlap.ops.linear.choose", same)
 
 
 def linear_of(weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
@@ -41,19 +59,12 @@ def near(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("cut", "dtype"), CUTS, ids=str)
-def test_each_way_of_multiplying_few_rows_agrees_with_float64(
+def test_each_way_of_multiplying_some_rows_agrees_with_float64(
     cut: Tiles | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cut is not None:
-
-        def same(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
-            unfit = "norm" in op if cut.kernel == "dot" else cut.kernel == "gemv" and rows > 8
-            return None if unfit else cut
-
-        monkeypatch.setattr("overlap.ops.linear_choice.guess", same)
-        monkeypatch.setattr("overlap.ops.linear_choice.MEASURED", {})
+    take(cut, monkeypatch)
     chance = random.Random(0)
-    for rows in (1, 3, 7, 16):
+    for rows in (1, 3, 7, 16, 17, 64, 200, 256):
         torch.manual_seed(rows)
         outputs, inputs = chance.choice([(960, 576), (576, 1536), (1001, 1024), (4096, 4096), (30, 8)])
         weight, bias = torch.randn(2 * outputs, inputs).mul(0.05).to(dtype), torch.randn(2 * outputs).to(dtype)
@@ -70,48 +81,85 @@ def test_each_way_of_multiplying_few_rows_agrees_with_float64(
         near(total, added + x.double() @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
         y, _ = fused.norm_linear(plain, (None, residual.cuda()), factor.cuda(), 1e-5)
         near(y, normed @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
-        y, _ = fused.norm_gated(gated, (None, residual.cuda()), factor.cuda(), 1e-5)
         gate, up = (normed @ wide.T).chunk(2, dim=1)
-        near(y, torch.nn.functional.silu(gate) * up, 2e-2)
+        for stream in ((None, residual.cuda()), (torch.zeros_like(residual, dtype=dtype).cuda(), residual.cuda())):
+            y, _ = fused.norm_gated(gated, stream, factor.cuda(), 1e-5)  # with the norm in it, and with it apart
+            near(y, torch.nn.functional.silu(gate) * up, 2e-2)
 
 
-@pytest.mark.parametrize("shape", [(9, 3, 64, 576), (32, 8, 128, 4096)], ids=str)
-def test_norm_product_rotation_and_write_in_one_kernel_agree_with_float32(shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("never", [(), ("norm_rope",)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [
+        ((9, 3, 64, 576), None),
+        ((9, 3, 64, 576), Tiles("split", 16, 1024, 8)),
+        ((9, 3, 64, 576), Tiles("blocks", 32, 64, 4, 4, 64)),
+        ((9, 3, 64, 576), Tiles("blocks", 32, 128, 4, 4, 32)),
+        ((32, 8, 128, 4096), None),
+        ((32, 8, 128, 4096), Tiles("blocks", 64, 64, 8, 4, 128)),
+        ((16, 8, 128, 1024), Tiles("blocks", 128, 64, 8, 4, 64)),
+        ((16, 8, 128, 1024), Tiles("blocks", 128, 64, 4, 4, 16)),
+    ],
+    ids=str,
+)
+def test_norm_product_rotation_and_write_agree_with_float32(
+    shape: tuple[int, int, int, int], cut: Tiles | None, never: tuple[Op, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(cut, monkeypatch, never=never)
     num_heads, num_kv_heads, head_dim, hidden = shape
-    for rows in (1, 3, 5, 9, 16):
+    for rows in (1, 3, 5, 9, 16, 17, 64, 200, 256):
         torch.manual_seed(rows)
         weight = torch.randn((num_heads + 2 * num_kv_heads) * head_dim, hidden).mul(0.05).bfloat16()
         residual, factor = torch.randn(rows, hidden), torch.rand(hidden) + 0.5
+        head_norm = torch.rand(num_heads + num_kv_heads, head_dim) + 0.5 if hidden == 1024 else None
         table = rope_table(head_dim, 999, 1e4, None, "cpu")
-        positions, index = torch.randint(0, 999, (rows,)).int(), torch.randperm(64)[:rows].int()
+        positions, index = torch.randint(0, 999, (rows,)).int(), torch.randperm(320)[:rows].int()
         index[-1] = -1 if rows > 1 else index[-1]
-        kv = torch.randn(4, 2, 2, 16, num_kv_heads, head_dim)
-        device_kv = kv.bfloat16().cuda()
-        rotation = (positions.cuda(), table.cuda(), device_kv, 1, index.cuda(), num_heads, num_kv_heads, None)
+        kv = torch.randn(20, 2, 2, 16, num_kv_heads, head_dim)
+        device_kv, device_norm = kv.bfloat16().cuda(), None if head_norm is None else head_norm.cuda()
+        rotation = (positions.cuda(), table.cuda(), device_kv, 1, index.cuda(), num_heads, num_kv_heads, device_norm)
         stream = (None, residual.cuda())
         got, _ = fused.norm_qkv(linear_of(weight), stream, factor.cuda(), 1e-5, *rotation)
         qkv = rms_norm(residual, factor, 1e-5, torch.float32) @ weight.float().T
-        want = rope_and_write(qkv, positions, table, kv, 1, index, num_heads, num_kv_heads)
+        want = rope_and_write(qkv, positions, table, kv, 1, index, num_heads, num_kv_heads, head_norm, 1e-5)
         near(got, want.double(), 1e-2)
         near(device_kv, kv.double(), 1e-2)
 
 
-def test_the_greedy_head_takes_what_the_logits_say_at_any_number_of_rows() -> None:
+@pytest.mark.parametrize("cut", [None, Tiles("blocks", 128, 64, 8, 4, 64), Tiles("split", 16, 1024, 8)], ids=str)
+def test_the_greedy_head_takes_what_the_logits_say_at_any_number_of_rows(
+    cut: Tiles | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(cut, monkeypatch)
     torch.manual_seed(0)
     for size, inputs in ((49152, 576), (1001, 1024)):
         head = linear_of(torch.randn(size, inputs).bfloat16())
         head.weight[size // 2 :] = head.weight[: size - size // 2].clone()  # every token has its equal
-        for rows in (1, 5, 16, 17):
+        for rows in (1, 5, 16, 17, 64, 200):
             hidden = torch.randn(rows, inputs).bfloat16().cuda()
             tokens = fused.greedy_head(hidden, head)
             assert torch.equal(tokens.long(), head.wide(hidden).argmax(-1))
             assert tokens.max() < -(-size // 2)
 
 
-def test_kernels_that_start_early_never_read_too_early() -> None:
+@pytest.mark.parametrize(
+    ("rows", "cut", "never"),
+    [
+        (1, None, ()),
+        (64, Tiles("blocks", 32, 64, 4, 4, 64), ()),
+        (64, Tiles("blocks", 32, 64, 4, 6, 32), ("norm", "norm_gated")),
+        (200, Tiles("blocks", 64, 64, 8, 4, 128), ("norm",)),
+        (40, Tiles("split", 16, 1024, 8), ()),
+    ],
+    ids=str,
+)
+def test_kernels_that_start_early_never_read_too_early(
+    rows: int, cut: Tiles | None, never: tuple[Op, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chain of small dependent kernels, in one graph, gives the same bits each of many times on changing inputs."""
+    take(cut, monkeypatch, never=never)
     torch.manual_seed(0)
-    hidden, inner, rows = 576, 1536, 1
+    hidden, inner = 576, 1536
     o, gate_up, down = (
         linear_of(torch.randn(lines, inputs).mul(0.03).bfloat16())
         for lines, inputs in ((hidden, hidden), (2 * inner, hidden), (hidden, inner))

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 256,
-    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 128, "max_position_embeddings": 1024, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {"device": "cuda", "load_format": "dummy", "max_rows": 8, "kv_cache": 8192}

@@ -113,6 +113,8 @@ class Device:
 
     def __post_init__(self) -> None:
         self._counts: dict[tuple[bool, bool, bool], int] = {}
+        self._passed = 0.0
+        """Decode steps beside prompts, and the part of the one that goes on."""
 
     def note(self, rows: int, context: int, tokens: int, seconds: float, choice: Choice | None = None) -> None:
         kind = bool(rows), bool(tokens), choice is not None
@@ -138,7 +140,8 @@ class Device:
                 prompt_s, between_s = truth.beside(choice, decode_s, chunk)
                 took_s = max(prompt_s, between_s)
                 self.note(0, 0, chunk, prompt_s, choice)
-                for _ in range(max(1, round(took_s / between_s))):
+                self._passed = self._passed % 1 + took_s / between_s
+                for _ in range(int(self._passed)):
                     self.note(rows, context, 0, between_s, choice)
             passed += took_s / between_s
             self.seconds += took_s

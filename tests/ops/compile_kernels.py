@@ -24,7 +24,7 @@ from overlap.ops import (
     qkv_triton,
     rope_triton,
 )
-from overlap.ops.linear_choice import Op, bucket, guess
+from overlap.ops.linear_choice import FEW_ROWS, Op, Tiles, bucket, guess
 from overlap.sample import draw_triton, mask_triton, philox_triton
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
@@ -36,6 +36,8 @@ from overlap.state.inputs import empty_inputs
 from overlap.state.mail import Mail
 from overlap.state.packing import pack
 from overlap.state.rows import SlotRows
+
+MORE_ROWS = Tiles("blocks", 32, 64, 4, 4, 64)
 
 
 class Sm90:
@@ -65,11 +67,11 @@ def compile_only() -> None:
 
 
 def linears(outputs: int, inputs: int, rows: int) -> None:
-    """Compile what `guess` would take for a matrix."""
+    """Compile what `guess` would take for a matrix, or a cut for more rows."""
     weight, x = torch.empty(2 * outputs, inputs, dtype=torch.bfloat16), torch.empty(rows, inputs, dtype=torch.bfloat16)
     ops: tuple[Op, ...] = ("plain", "add", "norm", "gated", "norm_gated")
     for op in ops:
-        tiles = guess(op, outputs, inputs, bucket(rows))
+        tiles = MORE_ROWS if rows > FEW_ROWS else guess(op, outputs, inputs, bucket(rows))
         if tiles is not None:
             linear_triton.linear(
                 x.float() if "norm" in op else x,
@@ -80,19 +82,21 @@ def linears(outputs: int, inputs: int, rows: int) -> None:
                 residual_TO=torch.empty(rows, outputs) if op == "add" else None,
                 gated="gated" in op,
             )
-    tiles = guess("plain", outputs, inputs, bucket(rows))
+    tiles = MORE_ROWS if rows > FEW_ROWS else guess("plain", outputs, inputs, bucket(rows))
     assert tiles is not None
     linear_triton.greedy(x, weight[:outputs], torch.empty(outputs, dtype=torch.bfloat16), tiles)
 
 
-def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden: int) -> None:
+def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden: int, tiles: Tiles | None) -> None:
     lines = (num_heads + 2 * num_kv_heads) * head_dim
     weight, index = torch.empty(lines, hidden, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int32)
-    tiles = guess("norm_rope", lines, hidden, bucket(rows))
+    tiles = tiles or guess("norm_rope", lines, hidden, bucket(rows))
     assert tiles is not None
+    head_norm = torch.empty(num_heads + num_kv_heads, head_dim) if tiles.owns_heads(head_dim) else None
     kv = torch.empty(2, 3, 2, 16, num_kv_heads, head_dim, dtype=torch.bfloat16)
-    rotation = (index, torch.empty(9, head_dim), kv, 1, index, num_heads, num_kv_heads)
-    qkv_triton.norm_qkv(torch.empty(rows, hidden), torch.empty(hidden), 1e-5, weight, None, tiles, *rotation)
+    rotation = (index, torch.empty(9, head_dim), kv, 1, index, num_heads, num_kv_heads, head_norm)
+    qkv_triton.qkv(torch.empty(rows, hidden), torch.empty(hidden), 1e-5, weight, None, tiles, *rotation)
+    qkv_triton.qkv(torch.empty(rows, hidden).bfloat16(), None, 1e-5, weight, None, tiles, *rotation)
 
 
 def decoded(num_kv_heads: int, group: int, head_dim: int, width: int) -> None:
@@ -114,9 +118,13 @@ def main() -> None:
 
 def compile_all() -> None:
     linears(64, 128, 1)
-    rotated(1, 9, 3, 64, 576)
-    rotated(2, 32, 8, 128, 4096)
-    rotated(8, 9, 3, 64, 576)
+    rotated(1, 9, 3, 64, 576, None)
+    rotated(2, 32, 8, 128, 4096, None)
+    rotated(8, 9, 3, 64, 576, None)
+    rotated(32, 9, 3, 64, 576, Tiles("split", 16, 1024, 8))
+    rotated(64, 9, 3, 64, 576, MORE_ROWS)
+    rotated(64, 16, 8, 128, 1024, Tiles("blocks", 128, 64, 8, 4, 64))
+    linears(576, 1536, 256)
     for width in (1, 5):
         decoded(3, 3, 64, width)
         decoded(8, 4, 128, width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from overlap.state.packing import capacity, pack
 from overlap.state.rows import SlotRows
 
 DTYPES = (torch.float32, torch.bfloat16)
+Kernel: TypeAlias = Literal["gemv", "split", "dot", "blocks"]
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -96,21 +97,29 @@ def check_embedding(chance: random.Random) -> None:
         assert torch.equal(embedding_triton.embed(token_ids, table), embedding.embed(token_ids, table))
 
 
-def random_tiles(chance: random.Random, kernel: Literal["gemv", "split", "dot"]) -> Tiles:
+def random_tiles(chance: random.Random, kernel: Kernel) -> Tiles:
+    if kernel == "blocks":
+        sizes = (chance.choice([16, 32, 64]), chance.choice([16, 32, 64]))
+        return Tiles("blocks", *sizes, 4, 3, chance.choice([16, 32, 64]))
     if kernel == "split":
-        return Tiles("split", chance.choice([8, 16]), chance.choice([64, 256]), 4)
+        return Tiles("split", chance.choice([8, 16]), chance.choice([64, 256]), 4, 1, chance.choice([16, 32]))
     if kernel == "dot":
         return Tiles("dot", chance.choice([16, 32]), chance.choice([16, 32, 64]), 4, 3)
     return Tiles("gemv", chance.choice([2, 4, 8]), chance.choice([16, 64, 256]), 4)
 
 
+def most_rows(kernel: Kernel) -> int:
+    return 16 if kernel in ("gemv", "dot") else 100
+
+
 def check_linear(chance: random.Random) -> None:
     """Plain, biased, added, normed, gated, and their mixtures, in all kernels, against float64."""
-    kernels: tuple[Literal["gemv", "split", "dot"], ...] = ("gemv", "split", "dot")
+    kernels: tuple[Kernel, ...] = ("gemv", "split", "dot", "blocks", "blocks")
     for kernel in kernels:
         # The interpreter multiplies the bits of bfloat16 as whole numbers in `tl.dot` (Triton 3.6).
         dtype = chance.choice([torch.float32, torch.bfloat16 if kernel == "gemv" else torch.float16])
-        rows, outputs, inputs = chance.randint(1, 16), chance.choice([1, 30, 64, 100]), 8 * chance.randint(1, 20)
+        rows = chance.randint(1, most_rows(kernel))
+        outputs, inputs = chance.choice([1, 30, 64, 100]), 8 * chance.randint(1, 20)
         gated, normed = chance.random() < 0.5, kernel != "dot" and chance.random() < 0.5
         added = not gated and chance.random() < 0.5
         x = torch.randn(rows, inputs + 8)[:, :inputs].to(torch.float32 if normed else dtype)
@@ -133,18 +142,22 @@ def check_linear(chance: random.Random) -> None:
             gated=gated,
         )
         assert got.dtype is (torch.float32 if added else dtype)
-        tolerance = 1e-4 if got.dtype is torch.float32 else 2**-6
+        rounded = got.dtype is not torch.float32 or (normed and dtype is not torch.float32)
+        tolerance = 2**-6 if rounded else 1e-4
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * inputs**0.5)
 
 
 def check_qkv(chance: random.Random) -> None:
     """Norm, product, rotation and write in one kernel against one after the other."""
-    kinds: tuple[tuple[torch.dtype, Literal["gemv", "split"]], ...]
-    kinds = ((torch.float32, "gemv"), (torch.bfloat16, "gemv"), (torch.float32, "split"), (torch.float16, "split"))
+    kinds: tuple[tuple[torch.dtype, Kernel], ...] = (
+        (torch.float32, "gemv"), (torch.bfloat16, "gemv"), (torch.float32, "split"), (torch.float16, "split"),
+        (torch.float32, "blocks"), (torch.float16, "blocks"), (torch.float32, "blocks"),
+    )  # fmt: skip
     for dtype, kernel in kinds:
+        head_dims = [16, 32, 48] if kernel == "blocks" else [4, 16, 48]
         num_kv_heads = chance.choice([1, 2, 3])
-        num_heads, head_dim, hidden = num_kv_heads * chance.choice([1, 3]), chance.choice([4, 16, 48]), 40
-        tokens, layers, pages = chance.randint(1, 9), 3, 5
+        num_heads, head_dim, hidden = num_kv_heads * chance.choice([1, 3]), chance.choice(head_dims), 40
+        tokens, layers, pages = chance.randint(1, most_rows(kernel) // 2), 3, 5
         residual, factor = torch.randn(tokens, hidden), torch.randn(hidden)
         weight = torch.randn((num_heads + 2 * num_kv_heads) * head_dim, hidden).to(dtype)
         bias = torch.randn(len(weight)).to(dtype) if chance.random() < 0.5 else None
@@ -156,11 +169,15 @@ def check_qkv(chance: random.Random) -> None:
         got_kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
         expected_kv = got_kv.float()
         tiles = random_tiles(chance, kernel)
-        rest = (layer, kv_index, num_heads, num_kv_heads)
-        got = qkv_triton.norm_qkv(residual, factor, 1e-5, weight, bias, tiles, positions, table, got_kv, *rest)
-        qkv = norm.rms_norm(residual, factor, 1e-5, torch.float32) @ weight.float().T
+        head_norm = torch.randn(num_heads + num_kv_heads, head_dim) if tiles.owns_heads(head_dim) else None
+        rest = (layer, kv_index, num_heads, num_kv_heads, head_norm)
+        before = factor if chance.random() < 0.5 else None
+        x = residual if before is not None else residual.to(dtype)
+        got = qkv_triton.qkv(x, before, 1e-5, weight, bias, tiles, positions, table, got_kv, *rest)
+        normed = x.float() if before is None else norm.rms_norm(x, before, 1e-5, torch.float32)
+        qkv = normed @ weight.float().T
         qkv = qkv if bias is None else qkv + bias.float()
-        expected = rope.rope_and_write(qkv, positions, table, expected_kv, *rest)
+        expected = rope.rope_and_write(qkv, positions, table, expected_kv, *rest, 1e-5)
         tolerance = 1e-4 if dtype is torch.float32 else 2**-6
         torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(got_kv.float(), expected_kv, rtol=tolerance, atol=tolerance)
@@ -169,10 +186,12 @@ def check_qkv(chance: random.Random) -> None:
 class Skinny(Linear):
     """A Linear that takes kernels of ours at any number of rows, on any device."""
 
-    unfused = ""
+    unfused: tuple[str, ...] = ()
 
     def tiles(self, op: Op, rows: int) -> Tiles | None:
-        return None if op == self.unfused else Tiles("gemv", 4, 64, 4)
+        if op in self.unfused:
+            return None
+        return Tiles("blocks", 8, 16, 4, 2, 16) if "rope" in op else Tiles("gemv", 4, 64, 4)
 
 
 def check_fused(chance: random.Random) -> None:
@@ -187,9 +206,9 @@ def check_fused(chance: random.Random) -> None:
     for kind in (Linear, Skinny):
         qkv, gate_up, down, head = (kind(weight, None) for weight in weights)
         if isinstance(qkv, Skinny) and isinstance(gate_up, Skinny) and isinstance(down, Skinny):
-            qkv.unfused = chance.choice(["", "norm_rope", "norm"])
-            gate_up.unfused = chance.choice(["", "norm_gated"])
-            down.unfused = chance.choice(["", "add"])
+            qkv.unfused = chance.choice([(), ("norm_rope",), ("norm_rope", "rope"), ("norm_rope", "rope", "norm")])
+            gate_up.unfused = chance.choice([(), ("norm_gated",)])
+            down.unfused = chance.choice([(), ("add",)])
         kv = torch.zeros(2, 1, 2, 16, num_kv_heads, head_dim)
         rotation = (index, table, kv, 0, index, num_heads, num_kv_heads, head_norm)
         q, total = fused.norm_qkv(qkv, (None, residual), factor, 1e-5, *rotation)
@@ -203,9 +222,10 @@ def check_fused(chance: random.Random) -> None:
 
 
 def check_greedy(chance: random.Random) -> None:
-    kernels: tuple[Literal["gemv", "dot"], ...] = ("gemv", "dot")
+    kernels: tuple[Kernel, ...] = ("gemv", "dot", "split", "blocks")
     for kernel in kernels:
-        rows, size, inputs = chance.randint(1, 16), chance.choice([1, 7, 100, 331]), 8 * chance.randint(1, 9)
+        rows = chance.randint(1, most_rows(kernel))
+        size, inputs = chance.choice([1, 7, 100, 331]), 8 * chance.randint(1, 9)
         # Small whole numbers: sums are exact, and many are equal.
         x, weight = (torch.randint(-2, 3, (count, inputs)).half() for count in (rows, size))
         weight[chance.randrange(size) :] = weight[0]

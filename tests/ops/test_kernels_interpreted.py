@@ -43,7 +43,7 @@ def test_each_kernel_compiles_for_hopper_on_a_machine_without_a_gpu() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert set(run.stdout.split()) == {
         "_rms_norm_kernel", "_silu_mul_kernel", "_rope_and_write_kernel", "_gumbel_kernel", "_apply_changes_kernel",
-        "_build_inputs_kernel", "_embed_kernel", "_skinny_kernel", "_dot_kernel", "_best_kernel", "_qkv_kernel",
+        "_build_inputs_kernel", "_embed_kernel", "_linear_kernel", "_dot_kernel", "_best_kernel", "_qkv_kernel",
         "_take_plan_kernel", "_update_pages_kernel", "_build_decode_inputs_kernel", "_settle_decode_kernel",
         "_peaks_kernel", "_narrow_kernel", "_draw_kernel", "_mask_kernel", "_decode_kernel",
         "_build_runs_kernel", "_settle_runs_kernel", "_keep_drafts_kernel", "_land_runs_kernel",

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+from torch import Tensor
 
 from overlap import AsyncEngine, ConfigError, EngineDead, RequestAborted, SamplingParams
+from overlap.parallel.group import Group
 from overlap.parallel.leading import LeadingRunner
 from overlap.schedule.plan import StepPlan
 
@@ -168,6 +171,37 @@ async def test_a_killed_rank_ends_the_engine_with_the_reason_and_no_process_stay
     await engine.aclose()
     assert not any(process.is_running() for process in followers)
     assert left_behind() <= before
+
+
+async def test_a_leader_that_never_comes_back_from_a_sum_is_left_behind_with_the_reason(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, released = left_behind(), threading.Event()
+    monkeypatch.setattr("overlap.core.LOST_S", 1.0)
+    engine = AsyncEngine(model, **OPTIONS, tensor_parallel=2)
+    await engine.start()
+    followers = processes_of(engine)
+
+    def stuck(group: Group, x: Tensor) -> Tensor:
+        released.wait()
+        return x
+
+    monkeypatch.setattr(Group, "sum", stuck)
+    try:
+        generation = asyncio.create_task(answer(engine, [5, 6, 7], PARAMS[0]))
+        await asyncio.sleep(0.3)
+        assert not generation.done()
+        followers[0].send_signal(signal.SIGKILL)
+        async with asyncio.timeout(20):
+            with pytest.raises(EngineDead, match=r"rank 1 .*SIGKILL.* does not come back from a sum"):
+                await generation
+            await engine.aclose()
+        assert not any(process.is_running() for process in followers)
+        assert left_behind() <= before
+    finally:
+        released.set()
+        engine._core._thread.join(20)
+    assert not engine._core._thread.is_alive()
 
 
 async def test_an_exception_in_one_rank_ends_the_engine_with_its_message(

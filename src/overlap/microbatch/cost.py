@@ -9,8 +9,9 @@ step and the prompt step that it does the work of; nominal. `Guess.slack` says b
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -20,7 +21,7 @@ Kind: TypeAlias = Literal["decode", "prefill", "mixed", "decode beside", "prefil
 """A step of decode rows, of prompt chunks, or of both; "beside": while the other lane ran too."""
 Size: TypeAlias = tuple[str, int, int, int, int]
 """Kind, bucket of decode rows, of tokens in KV a row, of prompt tokens, and SMs of the decode rows' own."""
-VERSION: Final = 2
+VERSION: Final = 3
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
 _SURE: Final = 4 * FIRM
@@ -30,6 +31,8 @@ _WEIGHT: Final = 1 / 16
 """Of a new measurement, once many were taken."""
 _CLIP: Final = 1.5
 """A step that takes so many times what is known, or more, counts as so many times: a hiccup turns nothing over."""
+_SHORT: Final = 0.75
+"""The least share of its chunks' time that a spell is taken to last: the answers may have ended before."""
 _FAR: Final = 1.25
 _LONGER: Final = 4
 _SHORTER: Final = 2
@@ -230,6 +233,47 @@ class CostModel:
             return
         self._sizes, self._kinds = dict(saved.sizes), saved.kinds
         self.note_on_file = f"{len(self._sizes)} sizes of steps were measured before ({path})"
+
+
+@dataclass(slots=True)
+class Spell:
+    """What ran beside each other, from when decode steps are planned beside prompts to when they are not any more.
+
+    A step that was ahead when a chunk landed ran beside nothing, and the first and the last one for a part of their
+    time: so a single one says little of any other, and all of them together say what the chunks have cost.
+    """
+
+    share: int
+    rows: int
+    """Of the decode steps, when it began, and..."""
+    context: int
+    """...tokens in KV of all of them."""
+    waiting: int
+    """Prompt tokens, in one step at most."""
+    chunks: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens of each, and seconds."""
+    steps: list[float] = field(default_factory=list)
+    """Seconds of each decode step."""
+    whole: int = 0
+    """How many of them had landed when the last chunk had: the next ones may be beside a chunk that is not in here."""
+
+    def note_chunk(self, tokens: int, seconds: float) -> None:
+        """Take in a chunk that has landed."""
+        self.chunks.append((tokens, seconds))
+        self.whole = len(self.steps)
+
+    def teach(self, cost: CostModel, *, over: bool) -> None:
+        """Tell what chunks and decode steps took beside each other; `over` if no chunk is on its way any more."""
+        if not self.chunks:
+            return
+        steps = self.steps if over else self.steps[: self.whole]
+        most_s = _CLIP * statistics.median(steps or [0.0])
+        passed_s = sum(min(each, most_s) for each in steps)
+        longer = max(_SHORT, passed_s / sum(seconds for _, seconds in self.chunks))
+        for tokens, seconds in self.chunks:
+            cost.note("prefill beside", self.rows, self.context, tokens, seconds * longer, self.share)
+            if steps:
+                cost.note("decode beside", self.rows, self.context, self.waiting, passed_s / len(steps), self.share)
 
 
 def cost_path(folder: Path, machine: str) -> Path:

@@ -7,12 +7,18 @@ what a decode step and a chunk of c tokens take alone:
     mixed      (m - v) / c                one step of m does the work of a chunk and of a decode step
     lanes      P (1 - v / D) / c          during the P of a chunk, at least a step of D passes
 
+with what is left over behind the last whole chunk as a step of its own: mixed steps have room for a chunk beside the
+decode rows, the others for one as large as the budget. P is the time of all decode steps that were planned beside the
+chunk (those that were ahead when it landed, too), and a step counts with what the device waited for it: both are lost
+as surely as what the device works.
+
 where v is what a decode step's tokens are worth: what they would cost later. With no more prompts to come that is d.
 But r rows of which there will be R once the waiting prompts are read can be had later for r / R of a step of R rows,
 and a step of a few rows takes about as long as one of many: then it does not pay to decode beside prompts, and what
 reads them fastest wins. All work takes (decode steps) * d + (prompt tokens) * that, so the least wins. With a
 target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the largest
-chunk that keeps it; if none does, those that come nearest.
+chunk that keeps it; if none does, those that come nearest. Without one that time weighs ITL_WEIGHT: of ways that are as
+good as equal the one with the shortest wins.
 
 **Trials.** A way whose cost is badly known is tried if it would win where it is as good as it may be; what is known of
 neighbouring sizes counts, so a new size is rarely tried. What was measured long ago is tried again, the more rarely the
@@ -25,10 +31,10 @@ There is no clock and no chance in it: what is chosen depends on what it was tol
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple, TypeAlias
 
-from overlap.microbatch.cost import FIRM, CostModel, size_bucket
+from overlap.microbatch.cost import FIRM, CostModel, Kind, Spell, size_bucket
 from overlap.schedule.split import Choice, Mode, Outlook, Ran
 
 Route: TypeAlias = tuple[Mode, int]
@@ -46,6 +52,12 @@ FIRST_TRIALS: Final = 12
 """Choices for each way that may be trials to begin with, and..."""
 TRIAL_SHARE: Final = 0.01
 """...the share of all choices that may be in the long run."""
+ITL_WEIGHT: Final = 0.01
+"""What a second between two tokens weighs against one that all work takes, where no target is set."""
+_SAME_ROWS: Final = 1.125
+"""So many times as many rows are as good as as many."""
+_WHOLE: Final = 8
+"""Chunks from which on what is left over is not looked at."""
 _TRIAL_CHOICES: Final = 12
 """The longest trial: a lane may have to run empty before the other way shows."""
 _SECOND_OPINIONS: Final = 2
@@ -62,7 +74,9 @@ class _Work:
     context: int
     """Tokens in KV of all of them."""
     tokens: int
-    """Of prompts, in one step at most."""
+    """Of all prompts."""
+    at_once: int
+    """Of them, in one step at most."""
     worth_s: float
     """What a decode step is worth."""
 
@@ -75,13 +89,29 @@ class _Way:
     tokens: int
     """Prompt tokens of one chunk."""
     total_s: float
-    """A decode step, and all prompt tokens of the outlook."""
+    """A decode step, and the prompt tokens of the outlook, as many as one step may have."""
     slack_s: float
     """By how much that may be less."""
     between_s: float
     """Time between two tokens of a running answer."""
     samples: int
     """Of what is particular to it."""
+
+    @property
+    def score_s(self) -> float:
+        """The least is the best."""
+        return self.total_s + ITL_WEIGHT * self.between_s
+
+
+class _Step(NamedTuple):
+    """One chunk, one way."""
+
+    extra_s: float
+    """What it takes beyond the decode steps that pass meanwhile."""
+    between_s: float
+    unsure_s: float
+    """By how much it may take less."""
+    samples: int
 
 
 @dataclass(slots=True)
@@ -134,17 +164,19 @@ class SplitPolicy:
         self._patience = patience
         lanes: tuple[Route, ...] = tuple(("lanes", share) for share in (0, *shares)) if two_lanes else ()
         self._routes: tuple[Route, ...] = (("mixed", 0), *lanes, ("serial", 0))
-        self._sizes: dict[tuple[int, int, int, int], _Size] = {}
+        self._sizes: dict[tuple[int, int, int], _Size] = {}
         self._total = 0
         self._last: Route | None = None
         self._beside = Outlook(0, 0, 0, side_busy=False)
+        self._spell: Spell | None = None
 
     def choose(self, outlook: Outlook) -> Choice:
         """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
         rows, later = outlook.num_decode, outlook.num_decode + max(0, outlook.num_prompts - 1)
-        tokens = max(1, min(outlook.prefill_tokens, self._budget - rows))
-        context = outlook.decode_context // rows if rows else 0
-        key = size_bucket(rows), size_bucket(context), size_bucket(tokens), size_bucket(later)
+        if later <= rows * _SAME_ROWS:
+            later = rows
+        # not by context: it grows all the time, and each size would begin anew with trials
+        key = size_bucket(rows), size_bucket(min(outlook.prefill_tokens, self._budget)), size_bucket(later)
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = _Size(route=self._last)
@@ -154,7 +186,7 @@ class SplitPolicy:
         if size.left and choice is not None:
             size.left -= 1
         else:
-            choice = size.choice = self._look(size, rows, outlook.decode_context, tokens, later)
+            choice = size.choice = self._look(size, outlook, later)
         self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
         if choice.mode == "lanes":
             self._beside = outlook
@@ -168,20 +200,37 @@ class SplitPolicy:
                 cost.note("mixed", rows, context, tokens, ran.seconds)
         elif rows:
             if ran.beside:
-                waiting = min(self._beside.prefill_tokens, self._budget)
-                cost.note("decode beside", rows, context, waiting, ran.seconds, ran.share)
+                self._spell_of(ran.share).steps.append(ran.seconds)
             else:
+                self._end_spell(over=True)
                 cost.note("decode", rows, context, 0, ran.seconds)
         elif ran.beside:
-            beside = self._beside
-            cost.note("prefill beside", beside.num_decode, beside.decode_context, tokens, ran.seconds, ran.share)
+            self._spell_of(ran.share).note_chunk(tokens, ran.seconds)
         else:
             cost.note("prefill", 0, 0, tokens, ran.seconds)
 
+    def _spell_of(self, share: int) -> Spell:
+        """Return the spell with two lanes that goes on, or a new one: for another share, or when it has lasted long."""
+        spell = self._spell
+        if spell is None or spell.share != share or len(spell.chunks) >= FIRM:
+            self._end_spell(over=False)
+            beside = self._beside
+            waiting = min(beside.prefill_tokens, self._budget)
+            spell = self._spell = Spell(share, beside.num_decode, beside.decode_context, waiting)
+        return spell
+
+    def _end_spell(self, *, over: bool) -> None:
+        if self._spell is not None:
+            self._spell.teach(self.cost, over=over)
+        self._spell = None
+
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self, size: _Size, rows: int, context: int, tokens: int, later: int) -> Choice:
-        work = _Work(rows, context, tokens, self._worth_s(rows, context, later))
+    def _look(self, size: _Size, outlook: Outlook, later: int) -> Choice:
+        if self._spell is not None and len(self._spell.chunks) >= FIRM:
+            self._end_spell(over=False)
+        rows, context, tokens = outlook.num_decode, outlook.decode_context, max(1, outlook.prefill_tokens)
+        work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later))
         ways = {route: self._way(route, work) for route in self._routes}
         if self._total <= self._patience:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
@@ -197,7 +246,7 @@ class SplitPolicy:
         size.left, self._last = LOOK - 1, chosen.route
         size.why = _why(chosen, ways, self._target_s)
         if self.trials < FIRST_TRIALS * len(self._routes) + TRIAL_SHARE * self._total:
-            for way in sorted(ways.values(), key=lambda each: each.total_s - each.slack_s):
+            for way in sorted(ways.values(), key=lambda each: each.score_s - each.slack_s):
                 if way.route != chosen.route and self._is_worth_a_trial(size, way, chosen):
                     size.trial, size.trial_left, size.trial_samples = way.route, _TRIAL_CHOICES - 1, way.samples
                     size.trials[way.route] = size.trials.get(way.route, 0) + 1
@@ -209,12 +258,12 @@ class SplitPolicy:
     def _pick(self, size: _Size, ways: dict[Route, _Way]) -> _Way:
         """Return the best way, or the one in use while the best is not better by more than noise."""
         allowed_s = self._allowed_s(ways)
-        best = min(ways.values(), key=lambda way: (max(0.0, way.between_s - allowed_s), way.total_s))
+        best = min(ways.values(), key=lambda way: (max(0.0, way.between_s - allowed_s), way.score_s))
         current = ways.get(size.route) if size.route is not None else None
         if current is not None and best is not current and current.between_s <= allowed_s:
-            better = best.total_s < current.total_s * (1 - BETTER)
+            better = best.score_s < current.score_s * (1 - BETTER)
             size.steady = size.steady + 1 if better else 0
-            if size.steady < STEADY and best.total_s > current.total_s * (1 - 10 * BETTER):
+            if size.steady < STEADY and best.score_s > current.score_s * (1 - 10 * BETTER):
                 return current
         size.steady, size.route = 0, best.route
         return best
@@ -249,38 +298,44 @@ class SplitPolicy:
 
     def _way(self, route: Route, work: _Work) -> _Way:
         """Return what a way costs, with the largest chunk that keeps the target."""
-        way = self._way_with(route, work, work.tokens)
-        if self._target_s is None:
-            return way
-        chunk = size_bucket(work.tokens)
+        most = max(1, self._budget - work.rows) if route[0] == "mixed" else self._budget
+        way = self._way_with(route, work, min(most, work.at_once))
+        if self._target_s is None:  # what is said holds for other prompts of about the size, too
+            return replace(way, tokens=most)
+        chunk = size_bucket(work.at_once)
         while way.between_s > self._target_s * _TARGET_MARGIN and chunk > _LEAST_CHUNK and route[0] != "lanes":
             chunk = size_bucket(chunk * 2 // 3)
-            way = self._way_with(route, work, min(chunk, work.tokens))
+            way = self._way_with(route, work, min(chunk, most, work.at_once))
         return way
 
     def _way_with(self, route: Route, work: _Work, chunk: int) -> _Way:
+        step = self._step(route, work, chunk)
+        whole, rest = divmod(work.tokens, chunk)
+        extra_s, unsure_s = step.extra_s * work.tokens / chunk, step.unsure_s * work.tokens / chunk
+        if rest and whole < _WHOLE:
+            last = self._step(route, work, rest)
+            extra_s = whole * step.extra_s + min(last.extra_s, step.extra_s)  # a part takes no longer than the whole
+            unsure_s = whole * step.unsure_s + min(last.unsure_s, step.unsure_s)
+        decode_s, share = self.cost.seconds("decode", work.rows, work.context, 0), work.at_once / work.tokens
+        return _Way(route, chunk, decode_s + extra_s * share, unsure_s * share, step.between_s, step.samples)
+
+    def _step(self, route: Route, work: _Work, chunk: int) -> _Step:
         (mode, share), cost, rows, context = route, self.cost, work.rows, work.context
         decode_s, decode_slack = cost.guess("decode", rows, context, 0)
         if mode == "mixed":
-            between_s, slack = cost.guess("mixed", rows, context, chunk)
-            token_s = max(0.0, between_s - work.worth_s) / chunk
-            samples, spread_s = cost.count("mixed", rows, context, chunk), between_s / chunk
-        elif mode == "serial":
+            mixed_s, slack = cost.guess("mixed", rows, context, chunk)
+            samples = cost.count("mixed", rows, context, chunk)
+            return _Step(max(0.0, mixed_s - work.worth_s), mixed_s, max(slack, decode_slack) * mixed_s, samples)
+        if mode == "serial":
             prompt_s, slack = cost.guess("prefill", 0, 0, chunk)
             between_s = prompt_s + decode_s
-            token_s, spread_s = (between_s - work.worth_s) / chunk, prompt_s / chunk
             samples = min(cost.count("prefill", 0, 0, chunk), cost.count("decode", rows, context, 0))
-        else:
-            prompt_s, slack = cost.guess("prefill beside", rows, context, chunk, share)
-            between_s, slack_beside = cost.guess("decode beside", rows, context, work.tokens, share)
-            slack = max(slack, slack_beside)
-            token_s = max(prompt_s, between_s) * max(0.0, 1 - work.worth_s / between_s) / chunk
-            samples = cost.count("prefill beside", rows, context, chunk, share)
-            samples = min(samples, cost.count("decode beside", rows, context, work.tokens, share))
-            spread_s = prompt_s / chunk
-        slack = max(slack, decode_slack)
-        total_s = decode_s + token_s * work.tokens
-        return _Way(route, chunk, total_s, slack * spread_s * work.tokens, between_s, samples)
+            return _Step(between_s - work.worth_s, between_s, max(slack, decode_slack) * prompt_s, samples)
+        beside: tuple[tuple[Kind, int], ...] = (("prefill beside", chunk), ("decode beside", work.at_once))
+        (prompt_s, slack), (between_s, other) = (cost.guess(kind, rows, context, n, share) for kind, n in beside)
+        samples = min(cost.count(kind, rows, context, n, share) for kind, n in beside)
+        extra_s = max(prompt_s, between_s) * max(0.0, 1 - work.worth_s / between_s)
+        return _Step(extra_s, between_s, max(slack, other, decode_slack) * prompt_s, samples)
 
     # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -292,9 +347,9 @@ class SplitPolicy:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
             lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
         often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
-        for (rows, context, tokens, later), size in often:
+        for (rows, tokens, later), size in often:
             if size.why:
-                what = f"{rows} rows of {context} tokens (soon {later}) beside {tokens} prompt tokens"
+                what = f"{rows} rows (soon {later}) beside {tokens} prompt tokens"
                 lines.append(f"lanes: {what}: {size.why}")
         return tuple(lines)
 

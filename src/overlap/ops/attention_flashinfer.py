@@ -23,6 +23,7 @@ from torch import Tensor
 from overlap.cache.pages import PAGE, Ints
 from overlap.ops.attention import AttentionRows
 from overlap.ops.decode_triton import DecodeKernel
+from overlap.ops.host_memory import host_zeros
 
 SEMAPHORES: Final = 8 << 20
 """Bytes at the head of XQA's workspace that must start as zeros; XQA leaves them zero."""
@@ -79,7 +80,7 @@ class FlashInferAttention:
         self._wrappers = [
             BatchPrefillWithPagedKVCacheWrapper(prefill_scratch, "NHD", backend=backend) for _ in range(_WRAPPERS)
         ]
-        self._columns = [_Columns() for _ in range(_WRAPPERS)]
+        self._columns = [_Columns(kv.device) for _ in range(_WRAPPERS)]
         self._turn = 0
         self._prefill: Any = None
         self._num_decode = 0
@@ -238,14 +239,15 @@ def _offsets(counts: Ints) -> Ints:
 class _Columns:
     """Pinned memory for the columns of one wrapper's plan, written again two steps later: then that has landed."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._held = torch.empty(0, dtype=torch.int32)
 
     def put(self, *columns: Ints) -> list[Tensor]:
         """Return the columns as int32 in pinned memory."""
         total = sum(map(len, columns))
         if total > len(self._held):
-            self._held = torch.empty(max(1024, 1 << (total - 1).bit_length()), dtype=torch.int32, pin_memory=True)
+            self._held = host_zeros((max(1024, 1 << (total - 1).bit_length()),), self._device)
         words, parts, start = self._held.numpy(), [], 0
         for column in columns:
             words[start : start + len(column)] = column

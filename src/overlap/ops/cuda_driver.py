@@ -19,6 +19,7 @@ _TYPES: Final[dict[str, tuple[Any, ...]]] = {
     "cuEventSynchronize": (_pointer,),
     "cuEventElapsedTime": (ctypes.POINTER(ctypes.c_float), _pointer, _pointer),
     "cuEventDestroy_v2": (_pointer,),
+    "cuMemHostAlloc": (_out, ctypes.c_size_t, _number),
     "cuStreamWaitEvent": (_pointer, _pointer, _number),
     "cuStreamBeginCapture_v2": (_pointer, ctypes.c_int),
     "cuStreamEndCapture": (_pointer, _out),

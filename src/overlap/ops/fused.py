@@ -1,9 +1,10 @@
 """A matrix with what stands around it in a layer: norm before it, residual or SiLU after it.
 
 The residual stream is a pair between two calls: `residual_TC` in float32, and `x_TC`, what is still to be added to it,
-or None. At few rows on CUDA one kernel takes the whole of a step, and nothing is left to add; elsewhere the addition
-rides on the norm that comes next, which reads the stream anyway. The two round differently: the kernels keep in float32
-what the separate ops round to the model's dtype in between.
+or None. At few rows on CUDA one kernel takes the whole of a step, and nothing is left to add, and so it is at more rows
+where that was measured to be faster (there the norm can be a kernel of its own); elsewhere the addition rides on the
+norm that comes next, which reads the stream anyway. The two round differently: the kernels keep in float32 what the
+separate ops round to the model's dtype in between.
 
 Legend: T tokens, C channels, I inputs, O outputs, H query heads, K key/value heads, D head size, X = (H + 2 * K) * D.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from overlap.ops.activation import silu_mul
 from overlap.ops.linear import Linear
+from overlap.ops.linear_choice import Op
 from overlap.ops.norm import add_rms_norm, rms_norm
 from overlap.ops.rope import rope_and_write
 
@@ -56,18 +58,22 @@ def norm_qkv(
 
     `linear` is [X, C]: q, k, v. The other arguments are those of `ops.rope.rope_and_write`, `eps` is every norm's.
     """
-    rotation = (positions_T, table, kv, layer, kv_index_T, num_heads, num_kv_heads)
+    rotation = (positions_T, table, kv, layer, kv_index_T, num_heads, num_kv_heads, head_norm_ND)
     x_TC, residual_TC = stream
-    tiles = None
-    if x_TC is None and head_norm_ND is None:
-        tiles = linear.tiles("norm_rope", residual_TC.shape[0])
-    if tiles is not None:
+    rows = residual_TC.shape[0]
+    turns: tuple[Op, ...] = ("norm_rope", "rope") if x_TC is None else ("rope",)
+    for op in turns:
+        tiles = linear.tiles(op, rows)
+        if tiles is None or (head_norm_ND is not None and not tiles.owns_heads(table.shape[1])):
+            continue
         from overlap.ops import qkv_triton
 
-        q_THD = qkv_triton.norm_qkv(residual_TC, norm_C, eps, linear.weight, linear.bias, tiles, *rotation)
-        return q_THD, residual_TC
+        if op == "norm_rope":
+            return qkv_triton.qkv(residual_TC, norm_C, eps, linear.weight, linear.bias, tiles, *rotation), residual_TC
+        normed_TC, residual_TC = _norm(stream, norm_C, eps, linear.dtype)
+        return qkv_triton.qkv(normed_TC, None, eps, linear.weight, linear.bias, tiles, *rotation), residual_TC
     qkv_TX, residual_TC = norm_linear(linear, stream, norm_C, eps)
-    return rope_and_write(qkv_TX, *rotation, head_norm_ND, eps), residual_TC
+    return rope_and_write(qkv_TX, *rotation, eps), residual_TC
 
 
 def norm_gated(linear: Linear, stream: Stream, norm_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Final
+from typing import Final, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from overlap.ops.linear_choice import MAX_ROWS, Op, Tiles, choose
 
 _PACKABLE: Final = (torch.float32, torch.bfloat16)
 _SKINNY: Final = (torch.bfloat16, torch.float16)
+_UNPADDED: Final = 16
+"""Rows of a packed matrix up to which each number of them has a kernel of its own."""
 _WHOLE_SUM: Final = 1024
 """In float32, longer rows are packed in parts of at most so many inputs. Past it, oneDNN cuts the sum in another way
 for one row than for several (measured: torch 2.13, AVX-512), so that a row's bits would depend on the batch. Parts cost
@@ -118,7 +120,7 @@ class Linear:
     def tiles(self, op: Op, rows: int) -> Tiles | None:
         """Return how a kernel of ours does `op` around this product at so many rows, or None if none of ours should.
 
-        Never one on the CPU, in float32, for more than 16 rows, or where Triton is missing.
+        Never one on the CPU, in float32, for more than 256 rows, or where Triton is missing.
         """
         if rows > MAX_ROWS or self._device.type != "cuda" or self._dtype not in _SKINNY or not _has_triton():
             return None
@@ -149,13 +151,15 @@ class Linear:
 
     @property
     def kind(self) -> str:
-        """What runs it: "onednn packed", "triton to 16 rows, then cublas", "cublas", or "plain" (`F.linear`)."""
+        """What runs it: "onednn packed", "triton to 64 rows, then cublas", "cublas", or "plain" (`F.linear`)."""
         if self._packed:
             return "onednn packed"
         if self._device.type != "cuda":
             return "plain"
-        skinny = any(self.tiles("plain", rows) is not None for rows in (1, 2, 4, 8, 16))
-        return f"triton to {MAX_ROWS} rows, then cublas" if skinny else "cublas"
+        ops: tuple[Op, ...] = get_args(Op)
+        sizes = [1 << power for power in reversed(range(MAX_ROWS.bit_length()))]
+        most = next((rows for rows in sizes if any(self.tiles(op, rows) is not None for op in ops)), None)
+        return "cublas" if most is None else f"triton to {most} rows, then cublas"
 
     @property
     def num_bytes(self) -> int:
@@ -171,7 +175,7 @@ def padded_rows(rows: int) -> int:
     caches of 1,024 kernels. So a process grew by hundreds of MiB, and then went on growing by the holes that one kernel
     in place of another left. Of these numbers there are 78 up to 8,192 rows.
     """
-    if rows <= MAX_ROWS:
+    if rows <= _UNPADDED:
         return rows
     step = max(8, 1 << (rows - 1).bit_length() - 4)
     return -(-rows // step) * step

@@ -1,4 +1,4 @@
-"""Which kernel multiplies a few rows by a matrix: a table of what was measured, and a guess for all other shapes.
+"""Which kernel multiplies some rows by a matrix: a table of what was measured, and a guess where rows are few.
 
 `python bench/kernels.py` measures and prints lines for `MEASURED`. Imports no torch.
 """
@@ -9,31 +9,40 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal, TypeAlias
 
-MAX_ROWS: Final = 16
-"""With more rows than this the library's matrix product is taken."""
-Op: TypeAlias = Literal["plain", "add", "norm", "norm_rope", "gated", "norm_gated"]
-"""What is done around the product: nothing; the residual added to it; the RMS norm before it; norm, and rotation and
-write of keys and values after it; SiLU and product of its two halves; norm and SiLU."""
+FEW_ROWS: Final = 16
+"""With more rows than this the library's matrix product is taken, but for what was measured."""
+MAX_ROWS: Final = 256
+"""With more rows than this it always is."""
+Op: TypeAlias = Literal["plain", "add", "norm", "rope", "norm_rope", "gated", "norm_gated"]
+"""What is done around the product: nothing; the residual added to it; the RMS norm before it; rotation and write of
+keys and values after it; norm and rotation; SiLU and product of its two halves; norm and SiLU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """How a kernel cuts a matrix."""
 
-    kernel: Literal["gemv", "split", "dot"]
+    kernel: Literal["gemv", "split", "dot", "blocks"]
     """"gemv" multiplies in float32 registers, "split" on the tensor cores, each warp a part of the inputs, "dot" there,
-    too, over large weights (and knows no norm)."""
+    too, over large weights (and knows no norm and no rotation), "blocks" there for more rows. "gemv" and "dot" are for
+    few rows."""
     block_o: int
     """Rows of the weight that a program owns."""
     block_i: int
     """Inputs that it takes at a time."""
     warps: int
     stages: int = 1
-    """Tiles in flight (dot only; the others keep one ahead, in registers)."""
+    """Tiles in flight (dot and blocks; the others keep one ahead, in registers)."""
+    block_t: int = 16
+    """Rows of x that a program owns (split and blocks; the others own all)."""
+
+    def owns_heads(self, head_dim: int) -> bool:
+        """Whether a program has a whole head, so that it can norm one."""
+        return self.kernel == "blocks" and self.block_o == head_dim
 
 
 def bucket(rows: int) -> int:
-    """Return the rows that a kernel is compiled for: 1, 2, 4, 8 or 16."""
+    """Return the power of two up to which numbers of rows share a choice: 1, 2, 4, ..., 256."""
     return 1 << (rows - 1).bit_length()
 
 
@@ -41,19 +50,24 @@ def choose(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
     """Return the kernel for [rows, inputs] times a weight of `outputs` results, or None for the library's.
 
     `outputs` counts what comes out: a gated matrix has twice as many rows. None for a norm means: the norm apart, and
-    then whatever is best without it.
+    then whatever is best without it; for a rotation, the same.
     """
     if not 1 <= rows <= MAX_ROWS or inputs % 8:
         return None
     key = (op, outputs, inputs, bucket(rows))
     if key in MEASURED:
         return MEASURED[key]
-    return None if key in _LIBRARY else guess(*key)
+    return None if rows > FEW_ROWS or key in _LIBRARY else guess(*key)
 
 
 @cache
 def guess(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
-    """Return what should be good: every SM busy, whole rows of small matrices in flight before the wait."""
+    """Return what should be good: every SM busy, whole rows of small matrices in flight before the wait.
+
+    For at most `FEW_ROWS`. A rotation without the norm before it is not guessed at: it is for more rows.
+    """
+    if op == "rope":
+        return None
     weight_rows = 2 * outputs if "gated" in op else outputs
     large = weight_rows * inputs > _LARGE
     # Past two rows, x costs a program as much to read as its part of a large weight: the tensor cores share it more.

@@ -1,15 +1,13 @@
-"""Matrix products of 1 to 16 rows on CUDA, with what stands around them in a layer. Imported only where Triton is.
+"""Matrix products of 1 to 256 rows on CUDA, with what stands around them in a layer. Imported only where Triton is.
 
-At so few rows a product is one reading of the weight, so all of this is about reading it early and in large pieces:
-each program owns a few rows of the weight, loads its first tile *before* it waits for the kernel that makes x (weights
-are never written), and loads each later tile one ahead. Norm before, residual or SiLU after cost nothing but arithmetic
+At few rows a product is one reading of the weight, and at some more it is still over as soon as it has begun. So all of
+this is about reading the weight early: each program owns a few rows of it and begins to read them *before* it waits for
+the kernel that makes x (weights are never written). Norm before, residual or SiLU after cost little but arithmetic
 there, and save a kernel and a round trip through memory each.
 
-Two kernels. `_skinny_kernel` takes its first tile of the weight before it waits, the whole of it where inputs are few,
-and multiplies either in float32 registers ("gemv") or on the tensor cores, each warp a part of the inputs ("split": one
-chain of 16 by 8 products would be as long as the inputs, and the other warps idle). `_dot_kernel` runs on the tensor
-cores over large weights, which are its left operand. All add up in float32 and round once, when the result is stored;
-a norm before "split" is rounded to the weight's dtype once more, before the tensor cores.
+Two kernels. `_linear_kernel` multiplies in one of three ways (`ops.multiply_triton`); `_dot_kernel` runs on the tensor
+cores over large weights, which are its left operand, for up to 16 rows. All add up in float32 and round once, when the
+result is stored.
 
 Legend: T tokens (rows of x), I inputs, O outputs.
 """
@@ -25,9 +23,10 @@ from torch import Tensor
 
 from overlap.ops import launch_triton
 from overlap.ops.linear_choice import Tiles, bucket
+from overlap.ops.multiply_triton import first_tile, multiply, owned
 
-RUN: Final = 8
-"""Inputs that one thread has side by side: 16 bytes."""
+_RUN: Final = 8
+"""Inputs that one thread of "gemv" has side by side: 16 bytes."""
 
 
 @triton.jit
@@ -35,143 +34,9 @@ def _silu(value):
     return value / (1.0 + tl.exp(-value))
 
 
-@triton.jit
-def _columns(BLOCK_I: tl.constexpr, PARTS: tl.constexpr):
-    """Return the inputs of a tile, [PARTS, 1, BLOCK_I / PARTS]."""
-    PART: tl.constexpr = BLOCK_I // PARTS
-    return tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-
-
-@triton.jit
-def first_tile(weight, line, inside, INPUTS: tl.constexpr, BLOCK_I: tl.constexpr, PARTS: tl.constexpr):  # noqa: ANN201
-    """Load the first [PARTS, BLOCK_O, BLOCK_I / PARTS] of the weight's rows `line`: never written, so no wait."""
-    column = _columns(BLOCK_I, PARTS)
-    source = weight + line.to(tl.int64)[None, :, None] * INPUTS + column
-    mask = inside[None, :, None] & (column < INPUTS)
-    return tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def multiply(  # noqa: ANN201
-    tile,
-    x,
-    norm,
-    weight,
-    line,
-    line_inside,
-    rows,
-    x_stride,
-    eps,
-    INPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    PARTS: tl.constexpr,
-    RUN: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
-    """Return x (or its RMS norm) times the weight's rows `line`, [ROWS, BLOCK_O], given the `first_tile` of them."""
-    if PARTS > 1:
-        y = _by_parts(
-            tile, x, norm, weight, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
-            HAS_NORM,
-        )  # fmt: skip
-    else:
-        y = _by_lanes(
-            tile, x, norm, weight, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, RUN, HAS_NORM
-        )
-    return y
-
-
-@triton.jit
-def _by_parts(
-    tile,
-    x,
-    norm,
-    weight,
-    line,
-    line_inside,
-    rows,
-    x_stride,
-    eps,
-    INPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
-    """On the tensor cores: a warp multiplies its part of the inputs, and the parts are added up at the end."""
-    row = tl.arange(0, ROWS)
-    column = _columns(BLOCK_I, PARTS)
-    source = weight + line.to(tl.int64)[None, :, None] * INPUTS + column
-    x_source = x + row.to(tl.int64)[None, :, None] * x_stride + column
-    total = tl.zeros((PARTS, ROWS, BLOCK_O), tl.float32)
-    squares = tl.zeros((PARTS, ROWS, BLOCK_I // PARTS), tl.float32)
-    for start in range(0, INPUTS, BLOCK_I):
-        ahead = start + BLOCK_I
-        ahead_inside = line_inside[None, :, None] & (ahead + column < INPUTS)
-        next_tile = tl.load(source + ahead, mask=ahead_inside, other=0.0, eviction_policy="evict_first")
-        inside = start + column < INPUTS
-        value = tl.load(x_source + start, mask=(row < rows)[None, :, None] & inside, other=0.0)
-        if HAS_NORM:
-            squares += value * value
-            value = (value * tl.load(norm + start + column, mask=inside, other=0.0)).to(tile.dtype)
-        total = tl.dot(value, tl.permute(tile, (0, 2, 1)), total, input_precision="ieee")
-        tile = next_tile
-    y = tl.sum(total, axis=0)
-    if HAS_NORM:
-        y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=2), axis=0) / INPUTS + eps)[:, None]
-    return y
-
-
-@triton.jit
-def _by_lanes(
-    tile,
-    x,
-    norm,
-    weight,
-    line,
-    line_inside,
-    rows,
-    x_stride,
-    eps,
-    INPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    RUN: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
-    """In float32 registers."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_I)
-    source = weight + line.to(tl.int64)[None, :, None] * INPUTS + column[None, None, :]
-    x_source = x + row.to(tl.int64)[:, None, None] * x_stride + column[None, None, :]
-    total = tl.zeros((ROWS, BLOCK_O, BLOCK_I // RUN), tl.float32)
-    squares = tl.zeros((ROWS, 1, BLOCK_I), tl.float32)
-    for start in range(0, INPUTS, BLOCK_I):
-        ahead = start + BLOCK_I
-        ahead_inside = line_inside[None, :, None] & (ahead + column < INPUTS)[None, None, :]
-        next_tile = tl.load(source + ahead, mask=ahead_inside, other=0.0, eviction_policy="evict_first")
-        inside = (start + column < INPUTS)[None, None, :]
-        value = tl.load(x_source + start, mask=(row < rows)[:, None, None] & inside, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += value * value
-            value *= tl.load(norm + start + column[None, None, :], mask=inside, other=0.0)
-        product = tile.to(tl.float32) * value
-        # A thread's run of inputs is added up in its registers; threads come together once, below.
-        total += tl.sum(tl.reshape(product, (ROWS, BLOCK_O, BLOCK_I // RUN, RUN)), axis=3)
-        tile = next_tile
-    y = tl.sum(total, axis=2)
-    if HAS_NORM:
-        y *= tl.rsqrt(tl.sum(squares, axis=2) / INPUTS + eps)
-    return y
-
-
 # `rows` is not specialised: 1 and 16 would each be compiled anew. INPUTS is known so that a loop of one turn is none.
 @triton.jit(do_not_specialize=["rows"])
-def _skinny_kernel(
+def _linear_kernel(
     x,
     norm,
     weight,
@@ -189,6 +54,8 @@ def _skinny_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WAY: tl.constexpr,
     RUN: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -199,57 +66,46 @@ def _skinny_kernel(
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    row = tl.arange(0, ROWS)
+    row, block = owned(ROWS, WAY)
     line = tl.arange(0, BLOCK_O)
     # Gated, a tile has the gate's row and the up's row of one output side by side; `outputs` rows lie between them.
     if GATED:
-        output = program * (BLOCK_O // 2) + line // 2
+        output = block * (BLOCK_O // 2) + line // 2
         line = output + (line % 2) * outputs
+        result = block * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
     else:
-        output = program * BLOCK_O + line
+        output = block * BLOCK_O + line
         line = output
-    tile = first_tile(weight, line, output < outputs, INPUTS, BLOCK_I, PARTS)
+        result = output
+    tile = first_tile(weight, line, output < outputs, INPUTS, BLOCK_I, PARTS, WAY, PDL)
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+    inside = (row < rows)[:, None] & (result < outputs)[None, :]
+    place = row.to(tl.int64)[:, None]
+    if HAS_RESIDUAL:  # on its way while the product is computed
+        added = tl.load(residual + place * residual_stride + result[None, :], mask=inside, other=0.0)
     y = multiply(
-        tile,
-        x,
-        norm,
-        weight,
-        line,
-        output < outputs,
-        rows,
-        x_stride,
-        eps,
-        INPUTS,
-        ROWS,
-        BLOCK_O,
-        BLOCK_I,
-        PARTS,
-        RUN,
-        HAS_NORM,
-    )
+        tile, x, norm, weight, row, line, output < outputs, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
+        STAGES, WAY, RUN, HAS_NORM,
+    )  # fmt: skip
     if HAS_BIAS:
         y += tl.load(bias + line, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
 
     if GATED:
         gate, up = tl.split(tl.reshape(y, (ROWS, BLOCK_O // 2, 2)))
         y = _silu(gate) * up
-        output = program * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
-    inside = (row < rows)[:, None] & (output < outputs)[None, :]
-    place = row.to(tl.int64)[:, None]
     if HAS_RESIDUAL:
-        y += tl.load(residual + place * residual_stride + output[None, :], mask=inside, other=0.0)
+        y += added
     if GREEDY:
-        y = tl.where((output < outputs)[None, :], y, float("-inf"))
+        y = tl.where((result < outputs)[None, :], y, float("-inf"))
         highest = tl.max(y, axis=1)
-        token = tl.min(tl.where(y == highest[:, None], output[None, :], 2147483647), axis=1)
-        place = row.to(tl.int64) * tl.num_programs(0) + program
+        token = tl.min(tl.where(y == highest[:, None], result[None, :], 2147483647), axis=1)
+        place = row.to(tl.int64) * tl.cdiv(outputs, BLOCK_O) + block
         tl.store(out + place, highest, mask=row < rows)
         tl.store(best + place, token, mask=row < rows)
     else:
-        tl.store(out + place * outputs + output[None, :], y.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + place * outputs + result[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -352,7 +208,7 @@ def linear(
     gated: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return x W^T + b, [T, O], for x [T, I] and a contiguous weight; T is at most 16.
+    """Return x W^T + b, [T, O], for x [T, I] and a contiguous weight; T is at most 16 for "gemv" and "dot".
 
     `norm` is (weight [I] in float32, eps) of an RMS norm of x before the product; x is the float32 stream then,
     and the kernel not "dot". `residual_TO` (float32) is added to the result, which is float32 then. `gated`: the
@@ -361,27 +217,37 @@ def linear(
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     dtype = torch.float32 if residual_TO is not None else dtype or weight.dtype
     out_TO = torch.empty((x_TI.shape[0], outputs), dtype=dtype, device=x_TI.device)
-    grid = triton.cdiv(weight.shape[0], tiles.block_o)
-    _launch(x_TI, weight, bias, tiles, grid, norm, residual_TO, out_TO, out_TO, GATED=gated, GREEDY=False)
+    _launch(x_TI, weight, bias, tiles, norm, residual_TO, out_TO, out_TO, GATED=gated, GREEDY=False)
     return out_TO
 
 
 def greedy(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiles: Tiles) -> Tensor:
-    """Return the arg max of each row of x W^T + b in float32, the lowest of equals: int32 [T]. T is at most 16."""
+    """Return the arg max of each row of x W^T + b in float32, the lowest of equals: int32 [T]. T as for `linear`."""
     rows, parts = x_TI.shape[0], triton.cdiv(weight_OI.shape[0], tiles.block_o)
     highest = torch.empty((rows, parts), dtype=torch.float32, device=x_TI.device)
     best = torch.empty((rows, parts), dtype=torch.int32, device=x_TI.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=x_TI.device)
-    _launch(x_TI, weight_OI, bias_O, tiles, parts, None, None, highest, best, GATED=False, GREEDY=True)
+    _launch(x_TI, weight_OI, bias_O, tiles, None, None, highest, best, GATED=False, GREEDY=True)
     block = triton.next_power_of_2(parts)
     options: dict[str, Any] = launch_triton.early(x_TI.device)
     _best_kernel[(rows,)](highest, best, tokens, parts, BLOCK=block, num_warps=max(1, min(block // 256, 16)), **options)
     return tokens
 
 
-def parts_of(tiles: Tiles, rows: int) -> dict[str, int]:
-    """Return the constants PARTS and ROWS of a skinny kernel: a warp's part each, and the tensor cores' 16 rows."""
-    return {"PARTS": tiles.warps, "ROWS": 16} if tiles.kernel == "split" else {"PARTS": 1, "ROWS": bucket(rows)}
+def cut(tiles: Tiles, lines: int, rows: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the grid and the constants with which `ops.multiply_triton` cuts a weight of `lines` rows, and x."""
+    blocks, size = triton.cdiv(lines, tiles.block_o), bucket(rows) if tiles.kernel == "gemv" else tiles.block_t
+    constants = {
+        "ROWS": size,
+        "BLOCK_O": tiles.block_o,
+        "BLOCK_I": tiles.block_i,
+        "PARTS": tiles.warps if tiles.kernel == "split" else 1,
+        "STAGES": tiles.stages,
+        "WAY": tiles.kernel,
+        "RUN": _RUN,
+        "num_warps": tiles.warps,
+    }
+    return (blocks,) if tiles.kernel == "gemv" else (triton.cdiv(rows, size), blocks), constants
 
 
 def _launch(
@@ -389,7 +255,6 @@ def _launch(
     weight: Tensor,
     bias: Tensor | None,
     tiles: Tiles,
-    grid: int,
     norm: tuple[Tensor, float] | None,
     residual: Tensor | None,
     out: Tensor,
@@ -400,20 +265,20 @@ def _launch(
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if flags["GATED"] else weight.shape[0]
     flags |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
-    options: dict[str, Any] = {**flags, **launch_triton.early(x.device), "num_warps": tiles.warps}
+    options: dict[str, Any] = {**flags, **launch_triton.early(x.device)}
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     others = (weight if bias is None else bias, out if residual is None else residual)
     if tiles.kernel == "dot":
         assert norm is None  # `linear_choice` never asks for it
-        _dot_kernel[(grid,)](
+        _dot_kernel[(triton.cdiv(weight.shape[0], tiles.block_o),)](
             x, weight, *others, out, best, rows, outputs, *strides,
             INPUTS=inputs, ROWS=max(8, bucket(rows)), BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, STAGES=tiles.stages,
-            EVEN=inputs % tiles.block_i == 0, **options,
+            EVEN=inputs % tiles.block_i == 0, num_warps=tiles.warps, **options,
         )  # fmt: skip
         return
     scale, eps = (weight, 0.0) if norm is None else norm
-    _skinny_kernel[(grid,)](
+    grid, constants = cut(tiles, weight.shape[0], rows)
+    _linear_kernel[grid](
         x, scale, weight, *others, out, best, rows, outputs, *strides, eps,
-        INPUTS=inputs, BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, RUN=RUN, **parts_of(tiles, rows),
-        HAS_NORM=norm is not None, **options,
+        INPUTS=inputs, HAS_NORM=norm is not None, **constants, **options,
     )  # fmt: skip

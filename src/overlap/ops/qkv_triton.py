@@ -1,7 +1,7 @@
-"""Norm, q, k and v, their rotation, and the write of k and v into their pages: one Triton kernel for a few rows.
+"""Norm, q, k and v, their rotation, and the write of k and v into their pages: one Triton kernel for up to 256 rows.
 
 A program owns pairs of rows of the weight that one rotation turns, (d, d + D/2) of a head, side by side, so that it can
-turn what it has just computed. (A norm of each head needs the whole head: Qwen3 takes `ops.rope_triton` instead.)
+turn what it has just computed. A norm of each head (Qwen3) needs programs that own whole heads: "blocks" has such.
 
 Legend: T tokens, H query heads, K key/value heads, D head size, C hidden size, X = (H + 2 * K) * D.
 """
@@ -18,7 +18,8 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 from overlap.ops.linear_choice import Tiles
-from overlap.ops.linear_triton import RUN, first_tile, multiply, parts_of
+from overlap.ops.linear_triton import cut
+from overlap.ops.multiply_triton import first_tile, multiply, owned
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def _place(head, column, kv_index, layer, layers, HEADS, KV_HEADS, HALF, PAGE_TO
 def _qkv_kernel(
     x,
     norm,
+    head_norm,
     weight,
     bias,
     positions,
@@ -52,28 +54,31 @@ def _qkv_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WAY: tl.constexpr,
     RUN: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_HEAD_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
-    row = tl.arange(0, ROWS)
+    row, block = owned(ROWS, WAY)
     half = tl.arange(0, BLOCK_O)
-    pair = program * (BLOCK_O // 2) + half // 2
+    pair = block * (BLOCK_O // 2) + half // 2
     line = (pair // HALF) * (2 * HALF) + pair % HALF + (half % 2) * HALF
     line_inside = pair < (HEADS + 2 * KV_HEADS) * HALF
-    tile = first_tile(weight, line, line_inside, INPUTS, BLOCK_I, PARTS)
+    tile = first_tile(weight, line, line_inside, INPUTS, BLOCK_I, PARTS, WAY, PDL)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     # The turn of each pair, on its way while the product is computed.
-    pair = program * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
+    pair = block * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
     head, column = (pair // HALF)[None, :], (pair % HALF)[None, :]
     inside = (row < rows)[:, None] & (pair < (HEADS + 2 * KV_HEADS) * HALF)[None, :]
     turns = inside & (head < HEADS + KV_HEADS)
@@ -83,11 +88,18 @@ def _qkv_kernel(
     index = tl.load(kv_index + row, mask=row < rows, other=-1)[:, None]
 
     y = multiply(
-        tile, x, norm, weight, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS, RUN, True
-    )
+        tile, x, norm, weight, row, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
+        STAGES, WAY, RUN, HAS_NORM,
+    )  # fmt: skip
     if HAS_BIAS:
         y += tl.load(bias + line, mask=line_inside, other=0.0).to(tl.float32)[None, :]
     straight, across = tl.split(tl.reshape(y, (ROWS, BLOCK_O // 2, 2)))
+    if HAS_HEAD_NORM:  # the program's pairs are one head
+        squares = tl.sum(straight * straight + across * across, axis=1) / BLOCK_O
+        scale = tl.where(turns, tl.rsqrt(squares + eps)[:, None], 1.0)
+        factor = head_norm + head * BLOCK_O + column
+        straight *= scale * tl.load(factor, mask=head < HEADS + KV_HEADS, other=1.0)
+        across *= scale * tl.load(factor + HALF, mask=head < HEADS + KV_HEADS, other=1.0)
     first = (straight * cos - across * sin).to(q_out.dtype.element_ty)
     second = (across * cos + straight * sin).to(q_out.dtype.element_ty)
     target = q_out + (row.to(tl.int64)[:, None] * HEADS + head) * (2 * HALF) + column
@@ -98,9 +110,9 @@ def _qkv_kernel(
     tl.store(target + HALF, second, mask=inside & (head >= HEADS) & (index >= 0))
 
 
-def norm_qkv(
-    residual_TC: Tensor,
-    norm_C: Tensor,
+def qkv(
+    x_TC: Tensor,
+    norm_C: Tensor | None,
     eps: float,
     weight_XC: Tensor,
     bias_X: Tensor | None,
@@ -112,19 +124,23 @@ def norm_qkv(
     kv_index_T: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    head_norm_ND: Tensor | None = None,
 ) -> Tensor:
-    """Return the rotated q, [T, H, D], of the RMS-normed stream; T is at most 16, the kernel not "dot".
+    """Return the rotated q, [T, H, D], of x, or with `norm_C` of the RMS-normed float32 stream x.
 
-    As `ops.linear_triton.linear` with a norm, and `ops.rope.rope_and_write` behind it, but nothing is rounded between.
+    As `ops.linear_triton.linear`, and `ops.rope.rope_and_write` behind it, but nothing is rounded between. The kernel
+    is not "dot", and with `head_norm_ND` one whose programs own heads (`Tiles.owns_heads`). `eps` is every norm's.
     """
-    (rows, inputs), head_dim = residual_TC.shape, table.shape[1]
-    q_THD = torch.empty((rows, num_heads, head_dim), dtype=weight_XC.dtype, device=residual_TC.device)
-    options: dict[str, Any] = launch_triton.early(residual_TC.device)
-    _qkv_kernel[(triton.cdiv(weight_XC.shape[0], tiles.block_o),)](
-        residual_TC, norm_C, weight_XC, weight_XC if bias_X is None else bias_X, positions_T, table, kv, kv_index_T,
-        q_THD, rows, layer, kv.shape[1], residual_TC.stride(0), eps,
-        INPUTS=inputs, BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, RUN=RUN, **parts_of(tiles, rows), HEADS=num_heads,
-        KV_HEADS=num_kv_heads, HALF=head_dim // 2, PAGE_TOKENS=PAGE, HAS_BIAS=bias_X is not None,
-        num_warps=tiles.warps, **options,
+    (rows, inputs), head_dim = x_TC.shape, table.shape[1]
+    assert head_norm_ND is None or tiles.owns_heads(head_dim)
+    q_THD = torch.empty((rows, num_heads, head_dim), dtype=weight_XC.dtype, device=x_TC.device)
+    others = (given if given is not None else weight_XC for given in (norm_C, head_norm_ND))
+    grid, constants = cut(tiles, weight_XC.shape[0], rows)
+    options: dict[str, Any] = {**constants, **launch_triton.early(x_TC.device)}
+    _qkv_kernel[grid](
+        x_TC, *others, weight_XC, weight_XC if bias_X is None else bias_X, positions_T, table, kv, kv_index_T, q_THD,
+        rows, layer, kv.shape[1], x_TC.stride(0), eps,
+        INPUTS=inputs, HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=head_dim // 2, PAGE_TOKENS=PAGE,
+        HAS_NORM=norm_C is not None, HAS_HEAD_NORM=head_norm_ND is not None, HAS_BIAS=bias_X is not None, **options,
     )  # fmt: skip
     return q_THD

@@ -18,6 +18,9 @@ from torch._C._distributed_c10d import ProcessGroupGloo, Store
 LOCALHOST: Final = "127.0.0.1"
 ABORT_S: Final = 10.0
 """How long NCCL may take to give up before its thread is left behind."""
+_CONNECTING: Final = (1, 1 << 14, 1 << 18, 1 << 22)
+"""Numbers in the first sums. NCCL connects with the first sum of each way that it has, and a way is for some sizes. Then
+it waits for the others on the host, which `abort` does not end: not inside a step, where a rank may just have gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ class Group:
             own._timeout = timeout
             own._devices = [gloo.create_device(hostname=LOCALHOST) if local else gloo.create_default_device()]
             self._backend = gloo(store, rank, size, own)
-        self.sum(torch.ones(1, device=device))  # NCCL connects with the first collective: not inside a step
+        for count in _CONNECTING if device.type == "cuda" else (1,):
+            self.sum(torch.ones(count, device=device))
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over all ranks, written over `x`; the same bits on each."""

@@ -344,6 +344,7 @@ class Team:
         self._followers.clear()
         if self._group is not None:
             self._group.abort()
+        self._leave_meeting()
 
     def close(self) -> None:
         """Wait for the followers to end (they are killed after STOP_S seconds, or at once if one is gone) and clean up.
@@ -359,9 +360,12 @@ class Team:
         group, self._group = self._group, None
         if group is not None:
             group.close()
-        if self._meeting is not None:
-            shutil.rmtree(self._meeting, ignore_errors=True)
-            self._meeting = None
+        self._leave_meeting()
+
+    def _leave_meeting(self) -> None:
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            shutil.rmtree(meeting, ignore_errors=True)
 
 
 def place_store(place: TorchRun) -> Store:

@@ -59,6 +59,8 @@ class Lanes:
     def split(self, decoding: Ints, num_decode: int, prompts: tuple[int, int]) -> tuple[bool, int]:
         """Say what the main lane's next step holds: whether prompts go without the decode rows, and their budget.
 
+        Without decode rows the whole budget is theirs: a prompt of just so many tokens needs no second step.
+
         `decoding` are the slots that decode, `num_decode` of which have a page to go on; `prompts` counts the
         tokens of the prompts that could run now, and these.
         """
@@ -73,7 +75,7 @@ class Lanes:
         if mode == "mixed":
             return False, min(room, tokens)
         self._prompts_turn = not self._prompts_turn
-        return self._prompts_turn, min(room, tokens) if self._prompts_turn else 0
+        return self._prompts_turn, tokens if self._prompts_turn else 0
 
     def choose(self, decoding: Ints, prompts: tuple[int, int]) -> tuple[str, int]:
         """Ask the splitter; return its mode, and how many prompt tokens to run at once."""
@@ -107,7 +109,7 @@ class Lanes:
         return before if before > self[1 - lane].settled else 0
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
-        """Tell the splitter what a landed step took on the device."""
+        """Tell the splitter what a landed step took, with what the device waited for it."""
         if self.splitter is not None:
             context = int(plan.starts[: plan.num_decode].sum())
             self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), plan.beside, seconds, plan.share))

@@ -172,12 +172,15 @@ class Planner:
         """How long requests waited for their first slot."""
         return self._desk.queue_seconds
 
-    def note_time(self, plan: StepPlan, seconds: float) -> None:
-        """Take in what a landed step took on the device. Of plain steps that repeat one in eight says enough."""
+    def note_time(self, plan: StepPlan, seconds: float, waited_s: float = 0.0) -> None:
+        """Take in what a landed step took on the device, and how long the device waited for it though there was work.
+
+        Of plain steps that repeat one in eight says enough.
+        """
         if plan.again and self._pace is None and plan.number % 8:
             return
         if plan.scores is None:  # a step that scores is no measure for others
-            self._lanes.note_time(plan, seconds)
+            self._lanes.note_time(plan, seconds + waited_s)
         if self._pace is not None and plan.num_decode == plan.num_rows:
             self._pace.note_time(plan.num_decode, plan.width, seconds)
 

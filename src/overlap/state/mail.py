@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from overlap.cache.pages import Ints
+from overlap.ops.host_memory import host_zeros
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.shaping import MOST_SCORED, TOLD_WORDS
 from overlap.state.packing import HEADER, USED
@@ -46,18 +47,18 @@ class Mail:
 
     def __init__(self, words: int, max_landing: int, device: torch.device | str) -> None:
         """`words` is the `capacity` of a packed plan; `max_landing` tokens come back at most."""
-        pinned = torch.device(device).type == "cuda"
-        self.plans = torch.zeros((DEPTH + 1, words), dtype=torch.int32, pin_memory=pinned)
+        device = torch.device(device)
+        self.plans = host_zeros((DEPTH + 1, words), device)
         """int32 [DEPTH + 1, words] on the host: packed plans."""
         self.plan_words: list[Ints] = list(self.plans.numpy())
         self.plan_words[EMPTY][USED] = HEADER  # the words in use: no section has any
-        self.landings = torch.zeros((DEPTH + 1, max_landing), dtype=torch.int32, pin_memory=pinned)
+        self.landings = host_zeros((DEPTH + 1, max_landing), device)
         """int32 [DEPTH + 1, max_landing] on the host: the tokens of each flight."""
         self.landed_words: list[Ints] = list(self.landings.numpy())
-        self.told = torch.zeros((DEPTH + 1, max_landing, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
+        self.told = host_zeros((DEPTH + 1, max_landing, TOLD_WORDS), device)
         """int32 [DEPTH + 1, max_landing, TOLD_WORDS] on the host: what is told with tokens, where it is asked for."""
         self.told_words: list[Ints] = list(self.told.numpy())
-        self.scored = torch.zeros((DEPTH, MOST_SCORED, TOLD_WORDS), dtype=torch.int32, pin_memory=pinned)
+        self.scored = host_zeros((DEPTH, MOST_SCORED, TOLD_WORDS), device)
         """int32 [DEPTH, MOST_SCORED, TOLD_WORDS] on the host: the scores of each flight's prompts."""
         self.scored_words: list[Ints] = list(self.scored.numpy())
         self.packed = torch.zeros(words, dtype=torch.int32, device=device)
@@ -77,7 +78,7 @@ class Mail:
         held = self._masks[place]
         if held is None or len(held) < len(rows):
             size = max(8, 1 << (len(rows) - 1).bit_length())
-            held = torch.empty((size, width), dtype=torch.int32, pin_memory=self.packed.is_cuda)
+            held = host_zeros((size, width), self.packed.device)
             self._masks[place] = held
         words = held.numpy()
         for line, (row, mask) in enumerate(zip(rows, masks, strict=True)):
