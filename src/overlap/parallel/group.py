@@ -19,8 +19,8 @@ LOCALHOST: Final = "127.0.0.1"
 ABORT_S: Final = 10.0
 """How long NCCL may take to give up before its thread is left behind."""
 _CONNECTING: Final = (1, 1 << 14, 1 << 18, 1 << 22)
-"""Numbers in the first sums. NCCL connects with the first sum of each way that it has, and a way is for some sizes. Then
-it waits for the others on the host, which `abort` does not end: not inside a step, where a rank may just have gone."""
+"""Numbers in the first sums. NCCL connects with the first sum of each way that it has, and a way is for some sizes.
+Then it waits for the others on the host, which `abort` does not end: not inside a step, where a rank may be gone."""
 
 
 @dataclass(frozen=True, slots=True)
