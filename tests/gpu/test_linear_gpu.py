@@ -24,7 +24,7 @@ CUTS = (
     (Tiles("gemv", 4, 1024, 4), torch.bfloat16),
     (Tiles("split", 8, 1024, 8), torch.bfloat16),
     (Tiles("split", 16, 512, 4), torch.float16),
-    (Tiles("split", 16, 1024, 8, 1, 32), torch.bfloat16),
+    (Tiles("split", 16, 512, 8, 1, 32), torch.bfloat16),
     (Tiles("dot", 16, 128, 4, 4), torch.bfloat16),
     (Tiles("dot", 64, 64, 4, 4), torch.bfloat16),
     (Tiles("blocks", 32, 128, 4, 4, 16), torch.bfloat16),

@@ -377,7 +377,7 @@ def test_nothing_between_plan_and_launch_waits_for_the_device_not_even_a_capture
         serve(parts, again, {})
         after = runner.statistics()
         assert after.capture_failures == 0, runner.explain()
-        assert after.full_replays > before.full_replays
+        assert after.full_replays > before.full_replays, engine.explain()
         assert after.piecewise_replays > before.piecewise_replays
 
 
@@ -448,6 +448,6 @@ async def test_a_whole_engine_captures_its_speculative_steps_when_it_is_idle(
         outputs = [out async for out in engine.generate_batch([[4, 5, 6]] * 16, params, progress=False)]
         assert {len(out.token_ids) for out in outputs} == {20}
         after = runner.statistics()
-        assert after.full_replays > before.full_replays
+        assert after.full_replays > before.full_replays, engine.explain()
         assert after.fallbacks == before.fallbacks, engine.explain()
         print("\n" + engine.explain())
