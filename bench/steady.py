@@ -12,7 +12,8 @@ rows as asked for decode at once; windows with and without a trace take turns. A
                    1% from 8 rows up, under 3% at one)
     host_us        plan, launch and settle of a step, medians of the windows with a trace (target: 150 together)
     trace_costs    how much longer a step takes while a trace is on (target: 2%)
-    kernels        with --kernels: what the device ran in a step, the dearest first: [µs a step, times a step, name]
+    kernels        with --kernels: what the device ran in a step, the dearest first: [µs that it adds to a step, µs that
+                   it takes, times a step, name]; a kernel that starts early waits in what it takes
 
 and one line of how long after the device's end the loop hears of it ("awaiting", target: 100 µs in the median): a
 stream runs a kernel of a known time, and what passes from its launch until the waiter is back is compared with what
@@ -88,20 +89,35 @@ def host_us(record: Record) -> dict[str, float]:
     }
 
 
-async def kernels(engine: AsyncEngine) -> list[tuple[float, float, str]]:
-    """Return (µs a step, times a step, name) of what the device ran, the dearest first."""
+async def kernels(engine: AsyncEngine) -> list[tuple[float, float, float, str]]:
+    """Return (µs a step that it adds, µs a step that it takes, times a step, name) of what ran, the dearest first.
+
+    A kernel that starts early takes the time in which it waits for the one before, too. What it adds is from the end of
+    the one before until its own: this adds up to the step.
+    """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         before = engine.statistics().steps
         await asyncio.sleep(WINDOW_S / 4)
         steps = engine.statistics().steps - before
+    events = sorted(
+        (event for event in profile.events() or () if event.device_type.name == "CUDA"),
+        key=lambda event: event.time_range.end,
+    )
+    added: Counter[str] = Counter()
     spent: Counter[str] = Counter()
     times: Counter[str] = Counter()
-    for event in profile.events() or ():
-        if event.device_type.name == "CUDA":
-            spent[event.name[:60]] += event.device_time
-            times[event.name[:60]] += 1
-    return [(round(us / steps, 1), round(times[name] / steps, 1), name) for name, us in spent.most_common(24)]
+    last = events[0].time_range.start if events else 0.0
+    for event in events:
+        name = event.name[:60]
+        added[name] += event.time_range.end - last
+        spent[name] += event.device_time
+        times[name] += 1
+        last = event.time_range.end
+    return [
+        (round(us / steps, 1), round(spent[name] / steps, 1), round(times[name] / steps, 1), name)
+        for name, us in added.most_common(24)
+    ]
 
 
 async def measure(asked: argparse.Namespace, model: str) -> None:
