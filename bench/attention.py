@@ -1,12 +1,13 @@
 """Which kernel is the faster for attention of decode rows, and how far is it from reading KV once?
 
     python bench/attention.py [--shape smollm2-135m llama-8b] [--rows 1 4 16] [--context 256 1024] [--width 1 5]
+    python bench/attention.py --cuts          every cut of our kernel that is worth trying, for `cut_of`
 
 The kernels run over layer after layer of one KV memory, as in a step, recorded as one CUDA graph; the figure is the
-time of one call. "xqa" is FlashInfer's, "own" is `ops.decode_triton` as the engine cuts it, "own_..." with other cuts.
-With a width over 1 a row verifies drafts: XQA then gets each position as a row of its own and reads a row's KV as many
-times. "floor" is the time to read keys and values once at the bandwidth of a large copy in the same run. One JSON
-object a line. Doubt it for this: nothing else runs, while in a step each call follows a matrix product.
+time of one call. "own" is `ops.decode_triton`, "xqa" FlashInfer's kernel (with a width over 1, where a row verifies
+drafts, as one row of so many positions). Both get page tables that are as wide as a step's: for `--longest` tokens.
+"floor" is the time to read keys and values once at the bandwidth of a large copy in the same run. One JSON object a
+line. Doubt it for this: nothing else runs, while in a step each call follows a matrix product.
 """
 
 from __future__ import annotations
@@ -17,21 +18,18 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
+from flashinfer.xqa import xqa
 
 from overlap.cache.pages import PAGE
 from overlap.graphs.capture import Recorder
-from overlap.ops.attention import AttentionRows
-from overlap.ops.attention_flashinfer import FlashInferAttention
 from overlap.ops.decode_triton import Cut, DecodeKernel
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "qwen3-0.6b": (16, 8, 128), "llama-8b": (32, 8, 128)}
 LAYERS = 8
-CUTS = {
-    "own": Cut(), "own_264": Cut(264), "own_1056": Cut(1056), "own_128": Cut(block_n=128, stages=2),
-    "own_32": Cut(block_n=32, stages=4),
-}  # fmt: skip
+PROGRAMS = (132, 264, 528)
+BLOCKS = ((32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
+"""(Keys at a time, warps) of the cuts that are tried."""
 LOOPS = 4
 """Calls over all layers in one graph."""
 
@@ -70,43 +68,74 @@ def bandwidth() -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), 7)
 
 
-def measure(shape: str, num_rows: int, context: int, width: int, copy_rate: float) -> dict[str, Any]:
+def cuts(every: bool) -> dict[str, Cut | None]:
+    """Return what is tried, by name: how the engine cuts, and if asked for, other ways."""
+    found: dict[str, Cut | None] = {"own": None}
+    for programs in PROGRAMS if every else ():
+        for block_n, warps in BLOCKS:
+            for ahead in (True, False):
+                name = f"{programs}, {block_n}, {warps}{', ahead' if ahead else ''}"
+                found[name] = Cut(programs, block_n, warps, ahead)
+    return found
+
+
+def xqa_call(
+    kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, width: int
+) -> Callable[[int, torch.Tensor, torch.Tensor], object]:
+    """Return a call of FlashInfer's kernel."""
+    rows, (kv_heads, head_dim) = len(lengths), kv.shape[4:]
+    scratch = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+    semaphores = torch.zeros(8 << 20, dtype=torch.uint8, device="cuda")
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    seen_J = (2 << torch.arange(width, dtype=torch.int32, device="cuda")) - 1
+    mask = seen_J[None, :].expand(rows, -1).contiguous().view(torch.uint16).view(rows, width, 2) if width > 1 else None
+    several = (rows, 1, width) if width > 1 else (rows, 1)
+
+    def attend(layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
+        shape = (*several, -1, head_dim)
+        xqa(
+            q.view(shape), kv[:, layer, 0], kv[:, layer, 1], table, lengths.view(-1, 1), out.view(shape), scratch,
+            semaphores, kv_heads, PAGE, sm_count=sms, q_seq_len=width, mask=mask,
+        )  # fmt: skip
+
+    return attend
+
+
+def own_call(
+    kernel: DecodeKernel, table: torch.Tensor, lengths: torch.Tensor, width: int
+) -> Callable[[int, torch.Tensor, torch.Tensor], object]:
+    """Return a call of ours."""
+    return lambda layer, q, out: kernel.attend(layer, q, table, lengths, out, width)
+
+
+def measure(
+    shape: str, num_rows: int, context: int, width: int, longest: int, copy_rate: float, every: bool
+) -> dict[str, Any]:
     """Return the line of one case."""
     heads, kv_heads, head_dim = SHAPES[shape]
     pages = -(-context // PAGE)
-    kv = torch.randn(num_rows * pages, LAYERS, 2, PAGE, kv_heads, head_dim, device="cuda").bfloat16()
-    table = torch.randperm(num_rows * pages, device="cuda").int().view(num_rows, pages)
+    kv = torch.randn(num_rows * pages, LAYERS, 2, PAGE, kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    table = torch.zeros(num_rows, max(pages, longest // PAGE), dtype=torch.int32, device="cuda")
+    table[:, :pages] = torch.randperm(num_rows * pages, device="cuda").int().view(num_rows, pages)
     lengths = torch.full((num_rows,), context, dtype=torch.int32, device="cuda")
     q = torch.randn(num_rows * width, heads, head_dim, device="cuda").bfloat16()
-    rows = AttentionRows(
-        num_decode=num_rows, width=width, seq_lens=lengths, page_table=table,
-        starts=np.full(num_rows, context - width, np.int32), counts=np.full(num_rows, width, np.int32),
-        chunk_pages=np.empty(0, np.int32),
-    )  # fmt: skip
+    calls = {"xqa": xqa_call(kv, table, lengths, width)}
+    for name, cut in cuts(every).items():
+        calls[name] = own_call(DecodeKernel(kv, heads, num_rows, width, cut), table, lengths, width)
     took: dict[str, float] = {}
-    answers = {}
-    xqa = FlashInferAttention(kv, heads, pages, width=width, many_pairs=2**31, max_rows=0)
-    xqa.plan(rows)
-    answers["xqa"] = xqa.attend(0, q).float()
-    took["xqa"] = one_call(xqa.attend, q)
-    for name, cut in CUTS.items():
-        own = DecodeKernel(kv, heads, num_rows, width, cut)
-
-        def attend(layer: int, q: torch.Tensor, out: torch.Tensor, own: DecodeKernel = own) -> None:
-            own.attend(layer, q, table, lengths, out, width)
-
-        out = torch.empty_like(q)
-        attend(0, q, out)
-        answers[name] = out.float().view(answers["xqa"].shape)
-        took[name] = one_call(attend, q)
-    best = min((each for name, each in took.items() if name != "xqa"))
+    answers: dict[str, torch.Tensor] = {}
+    for name, call in calls.items():
+        answers[name] = torch.empty_like(q)
+        call(0, q, answers[name])
+        took[name] = one_call(call, q)
     floor = 2 * num_rows * context * kv_heads * head_dim * 2 / copy_rate
+    others = sorted((round(1e6 * each, 2), name) for name, each in took.items() if name not in ("own", "xqa"))
+    differences = [float((each - answers["xqa"]).abs().max()) for each in answers.values()]
     return {
         "bench": "attention", "shape": shape, "rows": num_rows, "context": context, "width": width,
-        **{f"{name}_us": round(1e6 * each, 2) for name, each in took.items()},
-        "floor_us": round(1e6 * floor, 2), "ratio": round(took["xqa"] / best, 3),
-        "difference": round(max(float((each - answers["xqa"]).abs().max()) for each in answers.values()), 4),
-        "device": torch.cuda.get_device_name(),
+        "longest": longest, "xqa_us": round(1e6 * took["xqa"], 2), "own_us": round(1e6 * took["own"], 2),
+        "floor_us": round(1e6 * floor, 2), "ratio": round(took["xqa"] / took["own"], 3), "cuts": others[:8],
+        "difference": round(max(differences), 4), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
 
 
@@ -117,6 +146,8 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64, 256])
     arguments.add_argument("--context", type=int, nargs="+", default=[256, 1024])
     arguments.add_argument("--width", type=int, nargs="+", default=[1, 5])
+    arguments.add_argument("--longest", type=int, default=8192, help="the context that page tables have room for")
+    arguments.add_argument("--cuts", action="store_true", help="try other cuts, too")
     asked = arguments.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("This compares kernels on a CUDA device, and there is none.")
@@ -126,7 +157,8 @@ def main() -> None:
             for width in asked.width:
                 for num_rows in asked.rows:
                     for context in asked.context:
-                        print(json.dumps(measure(shape, num_rows, context, width, rate)), flush=True)
+                        line = measure(shape, num_rows, context, width, asked.longest, rate, asked.cuts)
+                        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

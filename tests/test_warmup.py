@@ -27,7 +27,7 @@ import os, sys
 
 class Spec:
     def __init__(self, *asked):
-        self.asked, self.is_compiled = asked, asked[0] == "fa2"
+        self.asked, self.is_compiled = asked, asked[0] == "fa2" and 128 in asked
 
     def build(self, verbose):
         print("asked", os.environ["FLASHINFER_CUDA_ARCH_LIST"], *map(str, self.asked), file=sys.stderr)
@@ -37,35 +37,24 @@ class Spec:
 
 def gen_batch_prefill_module(backend, *rest):
     return Spec(backend, *rest)
-
-
-def gen_xqa_module(*rest):
-    return Spec("xqa", *rest)
 """
 
 
-def test_a_model_wants_decode_of_its_group_and_prefill_of_its_head_size() -> None:
-    assert modules_of(MODEL) == (
-        Module("xqa", "bfloat16", 128, 2, 1), Module("fa2", "bfloat16", 128), Module("fa3", "bfloat16", 128),
-    )  # fmt: skip
-    assert modules_of(MODEL, fa3=False, queries=3, dtype="float16") == (
-        Module("xqa", "float16", 128, 2, 1), Module("xqa", "float16", 128, 2, 2), Module("xqa", "float16", 128, 2, 3),
-        Module("fa2", "float16", 128),
-    )  # fmt: skip
+def test_a_model_wants_prefill_of_its_head_size() -> None:
+    assert modules_of(MODEL) == (Module("fa2", "bfloat16", 128), Module("fa3", "bfloat16", 128))
+    assert modules_of(MODEL, fa3=False, dtype="float16") == (Module("fa2", "float16", 128),)
     assert "fa3" not in {module.kind for module in modules_of(MODEL, architecture="10.0a")}
-    assert [module.kind for module in modules_of(replace(MODEL, head_dim=64))] == ["xqa", "fa2"]
+    assert [module.kind for module in modules_of(replace(MODEL, head_dim=64))] == ["fa2"]
 
 
 def test_a_model_that_flashinfer_cannot_run_wants_nothing() -> None:
     assert modules_of(replace(MODEL, head_dim=80)) == ()
-    assert modules_of(replace(MODEL, num_kv_heads=1)) == ()
     assert modules_of(MODEL, dtype="float32") == ()
 
 
-@pytest.mark.parametrize(("architecture", "queries", "says"), [("hopper", 1, "'hopper'"), ("9.0a", 9, "queries is 9")])
-def test_what_cannot_be_built_is_refused(architecture: str, queries: int, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        warmup.check(architecture, queries)
+def test_an_architecture_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'hopper'"):
+        warmup.check("hopper")
 
 
 def test_without_flashinfer_the_command_says_what_to_install(
@@ -83,24 +72,24 @@ def test_each_module_is_built_once_for_the_architecture_and_failures_are_said(
     jit.mkdir(parents=True)
     (tmp_path / "flashinfer" / "__init__.py").touch()
     (jit / "__init__.py").write_text(FLASHINFER)
-    (jit / "xqa.py").write_text("from flashinfer.jit import gen_xqa_module\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 99,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "overlap", "warmup", "--arch", "9.0a", str(tmp_path), str(tmp_path)]
+    for head_dim in (128, 64):
+        (tmp_path / str(head_dim)).mkdir()
+        (tmp_path / str(head_dim) / "config.json").write_text(json.dumps({**config, "head_dim": head_dim}))
+    models = [str(tmp_path / name) for name in ("128", "64", "128")]
+    command = [sys.executable, "-m", "overlap", "warmup", "--arch", "9.0a", *models]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 1, run.stderr
     said = run.stderr.splitlines()
     assert len(said) == 5, run.stderr
     bfloat16 = "torch.bfloat16"
-    assert f"asked 9.0a xqa {bfloat16} {bfloat16} 16 128 2 False {bfloat16} 1" in said
+    assert f"asked 9.0a fa2 {bfloat16} {bfloat16} {bfloat16} torch.int32 64 64 0 False False False" in said
     assert f"asked 9.0a fa3 {bfloat16} {bfloat16} {bfloat16} torch.int32 128 128 0 False False False" in said
-    assert any(
-        line.startswith("xqa of bfloat16 heads of 128, 2 query heads for a key head, 1 a row: bu") for line in said
-    )
     assert "fa2 of bfloat16 heads of 128: is there already" in said
+    assert any(line.startswith("fa2 of bfloat16 heads of 64: built in ") for line in said)
     assert "fa3 of bfloat16 heads of 128: failed (RuntimeError: no nvcc)" in said

@@ -262,7 +262,7 @@ def _warmup(arguments: argparse.Namespace) -> int:
     from overlap.config import cache_directory, package_index
     from overlap.models import open_checkpoint
 
-    warmup.check(arguments.arch, arguments.queries)
+    warmup.check(arguments.arch)
     wanted: list[warmup.Module] = []
     for model in arguments.models or [DEFAULT_MODEL]:
         checkpoint = open_checkpoint(
@@ -276,7 +276,6 @@ def _warmup(arguments: argparse.Namespace) -> int:
             checkpoint.config,
             dtype=arguments.dtype,
             architecture=arguments.arch,
-            queries=arguments.queries,
             fa3=arguments.fa3,
         )
         if not found:
@@ -346,7 +345,6 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("models", metavar="MODEL", nargs="*", help=f"as in generate (default: {DEFAULT_MODEL})")
     warm.add_argument("--arch", default="9.0a", help="compute capability to build for (default: %(default)s, Hopper)")
     warm.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="(default: %(default)s)")
-    warm.add_argument("--queries", type=int, default=1, metavar="N", help="tokens of a row in a step: 1 + drafted ones")
     warm.add_argument("--fa3", action=argparse.BooleanOptionalAction, default=True, help="(default: build it, 10 min)")
     warm.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
     warm.set_defaults(run=_warmup)

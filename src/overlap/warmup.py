@@ -1,8 +1,8 @@
 """`overlap warmup`: builds ahead of time what FlashInfer would compile when an engine first starts.
 
-FlashInfer compiles a module for each (head size, group, dtype, page) with nvcc, into its cache in the home directory.
-Built into an image, no start waits for that; no GPU is needed, only nvcc, and the architecture that is built for.
-(Triton's kernels need no such step: a start compiles them in seconds, and Triton keeps them in a cache of its own.)
+FlashInfer reads prompts for us, and compiles a module for each (head size, dtype) with nvcc, into its cache in the home
+directory. Built into an image, no start waits for that; no GPU is needed, only nvcc, and the architecture that is
+built for. (Triton's kernels need no such step: a start compiles them in seconds, and Triton keeps them in a cache.)
 
 The building is done by a process of its own (this file run as a program), since FlashInfer reads the architecture from
 the environment when it is imported.
@@ -20,59 +20,48 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Final, Literal
 
-from overlap.cache.pages import PAGE
 from overlap.config import child_environment
 from overlap.errors import ConfigError
 from overlap.models.config import ModelConfig
 
 ARCHITECTURE: Final = "9.0a"
 """Hopper."""
-_XQA_HEAD_DIMS: Final = (64, 128, 256)
-_XQA_GROUP: Final = 8
-_MAX_QUERIES: Final = 8
+HEAD_DIMS: Final = (64, 128, 256)
+"""Head sizes that FlashInfer's paged prefill takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
     """A module that FlashInfer compiles."""
 
-    kind: Literal["xqa", "fa2", "fa3"]
+    kind: Literal["fa2", "fa3"]
     dtype: str
     head_dim: int
-    group: int = 0
-    """Query heads for each key head; xqa only."""
-    queries: int = 0
-    """Tokens of a row in one step: 1 to decode, up to 8 to verify; xqa only."""
 
     def __str__(self) -> str:
-        of = f", {self.group} query heads for a key head, {self.queries} a row" if self.kind == "xqa" else ""
-        return f"{self.kind} of {self.dtype} heads of {self.head_dim}{of}"
+        return f"{self.kind} of {self.dtype} heads of {self.head_dim}"
 
 
 def modules_of(
-    model: ModelConfig, *, dtype: str = "bfloat16", architecture: str = ARCHITECTURE, queries: int = 1, fa3: bool = True
+    model: ModelConfig, *, dtype: str = "bfloat16", architecture: str = ARCHITECTURE, fa3: bool = True
 ) -> tuple[Module, ...]:
     """Return what an engine of `model` on a GPU of `architecture` wants: nothing if FlashInfer has no kernel for it.
 
-    `queries` is the most tokens of a row in one step (1 + drafted tokens). `fa3` includes the fastest prefill of Hopper
-    (heads of 128), which takes ten minutes to build; without it the second fastest runs.
+    `fa3` includes the fastest prefill of Hopper (heads of 128), which takes ten minutes to build; without it the second
+    fastest runs.
     """
-    group = model.num_heads // model.num_kv_heads
-    if model.head_dim not in _XQA_HEAD_DIMS or group > _XQA_GROUP or dtype not in ("bfloat16", "float16"):
+    if model.head_dim not in HEAD_DIMS or dtype not in ("bfloat16", "float16"):
         return ()
-    modules = [Module("xqa", dtype, model.head_dim, group, count) for count in range(1, queries + 1)]
-    modules.append(Module("fa2", dtype, model.head_dim))
+    modules = [Module("fa2", dtype, model.head_dim)]
     if fa3 and model.head_dim == 128 and architecture.startswith("9."):
         modules.append(Module("fa3", dtype, model.head_dim))
     return tuple(modules)
 
 
-def check(architecture: str, queries: int = 1) -> None:
+def check(architecture: str) -> None:
     """Raise ConfigError for what cannot be built, and where FlashInfer is missing."""
     if not re.fullmatch(r"\d+\.\d[af]?", architecture):
         raise ConfigError(f"arch is {architecture!r}; it must be a compute capability such as 9.0a (Hopper) or 10.0a.")
-    if not 1 <= queries <= _MAX_QUERIES:
-        raise ConfigError(f"queries is {queries}; XQA takes 1 to {_MAX_QUERIES} tokens of a row in one step.")
     if find_spec("flashinfer") is None:
         raise ConfigError("FlashInfer is not installed, so there is nothing to build. Install overlap[cuda].")
 
@@ -126,14 +115,9 @@ def _build_here(modules: Sequence[Module]) -> Iterator[tuple[str, bool]]:
 def _spec(module: Module) -> Any:
     """Return FlashInfer's description of a module, the very one that `ops.attention_flashinfer` will ask for."""
     import torch
-
-    dtype = getattr(torch, module.dtype)
-    if module.kind == "xqa":
-        from flashinfer.jit.xqa import gen_xqa_module
-
-        return gen_xqa_module(dtype, dtype, PAGE, module.head_dim, module.group, False, dtype, module.queries)
     from flashinfer.jit import gen_batch_prefill_module
 
+    dtype = getattr(torch, module.dtype)
     heads = (module.head_dim, module.head_dim)
     return gen_batch_prefill_module(module.kind, dtype, dtype, dtype, torch.int32, *heads, 0, False, False, False)
 

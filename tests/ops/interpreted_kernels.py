@@ -318,13 +318,12 @@ def check_masks(chance: random.Random) -> None:
 def check_decode(chance: random.Random) -> None:
     """Rows of all lengths, in one part and in many, decoding and verifying; one behind the other in one workspace."""
     for dtype in (torch.float32, torch.float16):  # of bfloat16 the interpreter multiplies the bits
-        num_kv_heads, group, head_dim = chance.choice([(1, 3, 64), (2, 4, 16), (3, 3, 48), (2, 1, 32)])
+        num_kv_heads, group, head_dim = chance.choice([(1, 3, 64), (2, 4, 16), (3, 3, 48), (2, 1, 32), (1, 24, 16)])
         pages, layers, table_width = 60, 2, chance.choice([3, 10])
         kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
         kernel = decode_triton.DecodeKernel(kv, num_kv_heads * group, 3, 5)
         for _ in range(2):
             rows, width, layer = chance.randint(1, 3), chance.choice([1, 1, 2, 5]), chance.randrange(layers)
-            assert kernel.takes(rows, width)
             table = torch.randint(0, pages, (rows, table_width), dtype=torch.int32)
             longest = table_width * 16
             lengths = [chance.choice([width, longest, chance.randint(width, longest)]) for _ in range(rows)]

@@ -234,10 +234,10 @@ def _why_not_flashinfer(kv: Tensor, num_heads: int) -> str | None:
     if kv.dtype not in (torch.bfloat16, torch.float16):
         return f"FlashInfer takes bfloat16 and float16, not {str(kv.dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(kv.device)
-    if capability[0] not in (9, 10, 12):
-        return f"XQA needs compute capability 9, 10 or 12, and this device has {capability[0]}.{capability[1]}"
+    if capability[0] < 8:
+        return f"FlashInfer needs compute capability 8 or newer, and this device has {capability[0]}.{capability[1]}"
     if head_dim not in (64, 128, 256):
-        return f"XQA takes head sizes 64, 128 and 256, not {head_dim}"
-    if group > 8:
-        return f"XQA takes up to 8 query heads for each key head, not {group}"
+        return f"FlashInfer takes head sizes 64, 128 and 256, not {head_dim}"
+    if group > 64:
+        return f"the decode kernel takes up to 64 query heads for each key head, not {group}"
     return None

@@ -1,12 +1,17 @@
 """Attention of decode rows over paged KV in one Triton kernel: split over the SMs, put together by whoever ends last.
 
-The keys of a row and key head are cut into parts of at least BLOCK_N, as many as the device has room for; each program
-takes one part. Of several the last to end, told by a counter, adds the parts up, so there is no second kernel. All
-positions of a verify and all query heads of a key head share one tile of queries, so a row's KV is read once however
-many drafts it verifies. (Split keys: Flash-Decoding, Dao et al. 2023; the counter in place of a second kernel:
+The keys of a row and key head are cut into blocks, which take turns over as many programs as the device has room for.
+Of several programs the last to end, told by a counter, adds the parts up, all at once, so there is no second kernel.
+All positions of a verify and all query heads of a key head share one tile of queries, so a row's KV is read once
+however many drafts it verifies. (Split keys: Flash-Decoding, Dao et al. 2023; the counter in place of a second kernel:
 stream-K, Osama et al. 2023.)
 
-Legend: N rows, J positions of each, H query heads, K key/value heads, G = H / K, D head size, M = J * G padded.
+At few rows all of this is waiting for one answer of the memory after another: how long the row is, which page, its
+keys. So a program asks for its first pages before it knows the length, for keys and values at once, and always for a
+block ahead, in registers, and the pages of the one behind that. (Triton does not pipeline loads whose place is loaded.)
+
+Legend: N rows, J positions of each, H query heads, K key/value heads, G = H / K, D head size, L = J * G padded,
+M = L padded for the tensor cores.
 """
 
 from __future__ import annotations
@@ -23,122 +28,180 @@ from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 
 MAX_QUERIES: Final = 64
-"""The most J * G of one tile."""
+"""The most queries of one tile; positions of a verify that make more take turns."""
 _MAX_SPLITS: Final = 32
+_SMS: Final = 132
+"""SMs of the GPUs that `cut_of` was measured on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How the kernel cuts the keys."""
 
-    programs: int = 528
-    """Programs at most, if splitting makes them: a few for each SM."""
-    block_n: int = 64
+    programs: int
+    """Programs at most, if splitting makes them, on 132 SMs."""
+    block_n: int
     """Keys that a program takes at a time."""
-    stages: int = 3
-    """Blocks in flight."""
-    warps: int = 4
+    warps: int
+    ahead: bool = True
+    """Whether a program asks for the next block before it works on one: worth its registers where programs are few."""
+
+
+def cut_of(pairs: int, head_dim: int, lines: int) -> Cut:
+    """Return the cut for so many rows times key heads, and so many queries of each (`python bench/attention.py`)."""
+    if head_dim > 128 or lines > 32:
+        return Cut(264, 32, 8 if lines > 16 else 4, ahead=False)
+    for most, cut in _CUTS_64 if head_dim <= 64 else _CUTS_128:
+        if pairs <= most:
+            return cut
+    return Cut(264, 32, 2) if head_dim <= 64 else Cut(264, 64, 4, ahead=False)
+
+
+_CUTS_64: Final = (
+    (6, Cut(264, 128, 4)),
+    (36, Cut(132, 128, 8)),
+    (128, Cut(264, 128, 4)),
+    (512, Cut(528, 64, 4)),
+)
+_CUTS_128: Final = (
+    (16, Cut(264, 64, 4)),
+    (64, Cut(132, 128, 8)),
+    (256, Cut(264, 64, 4)),
+)
+"""(Rows times key heads up to which a cut is the best, the cut)."""
 
 
 @triton.jit
-def _attended(
-    query, kv, table, first, end, limit_M, layer_offset, page_stride, side_stride, token_stride, scale,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
+def _ask_page(table, token, most_pages, PAGE_TOKENS: tl.constexpr):
+    """Return the pages of some tokens, past the row's last one, too: those entries are pages as well."""
+    return tl.load(table + token // PAGE_TOKENS, mask=token < most_pages * PAGE_TOKENS, other=0)
+
+
+@triton.jit
+def _ask_block(
+    kv, page, token, end, page_stride, side_stride, token_stride, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Return (weighted sum of values [M, D], highest score [M], sum of weights [M]) over the keys first to end."""
+    """Return keys and values [BLOCK_N, D] of the tokens in front of `end`."""
     column = tl.arange(0, BLOCK_D)
-    highest = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    value = tl.zeros((M, BLOCK_D), tl.float32)
-    for start in tl.range(first, end, BLOCK_N, num_stages=STAGES):
-        token = start + tl.arange(0, BLOCK_N)
-        inside = token < end
-        page = tl.load(table + token // PAGE_TOKENS, mask=inside, other=0).to(tl.int64)
-        place = page * page_stride + layer_offset + (token % PAGE_TOKENS) * token_stride
-        whole = inside[:, None] & (column < D)[None, :]
-        keys = tl.load(kv + place[:, None] + column[None, :], mask=whole, other=0.0)
-        values = tl.load(kv + (place + side_stride)[:, None] + column[None, :], mask=whole, other=0.0)
-        score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-        score = tl.where(token[None, :] < tl.minimum(limit_M, end)[:, None], score, float("-inf"))
-        above = tl.maximum(highest, tl.max(score, axis=1))
-        base = tl.where(above == float("-inf"), 0.0, above)
-        weight = tl.exp2(score - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weight, axis=1)
-        value = value * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
-        highest = above
-    return value, highest, total
+    place = page.to(tl.int64) * page_stride + (token % PAGE_TOKENS) * token_stride
+    inside = (token < end)[:, None] & (column < D)[None, :]
+    keys = tl.load(kv + place[:, None] + column[None, :], mask=inside, other=0.0)
+    values = tl.load(kv + (place + side_stride)[:, None] + column[None, :], mask=inside, other=0.0)
+    return keys, values
 
 
 @triton.jit
-def _store_answer(out, value, total, query_place, query_inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _take_block(value, highest, total, query, keys, values, token, limit_M, scale):
+    """Return (weighted sum of values [M, D], highest score [M], sum of weights [M]) with these keys, too."""
+    score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    score = tl.where(token[None, :] < limit_M[:, None], score, float("-inf"))
+    above = tl.maximum(highest, tl.max(score, axis=1))
+    base = tl.where(above == float("-inf"), 0.0, above)
+    weight = tl.exp2(score - base[:, None])
+    shrink = tl.exp2(highest - base)
+    total = total * shrink + tl.sum(weight, axis=1)
+    value = value * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+    return value, above, total
+
+
+@triton.jit
+def _add_parts(parts, peaks, sums, pair, active, L: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    """Return (weighted sum of values [L, D], sum of weights [L]) of all parts of a row and key head."""
+    line, column, split = tl.arange(0, L), tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)[:, None]
+    place = (pair * SPLITS + split) * L + line
+    there = split < active
+    source = parts + place[:, :, None] * BLOCK_D + column[None, None, :]
+    value = tl.load(source, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+    peak = tl.load(peaks + place, mask=there, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(sums + place, mask=there, other=0.0, cache_modifier=".cg")
+    top = tl.max(peak, axis=0)
+    weight = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
+    return tl.sum(weight[:, :, None] * value, axis=0), tl.sum(weight * total, axis=0)
+
+
+@triton.jit
+def _store_answer(
+    out, value, total, line, first_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BLOCK_D)
+    head = first_head + line // GROUP * (KV_HEADS * GROUP) + line % GROUP
     answer = value / tl.where(total > 0.0, total, 1.0)[:, None]
-    inside = query_inside[:, None] & (column < D)[None, :]
-    tl.store(out + query_place[:, None] + column[None, :], answer.to(out.dtype.element_ty), mask=inside)
+    inside = (line < WIDTH * GROUP)[:, None] & (column < D)[None, :]
+    tl.store(out + head[:, None] * D + column[None, :], answer.to(out.dtype.element_ty), mask=inside)
 
 
 # Not specialised on the layer: 0 and multiples of 16 would each be compiled anew.
-@triton.jit(do_not_specialize=["layer", "most_pages", "table_stride"])
+@triton.jit(do_not_specialize=["layer", "most_pages", "table_stride", "width", "first"])
 def _decode_kernel(
     q, kv, table, lengths, out, parts, peaks, sums, counters, layer, most_pages, table_stride, page_stride, scale,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE_TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    width, first, GROUP: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, L: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """`width` is the positions of a row, of which this launch runs WIDTH from `first` on."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     pair, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = pair // KV_HEADS, pair % KV_HEADS
     told = tl.load(lengths + row)
+    table += row.to(tl.int64) * table_stride
+    token = split * BLOCK_N + tl.arange(0, BLOCK_N)
+    if AHEAD:
+        page = _ask_page(table, token, most_pages, PAGE_TOKENS)
+        next_page = _ask_page(table, token + SPLITS * BLOCK_N, most_pages, PAGE_TOKENS)
+    line = tl.arange(0, M)
+    column = tl.arange(0, BLOCK_D)
+    first_head = (row * width + first).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
+    head = first_head + line // GROUP * (KV_HEADS * GROUP) + line % GROUP
+    inside = (line < WIDTH * GROUP)[:, None] & (column < D)[None, :]
+    query = tl.load(q + head[:, None] * D + column[None, :], mask=inside, other=0.0)
     length = tl.minimum(told, most_pages * PAGE_TOKENS)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
-    active = tl.maximum(tl.cdiv(length, tl.maximum(share, 1)), 1)
+    active = tl.maximum(tl.minimum(tl.cdiv(length, BLOCK_N), SPLITS), 1)
 
     if split < active:
-        line = tl.arange(0, M)
-        position, head = line // GROUP, kv_head * GROUP + line % GROUP
-        query_inside = line < WIDTH * GROUP
-        query_place = ((row * WIDTH + position).to(tl.int64) * (KV_HEADS * GROUP) + head) * D
-        column = tl.arange(0, BLOCK_D)
-        query = tl.load(
-            q + query_place[:, None] + column[None, :],
-            mask=query_inside[:, None] & (column < D)[None, :],
-            other=0.0,
-        )
-        limit_M = told - (WIDTH - 1) + position
+        limit_M = tl.minimum(told - (width - 1) + first + line // GROUP, length)
         token_stride = KV_HEADS * D
         side_stride = PAGE_TOKENS * token_stride
-        value, highest, total = _attended(
-            query, kv, table + row.to(tl.int64) * table_stride, split * share, tl.minimum((split + 1) * share, length),
-            limit_M, layer * (2 * side_stride) + kv_head * D, page_stride, side_stride, token_stride, scale,
-            M, BLOCK_N, D, BLOCK_D, PAGE_TOKENS, STAGES,
-        )  # fmt: skip
-        if active == 1:
-            _store_answer(out, value, total, query_place, query_inside, D, BLOCK_D)
+        kv += layer.to(tl.int64) * (2 * side_stride) + kv_head * D
+        highest = tl.full((M,), float("-inf"), tl.float32)
+        total = tl.zeros((M,), tl.float32)
+        value = tl.zeros((M, BLOCK_D), tl.float32)
+        if AHEAD:
+            keys, values = _ask_block(
+                kv, page, token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
+            )
+            for _ in tl.range(split * BLOCK_N, length, SPLITS * BLOCK_N, num_stages=1):
+                next_token = token + SPLITS * BLOCK_N
+                next_keys, next_values = _ask_block(
+                    kv, next_page, next_token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
+                )
+                next_page = _ask_page(table, next_token + SPLITS * BLOCK_N, most_pages, PAGE_TOKENS)
+                value, highest, total = _take_block(value, highest, total, query, keys, values, token, limit_M, scale)
+                keys, values, token = next_keys, next_values, next_token
         else:
-            place = (pair * SPLITS + split) * M + line
-            tl.store(peaks + place, highest)
-            tl.store(sums + place, total)
-            tl.store(parts + place[:, None] * BLOCK_D + column[None, :], value)
+            for start in tl.range(split * BLOCK_N, length, SPLITS * BLOCK_N, num_stages=3):
+                block_token = start + tl.arange(0, BLOCK_N)
+                block_page = tl.load(table + block_token // PAGE_TOKENS, mask=block_token < length, other=0)
+                keys, values = _ask_block(
+                    kv, block_page, block_token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
+                )
+                value, highest, total = _take_block(
+                    value, highest, total, query, keys, values, block_token, limit_M, scale
+                )
+        if active == 1:
+            _store_answer(out, value, total, line, first_head, KV_HEADS, GROUP, WIDTH, D, BLOCK_D)
+        else:
+            place = (pair * SPLITS + split) * L + line
+            tl.store(peaks + place, highest, mask=line < L)
+            tl.store(sums + place, total, mask=line < L)
+            tl.store(parts + place[:, None] * BLOCK_D + column[None, :], value, mask=(line < L)[:, None])
             tl.debug_barrier()  # all threads of the program have stored before one of them counts it
             if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
-                top = tl.full((M,), float("-inf"), tl.float32)
-                for other in range(active):
-                    place = (pair * SPLITS + other) * M + line
-                    top = tl.maximum(top, tl.load(peaks + place, cache_modifier=".cg"))
-                top = tl.where(top == float("-inf"), 0.0, top)
-                total = tl.zeros((M,), tl.float32)
-                value = tl.zeros((M, BLOCK_D), tl.float32)
-                for other in range(active):
-                    place = (pair * SPLITS + other) * M + line
-                    weight = tl.exp2(tl.load(peaks + place, cache_modifier=".cg") - top)
-                    total += weight * tl.load(sums + place, cache_modifier=".cg")
-                    part = tl.load(parts + place[:, None] * BLOCK_D + column[None, :], cache_modifier=".cg")
-                    value += weight[:, None] * part
-                _store_answer(out, value, total, query_place, query_inside, D, BLOCK_D)
+                sum_LD, total_L = _add_parts(parts, peaks, sums, pair, active, L, BLOCK_D, SPLITS)
+                _store_answer(out, sum_LD, total_L, tl.arange(0, L), first_head, KV_HEADS, GROUP, WIDTH, D, BLOCK_D)
                 tl.store(counters + pair, 0)
 
 
@@ -146,53 +209,67 @@ class DecodeKernel:
     """The kernel and its scratch memory: one a lane, since two steps that run at once must not share it."""
 
     def __init__(self, kv: Tensor, num_heads: int, max_rows: int, max_width: int = 1, cut: Cut | None = None) -> None:
-        """`kv` is [pages, layers, 2, PAGE, K, D], contiguous. Takes steps of up to `max_rows` rows."""
+        """`kv` is [pages, layers, 2, PAGE, K, D], contiguous, with G <= 64. Takes steps of up to `max_rows` rows.
+
+        `max_width` is the most positions of a row. `cut` is for all steps; None takes what is best for each.
+        """
         self._kv = kv
-        self._num_heads = num_heads
-        num_kv_heads, head_dim = kv.shape[4], kv.shape[5]
-        self._group = num_heads // num_kv_heads
+        self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
+        self._group = num_heads // self._num_kv_heads
+        self._block_d = max(16, triton.next_power_of_2(self._head_dim))
         self._most = max_rows, max_width
-        self._cut = cut or Cut()
-        many = [rows * num_kv_heads for rows in range(1, max_rows + 1) if self._splits(rows * num_kv_heads) > 1]
-        most = max((pairs * self._splits(pairs) for pairs in many), default=1)  # one part needs no adding up
-        lines = most * self._tile(min(max_width, MAX_QUERIES // self._group))
-        self._counters = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=kv.device)
+        self._sms = torch.cuda.get_device_properties(kv.device).multi_processor_count if kv.is_cuda else _SMS
+        self._cut = cut
+        lines = 1
+        for rows in range(1, max_rows + 1):
+            for width in range(1, max_width + 1):
+                _, splits, each = self._cut_for(rows, width, self._sms)
+                lines = max(lines, rows * self._num_kv_heads * splits * each if splits > 1 else 1)
+        self._counters = torch.zeros(max_rows * self._num_kv_heads, dtype=torch.int32, device=kv.device)
         self._peaks = torch.empty(lines, dtype=torch.float32, device=kv.device)
         self._sums = torch.empty_like(self._peaks)
-        self._parts = torch.empty(lines * triton.next_power_of_2(head_dim), dtype=torch.float32, device=kv.device)
+        self._parts = torch.empty(lines * self._block_d, dtype=torch.float32, device=kv.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return self._counters.nbytes + 2 * self._peaks.nbytes + self._parts.nbytes
 
-    def takes(self, num_rows: int, width: int) -> bool:
-        """Whether it can run a step of so many rows with so many positions each."""
-        return num_rows <= self._most[0] and width <= self._most[1] and width * self._group <= MAX_QUERIES
-
-    def _tile(self, width: int) -> int:
-        return max(16, 1 << (width * self._group - 1).bit_length())
-
     def attend(
-        self, layer: int, q_THD: Tensor, page_table: Tensor, lengths: Tensor, out_THD: Tensor, width: int = 1
+        self,
+        layer: int,
+        q_THD: Tensor,
+        page_table: Tensor,
+        lengths: Tensor,
+        out_THD: Tensor,
+        width: int = 1,
+        sms: int = 0,
     ) -> None:
         """Write softmax(q k / sqrt(D)) v of N rows of `width` positions into `out_THD` [N * width, H, D], contiguous.
 
         `lengths` int32 [N] counts a row's tokens with its last position; one past `page_table` [N, P] sees what is
-        there. `q_THD` is contiguous.
+        there. `q_THD` is contiguous. `sms` is how many SMs there are to fill, 0 for all.
         """
-        num_rows, (_, _, _, _, num_kv_heads, head_dim) = len(lengths), self._kv.shape
-        pairs, tile = num_rows * num_kv_heads, self._tile(width)
-        splits = self._splits(pairs)
-        options: dict[str, Any] = launch_triton.early(self._kv.device)
-        _decode_kernel[(pairs, splits)](
-            q_THD, self._kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters,
-            layer, page_table.shape[1], page_table.stride(0), self._kv.stride(0), head_dim**-0.5 * 1.4426950408889634,
-            GROUP=self._group, WIDTH=width, KV_HEADS=num_kv_heads, D=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), M=tile, BLOCK_N=self._cut.block_n, SPLITS=splits,
-            PAGE_TOKENS=PAGE, STAGES=self._cut.stages, num_warps=self._cut.warps, **options,
-        )  # fmt: skip
+        num_rows, kv = len(lengths), self._kv
+        assert num_rows <= self._most[0]
+        assert width <= self._most[1]
+        cut, splits, lines = self._cut_for(num_rows, width, sms or self._sms)
+        at_once = min(width, MAX_QUERIES // self._group)
+        options: dict[str, Any] = launch_triton.early(kv.device)
+        for first in range(0, width, at_once):
+            _decode_kernel[(num_rows * self._num_kv_heads, splits)](
+                q_THD, kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters, layer,
+                page_table.shape[1], page_table.stride(0), kv.stride(0), self._head_dim**-0.5 * 1.4426950408889634,
+                width, first, GROUP=self._group, WIDTH=min(at_once, width - first), KV_HEADS=self._num_kv_heads,
+                D=self._head_dim, BLOCK_D=self._block_d, L=lines, M=max(16, lines), BLOCK_N=cut.block_n, SPLITS=splits,
+                PAGE_TOKENS=PAGE, AHEAD=cut.ahead, num_warps=cut.warps, **options,
+            )  # fmt: skip
 
-    def _splits(self, pairs: int) -> int:
-        """Return into how many parts the keys of each row and key head are cut at most: a power of two."""
-        return max(1, min(_MAX_SPLITS, 1 << (max(1, self._cut.programs // pairs).bit_length() - 1)))
+    def _cut_for(self, num_rows: int, width: int, sms: int) -> tuple[Cut, int, int]:
+        """Return (the cut, into how many parts each row and key head is cut at most, the lines of a part)."""
+        pairs = num_rows * self._num_kv_heads
+        lines = 1 << (min(width, MAX_QUERIES // self._group) * self._group - 1).bit_length()
+        cut = self._cut or cut_of(pairs, self._head_dim, lines)
+        # So many that all parts are added up in one go, in registers.
+        most = min(_MAX_SPLITS, 2048 * cut.warps // (lines * self._block_d), cut.programs * sms // (_SMS * pairs))
+        return cut, 1 << (max(1, most).bit_length() - 1), lines
