@@ -189,13 +189,12 @@ async def run_once(engine: AsyncEngine, workload: Workload, vocabulary: int, sal
     return seconds
 
 
-async def settled(engine: AsyncEngine, quiet_s: float = 1.0, most_s: float = 60.0) -> None:
-    """Return once nothing more is captured in idle gaps."""
+async def settled(engine: AsyncEngine, most_s: float = 120.0) -> None:
+    """Return once nothing is left to be captured in idle moments."""
     deadline = time.monotonic() + most_s
-    before = -1.0
-    while (now := engine.statistics().graphs.get("captures", before)) != before and time.monotonic() < deadline:
-        before = now
-        await asyncio.sleep(quiet_s)
+    await asyncio.sleep(0.2)  # for the engine to look
+    while engine.statistics().graphs.get("incomplete") and time.monotonic() < deadline:
+        await asyncio.sleep(0.2)
 
 
 async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any], todo: list[Workload]) -> None:

@@ -121,10 +121,10 @@ class Bench:
 
     async def settled(self, limit_s: float) -> float:
         """Wait until no more graphs are captured, so many seconds at most; return how long that took."""
-        began, before = time.perf_counter(), -1
-        while (now := self.core._runner.statistics().captures) != before and time.perf_counter() - began < limit_s:
-            before = now
-            await asyncio.sleep(min(0.4, limit_s))
+        began = time.perf_counter()
+        await asyncio.sleep(min(0.2, limit_s))  # for the engine to look
+        while self.core._runner.statistics().incomplete and time.perf_counter() - began < limit_s:
+            await asyncio.sleep(0.2)
         return time.perf_counter() - began
 
     def prompt(self, length: int) -> list[int]:

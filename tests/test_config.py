@@ -137,6 +137,14 @@ def test_on_a_gpu_the_defaults_are_larger_and_the_device_is_named() -> None:
     assert reason(chosen, "device") == "device = cuda:0: NVIDIA H100"
 
 
+def test_on_a_gpu_with_much_memory_steps_are_larger_still_and_the_reason_says_so() -> None:
+    chosen = resolved(replace(HOPPER, cuda_bytes=80 << 30))
+    assert (chosen.max_rows, chosen.token_budget) == (512, 8192)
+    assert reason(chosen, "max_rows") == "max_rows = 512: the default on this kind of device with 60 GiB or more"
+    assert resolved(replace(HOPPER, cuda_bytes=48 << 30)).max_rows == 256
+    assert resolved(replace(PLAIN, cuda_bytes=80 << 30), device="cpu").max_rows == 32
+
+
 def test_what_is_asked_for_is_taken_as_it_is_and_needs_no_reason() -> None:
     chosen = resolved(
         HOPPER, device="cpu", dtype="float16", max_rows=3, token_budget=40, prefill_chunk=7, context=99,

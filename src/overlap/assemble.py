@@ -99,6 +99,7 @@ def machine() -> Machine:
         cuda_name=torch.cuda.get_device_name(0) if cuda_devices else "",
         fast_cpu_bfloat16=_fast_cpu_bfloat16(),
         cores=torch.get_num_threads(),
+        cuda_bytes=torch.cuda.get_device_properties(0).total_memory if cuda_devices else 0,
     )
 
 

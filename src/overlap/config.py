@@ -24,6 +24,8 @@ LoadFormat: TypeAlias = Literal["auto", "dummy"]
 LANES: Final = ("auto", "mixed", "serial", "streams")
 DRAFTERS: Final = ("ngram", "eagle", "draft")
 MOST_DRAFTS: Final = PAGE - 1
+_LARGE_CUDA: Final = 60 << 30
+"""Bytes of a device from which on its steps are larger: many contexts fit, so many rows can share a step."""
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS: Final = {
@@ -57,9 +59,10 @@ class EngineConfig:
     """How much KV memory: tokens as an int, bytes as a string ("2GiB"), or a share of the free memory that the weights
     leave, as a float in (0, 1). "auto": 0.85 of it on CUDA; on a CPU enough for `max_rows` contexts, 1 GiB at most."""
     max_rows: int | Literal["auto"] = "auto"
-    """The most requests in one step. "auto": 256 on CUDA, 32 on a CPU."""
+    """The most requests in one step. "auto": 256 on CUDA, 512 where it has 60 GiB or more, 32 on a CPU."""
     token_budget: int | Literal["auto"] = "auto"
-    """The most tokens in one step, prompt and decode together. "auto": 4096 on CUDA, 512 on a CPU."""
+    """The most tokens in one step, prompt and decode together. "auto": 4096 on CUDA, 8192 where it has 60 GiB or more,
+    512 on a CPU."""
     prefill_chunk: int | Literal["auto"] = "auto"
     """The most tokens of one prompt in one step. "auto": the token budget."""
     context: int | Literal["auto"] = "auto"
@@ -235,6 +238,8 @@ class Machine:
     fast_cpu_bfloat16: bool
     """The CPU has instructions for bfloat16 products."""
     cores: int
+    cuda_bytes: int = 0
+    """The memory of that device; 0 without one, or where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +284,7 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
 
     device = _device(asked, machine, chose)
     dtype = _dtype(asked, model, machine, chose, on_cuda=device.startswith("cuda"))
-    max_rows, token_budget = _step_size(asked, chose, on_cuda=device.startswith("cuda"))
+    max_rows, token_budget = _step_size(asked, chose, machine, on_cuda=device.startswith("cuda"))
     chunk = token_budget if asked.prefill_chunk == "auto" else min(asked.prefill_chunk, token_budget)
     context = model.context
     if asked.context != "auto":
@@ -372,15 +377,17 @@ def _lanes(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Literal["aut
     return asked.lanes  # type: ignore[return-value]  # EngineConfig refuses any other
 
 
-def _step_size(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> tuple[int, int]:
+def _step_size(asked: EngineConfig, chose: _Chose, machine: Machine, *, on_cuda: bool) -> tuple[int, int]:
     """Return the most rows and the most tokens of a step."""
-    default = "the default on this kind of device"
+    large = on_cuda and machine.cuda_bytes >= _LARGE_CUDA
+    most_rows, most_tokens = (512, 8192) if large else (256, 4096) if on_cuda else (32, 512)
+    default = "the default on this kind of device" + (" with 60 GiB or more" if large else "")
     if asked.max_rows == "auto":
-        max_rows: int = chose("max_rows", 256 if on_cuda else 32, default)
+        max_rows: int = chose("max_rows", most_rows, default)
     else:
         max_rows = asked.max_rows
     if asked.token_budget == "auto":
-        token_budget: int = chose("token_budget", max(4096 if on_cuda else 512, 2 * max_rows), default)
+        token_budget: int = chose("token_budget", max(most_tokens, 2 * max_rows), default)
     else:
         token_budget = asked.token_budget
     if token_budget > max_rows:

@@ -72,9 +72,12 @@ def test_an_idle_moment_serves_all_sms_first_and_of_a_share_only_what_was_missed
     shares = graphs(made)
     shares.turn_to(24)
     assert shares.next_idle(missed_only=False) == (0, Shape("greedy", 8))
+    assert shares.statistics().incomplete == 1
     assert shares.next_idle(missed_only=True) is None
+    assert shares.statistics().incomplete == 0
     made[1].missed = [Shape("pieces", 64)]
     assert shares.next_idle(missed_only=True) == (24, Shape("pieces", 64))
+    assert shares.statistics().incomplete == 1
 
 
 def test_a_driver_that_cannot_be_made_leaves_none_current() -> None:

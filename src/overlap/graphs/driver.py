@@ -44,6 +44,8 @@ class GraphStatistics:
     capture_seconds: float = 0.0
     pool_bytes: int = 0
     """Device memory of the graphs' pool."""
+    incomplete: int = 0
+    """Lanes that had something left to capture when they last looked, in an idle moment."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Eager steps by why they had no graph."""
     not_whole: Counter[str] = field(default_factory=Counter)

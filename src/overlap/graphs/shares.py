@@ -8,6 +8,7 @@ they are used again; in idle gaps only those that were missed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from overlap.graphs.driver import GraphDriver, GraphStatistics
 from overlap.graphs.policy import Shape
@@ -22,6 +23,7 @@ class ShareGraphs:
         self._drivers = {0: make(0)}
         self.current: GraphDriver | None = self._drivers[0]
         """That of the share that steps have now; None if there was no memory for one."""
+        self._incomplete = True
 
     def turn_to(self, share: int) -> None:
         """Let `current` be the driver of a share, and know nothing of what others have launched."""
@@ -36,13 +38,15 @@ class ShareGraphs:
         for share, driver in self._drivers.items():
             shape = driver.policy.next_idle(missed_only=missed_only or share > 0)
             if shape is not None:
+                self._incomplete = True
                 return share, shape
+        self._incomplete = False
         return None
 
     def statistics(self) -> GraphStatistics:
         """Return the figures of all."""
         first, *others = (driver.statistics() for driver in self._drivers.values())
-        return sum(others, first)
+        return replace(sum(others, first), incomplete=int(self._incomplete))
 
     def explain(self) -> tuple[str, ...]:
         """Return what runs as which graph, share by share."""

@@ -298,6 +298,8 @@ ENGINE: Final = (
            _each("graphs", "full_replays", "piecewise_replays", "eager_steps"), "path"),
     Figure("graph_fallbacks", "counter", "Eager steps by reason.", _each("graph_fallbacks"), "reason"),
     Figure("graph_captures", "counter", "Graphs captured.", _inner("graphs", "captures")),
+    Figure("graph_lanes_incomplete", "gauge", "Lanes with graphs left to capture in idle moments.",
+           _inner("graphs", "incomplete")),
     Figure("graph_capture_failures", "counter", "Captures that failed.", _inner("graphs", "capture_failures")),
     Figure("graph_capture_seconds", "counter", "Seconds spent on captures.", _inner("graphs", "capture_seconds")),
     Figure("graph_padding", "counter", "Padding that replays ran.",
