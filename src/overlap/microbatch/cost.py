@@ -255,17 +255,12 @@ class Spell:
     steps: list[float] = field(default_factory=list)
     """Seconds of each decode step."""
     whole: int = 0
-    """How many of them were planned when the last chunk landed: the next ones may be beside one that is not in here."""
+    """How many of them had landed when the last chunk had: the next ones may be beside a chunk that is not in here."""
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all decode steps are in here that ran beside the chunks that are."""
-        return len(self.steps) >= self.whole
-
-    def note_chunk(self, tokens: int, seconds: float, ahead: int = 0) -> None:
-        """Take in a chunk that has landed, with so many decode steps in the air."""
+    def note_chunk(self, tokens: int, seconds: float) -> None:
+        """Take in a chunk that has landed."""
         self.chunks.append((tokens, seconds))
-        self.whole = len(self.steps) + ahead
+        self.whole = len(self.steps)
 
     def teach(self, cost: CostModel, *, over: bool) -> None:
         """Tell what chunks and decode steps took beside each other; `over` if no chunk is on its way any more."""

@@ -205,14 +205,14 @@ class SplitPolicy:
                 self._end_spell(over=True)
                 cost.note("decode", rows, context, 0, ran.seconds)
         elif ran.beside:
-            self._spell_of(ran.share).note_chunk(tokens, ran.seconds, ran.ahead)
+            self._spell_of(ran.share).note_chunk(tokens, ran.seconds)
         else:
             cost.note("prefill", 0, 0, tokens, ran.seconds)
 
     def _spell_of(self, share: int) -> Spell:
         """Return the spell with two lanes that goes on, or a new one: for another share, or when it has lasted long."""
         spell = self._spell
-        if spell is None or spell.share != share or (len(spell.chunks) >= FIRM and spell.is_whole):
+        if spell is None or spell.share != share or len(spell.chunks) >= FIRM:
             self._end_spell(over=False)
             beside = self._beside
             waiting = min(beside.prefill_tokens, self._budget)
@@ -227,7 +227,7 @@ class SplitPolicy:
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
     def _look(self, size: _Size, outlook: Outlook, later: int) -> Choice:
-        if self._spell is not None and len(self._spell.chunks) >= FIRM and self._spell.is_whole:
+        if self._spell is not None and len(self._spell.chunks) >= FIRM:
             self._end_spell(over=False)
         rows, context, tokens = outlook.num_decode, outlook.decode_context, max(1, outlook.prefill_tokens)
         work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later))

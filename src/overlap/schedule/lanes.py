@@ -111,5 +111,5 @@ class Lanes:
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Tell the splitter what a landed step took, with what the device waited for it."""
         if self.splitter is not None:
-            context, ahead = int(plan.starts[: plan.num_decode].sum()), len(self[1 - plan.lane].flying)
-            self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), plan.beside, seconds, plan.share, ahead))
+            context = int(plan.starts[: plan.num_decode].sum())
+            self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), plan.beside, seconds, plan.share))

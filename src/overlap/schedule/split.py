@@ -49,8 +49,6 @@ class Ran:
     seconds: float
     share: int = 0
     """SMs that were the decode rows' own."""
-    ahead: int = 0
-    """Steps of the other lane that were planned beside it and are told of later."""
 
 
 class Splitter(Protocol):
