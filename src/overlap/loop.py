@@ -225,7 +225,7 @@ class Loop:
         """Plan and launch until the lane has as many flights as it may.
 
         The main lane goes first: for the side lane one thing is done, a plan or a block of one, and then others for as
-        long as the main lane's step runs. So all that the main lane ever waits for is one of them.
+        long as the main lane's step runs. So the main lane never waits for more than one of them.
         """
         while self._launch_block(lane) or self._launch_next(lane, number, beside=beside):
             if number == SIDE and beside and beside[0].landed:
