@@ -209,35 +209,52 @@ class Loop:
         side: deque[Flight] = deque()
         while main or side or await self._wait_work():
             self._fill(main, MAIN, beside=side)
+            # a request's own steps are settled in their order, in whichever lane they ran
+            if side and side[0].landed and not (main and main[0].plan.number <= side[0].plan.follows):
+                await self._settle(side, beside=main)
             if side or self._planner.wants_side:
                 self._fill(side, SIDE, beside=main)
-            if not (main or side):
-                await self._wait_mask()
             if main:
                 await self._settle(main, beside=side)
-            # a request's own steps are settled in their order, in whichever lane they ran
-            if side and (not main or (side[0].landed and main[0].plan.number > side[0].plan.follows)):
-                self._launch_blocks(side[0], beside=main)
+            elif side:
                 await self._settle(side, beside=main)
+            else:
+                await self._wait_mask()
 
     def _fill(self, lane: deque[Flight], number: int, *, beside: deque[Flight]) -> None:
-        """Plan and launch until the lane has as many flights as it may."""
-        depth = DEPTH if self._overlap else 1
-        if lane:
-            self._launch_blocks(lane[-1], beside=beside)
-        while len(lane) < depth and not self._closing:
-            if (lane and lane[-1].blocks_left) or any(isinstance(one, _FailedFlight) for one in (*lane, *beside)):
+        """Plan and launch until the lane has as many flights as it may.
+
+        The main lane goes first: for the side lane one thing is done, a plan or a block of one, and then others for as
+        long as the main lane's step runs. So the main lane never waits for more than one of them.
+        """
+        while self._launch_block(lane) or self._launch_next(lane, number, beside=beside):
+            if number == SIDE and beside and beside[0].landed:
                 return
-            self._end_unmatched()
-            with self._timeline.span("plan"):
-                plan = self._planner.plan(number)
-            if plan is None:
-                if number == MAIN and not lane and not beside and not self._planner.wants_side:
-                    self._check_why_not()
-                return
-            with self._timeline.span("launch", plan):
-                lane.append(self._launch(plan, alone=not lane))
-            self._launch_blocks(lane[-1], beside=beside)
+
+    def _launch_block(self, lane: deque[Flight]) -> bool:
+        """Enqueue the next block of the lane's last step; return whether one was left."""
+        if not lane or not lane[-1].blocks_left:
+            return False
+        with self._timeline.span("launch", lane[-1].plan):
+            lane[-1].launch_block()
+        return True
+
+    def _launch_next(self, lane: deque[Flight], number: int, *, beside: deque[Flight]) -> bool:
+        """Plan and launch the lane's next step; return whether there was one, and room for it."""
+        if len(lane) >= (DEPTH if self._overlap else 1) or self._closing:
+            return False
+        if any(isinstance(flight, _FailedFlight) for flight in (*lane, *beside)):
+            return False
+        self._end_unmatched()
+        with self._timeline.span("plan"):
+            plan = self._planner.plan(number)
+        if plan is None:
+            if number == MAIN and not lane and not beside and not self._planner.wants_side:
+                self._check_why_not()
+            return False
+        with self._timeline.span("launch", plan):
+            lane.append(self._launch(plan, alone=not lane))
+        return True
 
     def _check_why_not(self) -> None:
         """Nothing is in flight, and nothing could be planned: that is right while masks are made, or after an end."""
@@ -250,14 +267,6 @@ class Loop:
             failure = request.matcher.failure if request.matcher is not None else None
             if failure is not None and self.end(request.key):
                 self._outbox.tell_failed(request.key, request.front, failure)
-
-    @staticmethod
-    def _launch_blocks(flight: Flight, *, beside: deque[Flight]) -> None:
-        """Enqueue what is left of a step: one block if another lane runs, whose steps go first, else all of it."""
-        while flight.blocks_left:
-            flight.launch_block()
-            if beside:
-                return
 
     def _launch(self, plan: StepPlan, *, alone: bool) -> Flight:
         if alone:

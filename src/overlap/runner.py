@@ -53,8 +53,9 @@ HOST_BOUND: Final = 6.4e12
 launch it eagerly, so that pieces would bring nothing but padding."""
 
 
-BLOCK_LAYERS: Final = 8
-"""Layers of a side lane's step that are launched at once: a fraction of a millisecond of host time in pieces."""
+BLOCK_LAYERS: Final = 2
+"""Layers of a side lane's step that are launched at once. The main lane may have to wait for one block: 0.15 ms of host
+time in pieces, but several times as much while readers in the same process hold the interpreter."""
 
 
 LONG_LAUNCH_S: Final = 0.03

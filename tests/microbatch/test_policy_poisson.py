@@ -30,7 +30,7 @@ from overlap.streams.stream import Busy
 ROWS, BUDGET, PROMPT, RATE, SECONDS = 48, 1024, 1024, 30.0, 1.0
 SHARES = (24, 40, 56)
 NOMINAL = Nominal(weights_s=1e-4, kv_token_s=8e-9, token_s=7e-7, step_s=5e-4)
-BLOCKS: Final = 4
+BLOCKS: Final = 15
 """In which a step with prompts is launched."""
 
 
@@ -133,7 +133,7 @@ class Flight:
         self._num_blocks = self.blocks_left = BLOCKS if len(plan.prompt) else 1
         self._seconds = load.truth.step(plan) * load.noise.lognormvariate(0, 0.04)
         self._items: list[Item] = []
-        while self.blocks_left and not (plan.lane == SIDE and self._items):
+        while self.blocks_left and plan.lane != SIDE:
             self.launch_block()
 
     def launch_block(self) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import REFUSED, UNUSED, StepPlan
+from overlap.schedule.plan import REFUSED, SIDE, UNUSED, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
+from overlap.schedule.split import Always, Splitter
 from overlap.state.packing import USED, capacity, goes_over, pack, pack_again
 
 
@@ -65,17 +66,21 @@ def landed(plan: StepPlan, drafts: int, chance: random.Random) -> np.ndarray[Any
     return np.array(tokens, dtype=np.int32)
 
 
-def run(kind: type[Planner], seed: int, drafts: int = 0) -> tuple[list[StepPlan], list[Settled]]:
-    """Drive a planner through a random load, two steps in the air; return all that it said."""
+def run(
+    kind: type[Planner], seed: int, drafts: int = 0, splitter: Splitter | None = None
+) -> tuple[list[StepPlan], list[Settled]]:
+    """Drive a planner through a random load, two steps in the air in each lane; return all that it said."""
     chance = random.Random(seed)
     pages, max_rows = chance.choice([12, 40, 200]), chance.choice([1, 3, 8])
     planner = kind(
         max_rows=max_rows, num_pages=pages, token_budget=64, prefill_chunk=32, context=160,
         drafts=drafts, drafts_ahead=drafts and drafts - 1, pace=Fickle(random.Random(seed)) if drafts else None,
+        splitter=splitter,
     )  # fmt: skip
     plans: list[StepPlan] = []
     settled: list[Settled] = []
     flights: deque[StepPlan] = deque()
+    side: deque[StepPlan] = deque()
     for step in range(400):
         if chance.random() < 0.04 and step < 300:
             planner.submit(
@@ -86,6 +91,7 @@ def run(kind: type[Planner], seed: int, drafts: int = 0) -> tuple[list[StepPlan]
                     limit=chance.choice([1, 5, 60, 100]),
                     stop_ids=(7,) if chance.random() < 0.5 else (),
                     temperature=chance.choice([0.0, 0.7]),
+                    priority=chance.choice([0, 0, 1]) if splitter is not None else 0,
                 )
             )
         if chance.random() < 0.01:
@@ -94,8 +100,15 @@ def run(kind: type[Planner], seed: int, drafts: int = 0) -> tuple[list[StepPlan]
         if plan is not None:
             plans.append(plan)
             flights.append(plan)
+        if len(side) < 2 and (side or planner.wants_side) and (prompts := planner.plan(SIDE)) is not None:
+            plans.append(prompts)
+            side.append(prompts)
         if flights and (plan is None or len(flights) == 2):
             flight = flights.popleft()
+            settled.append(planner.settle(flight, landed(flight, drafts, chance)))
+        ready = side and not (flights and flights[0].number <= side[0].follows)
+        if ready and (not flights or chance.random() < 0.1):  # a prompt takes as long as ten steps
+            flight = side.popleft()
             settled.append(planner.settle(flight, landed(flight, drafts, chance)))
         planner.check()
     return plans, settled
@@ -112,6 +125,20 @@ def test_steps_that_repeat_are_those_that_would_have_been_planned_anyway(drafts:
         assert all(same(*pair) for pair in zip(settled, careful_settled, strict=True)), seed
         repeated += sum(plan.again for plan in plans)
     assert repeated > (500 if drafts else 2000)
+
+
+@pytest.mark.parametrize("share", [0, 24])
+def test_steps_that_repeat_beside_a_prompt_are_those_that_would_have_been_planned_anyway(share: int) -> None:
+    beside = alone = 0
+    for seed in range(40):
+        plans, settled = run(Planner, seed, splitter=Always("lanes", prefill_tokens=16, share=share))
+        careful = run(Careful, seed, splitter=Always("lanes", prefill_tokens=16, share=share))
+        assert len(plans) == len(careful[0])
+        assert all(same(*pair) for pair in zip(plans, careful[0], strict=True)), seed
+        assert all(same(*pair) for pair in zip(settled, careful[1], strict=True)), seed
+        beside += sum(plan.again and plan.beside for plan in plans)
+        alone += sum(plan.again and not plan.beside for plan in plans)
+    assert min(beside, alone) > 400, (beside, alone)
 
 
 def test_a_plan_packed_over_one_of_the_same_rows_is_packed_as_if_alone() -> None:

@@ -49,6 +49,8 @@ class Rig:
     costs: dict[str, float] = field(default_factory=dict)
     fault: Callable[[StepPlan], None] | None = None
     overlap: bool = True
+    side_blocks: int = 1
+    block_cost: float = 0.0
 
     def __post_init__(self) -> None:
         self.answers: dict[int, list[int]] = {}
@@ -71,6 +73,8 @@ class Rig:
             num_pages=self.num_pages,
             fault=self.fault,
             side=self.device.stream("side"),
+            side_blocks=self.side_blocks,
+            spend=lambda: self.device.spend(self.block_cost),
         )
         self.loop = Loop(
             self.planner, self.runner, self, timeline=SimTimeline(self.device, self.costs), overlap=self.overlap
@@ -135,6 +139,49 @@ async def test_one_lane_hides_behind_the_other_and_neither_idles_while_it_has_wo
     assert rig.device.hidden("side", behind="main") > 0.9
     assert rig.device.bubble("main") == 0
     assert rig.device.bubble("side") == 0
+
+
+async def test_a_prompt_goes_out_block_by_block_while_a_decode_step_runs_and_neither_lane_waits() -> None:
+    # by one block for each decode step, half of the side lane's time would pass idle
+    costs = {"plan": 0.2, "launch": 0.1, "settle": 0.2}
+    rig = Rig(
+        Always("lanes"), cost=lambda work, tokens: 2.0 if work == "prompts" else 4.0, costs=costs, side_blocks=8,
+        block_cost=0.5,
+    )  # fmt: skip
+    await rig.serve(request(0, [1], 60), *(request(key, [key] * 64, 1) for key in range(1, 9)))
+    assert rig.answers[0] == MODEL.answer([1], 60)
+    assert rig.device.bubble("main") == 0
+    prompts = rig.device.streams["side"].spans
+    steps = [prompts[at : at + 8] for at in range(0, len(prompts), 8)]
+    assert len(steps) == 8
+    assert all(one.end == other.start for step in steps for one, other in pairwise(step))
+
+
+async def test_the_main_lane_is_planned_before_a_prompt_that_has_landed_is_settled() -> None:
+    def cost(work: str, tokens: int) -> float:
+        return 15.0 if work == "prompts" else 5.0
+
+    # both settled one after the other, plan and launch behind them take longer than a decode step
+    rig = Rig(Always("lanes"), cost=cost, costs={"plan": 0.5, "launch": 0.5, "settle": 2.2})
+    await rig.serve(request(0, [1], 90), *(request(key, [key] * 64, 1) for key in range(1, 17)))
+    assert rig.answers[0] == MODEL.answer([1], 90)
+    assert rig.device.bubble("main") == 0
+
+
+async def test_decode_steps_go_on_beside_a_prompt_without_overlap_too() -> None:
+    rig = Rig(Always("lanes"), cost=step_cost, overlap=False)
+    await rig.serve(request(0, [1, 2, 3], 200), request(1, [5] * 640, 4))
+    assert rig.answers[0] == MODEL.answer([1, 2, 3], 200)
+    assert rig.device.bubble("main") == 0
+
+
+async def test_a_prompt_that_is_slow_to_launch_holds_a_decode_step_up_by_a_block_at_most() -> None:
+    # the host is too slow for both: each decode step is behind by what one block takes it
+    rig = Rig(Always("lanes"), cost=lambda work, tokens: 1.0, side_blocks=16, block_cost=3.0)
+    await rig.serve(request(0, [1], 60), request(1, [2] * 64, 1))
+    rows = rig.device.streams["main"].spans
+    assert max(other.start - one.end for one, other in pairwise(rows)) <= 3.0
+    assert len(rig.answers[1]) == 1
 
 
 async def test_a_chunk_in_the_side_lane_waits_for_the_chunk_before_it_in_the_main_lane() -> None:
@@ -202,6 +249,7 @@ async def test_every_answer_is_what_it_would_have_been_alone_in_any_lane(seed: i
         token_budget=draw.choice([10, 16, 40, 200]),
         cost=lambda work, tokens: draw.choice([1.0, 1.0, 20.0]),
         overlap=overlap,
+        side_blocks=draw.choice([1, 4]),
     )
     requests, expected, expected_scores = [], {}, {}
     shared = [draw.randrange(97) for _ in range(48)]
@@ -235,6 +283,7 @@ async def test_arrivals_aborts_and_failed_steps_in_either_lane_lose_nothing(seed
         token_budget=32,
         fault=fault,
         cost=lambda work, tokens: draw.choice([1.0, 2.0, 30.0]),
+        side_blocks=draw.choice([1, 4]),
     )
     submitted: dict[int, tuple[list[int], int]] = {}
     aborted: dict[int, int] = {}

@@ -63,7 +63,7 @@ def _device_events(span: DeviceSpan, tid: int, record: Record, origin: float) ->
 
 
 def _arrows(record: Record, tids: dict[str, int], origin: float) -> list[Event]:
-    launched = {span.number: span.start for span in record.host if span.verb == "launch"}
+    launched = {span.number: span.start for span in reversed(record.host) if span.verb == "launch"}
     events = []
     for span in record.device:
         if span.number in launched:

@@ -17,6 +17,7 @@ class Timeline(Protocol):
         """Return what is entered before the verb and left behind it.
 
         `plan` is the step's: not yet there for "plan", whose step is that of the next "launch" if one comes.
+        A step that is launched block by block has a "launch" for each.
         """
 
     def ran(self, plan: StepPlan, busy: Busy, bubble: float) -> None:

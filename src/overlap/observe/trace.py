@@ -104,14 +104,17 @@ class Trace:
     def record(self) -> Record:
         """Return what was kept so far."""
         host = [HostSpan(*span) for span in tuple(self._host)]
-        for i, span in enumerate(host):  # a plan's step is known by the launch right behind it
-            if span.verb == "plan" and i + 1 < len(host) and host[i + 1].verb == "launch":
-                host[i] = span._replace(number=host[i + 1].number)
+        launched: set[int] = set()
+        for i, span in enumerate(host):  # a plan's step is known by the launch right behind it, if that is its first
+            if span.verb == "launch" and span.number not in launched:
+                launched.add(span.number)
+                if i and host[i - 1].verb == "plan":
+                    host[i - 1] = host[i - 1]._replace(number=span.number)
         device = [
             DeviceSpan(busy.stream, number, busy.start, busy.end, busy.gap, bubble)
             for number, busy, bubble in tuple(self._device)
         ]
-        steps = {step[0]: Step(*step) for step in tuple(self._steps)}
+        steps = {step[0]: Step(*step) for step in reversed(tuple(self._steps))}  # told of again with each block
         streams = dict.fromkeys(span.stream for span in device)
         aligned = [span for stream in streams for span in _align(host, [s for s in device if s.stream == stream])]
         return Record(self._engine, tuple(host), tuple(sorted(aligned, key=lambda span: span.start)), steps)
@@ -127,7 +130,7 @@ def _align(host: list[HostSpan], device: list[DeviceSpan]) -> list[DeviceSpan]:
     Two things are certain: no step begins before its launch does, and none ends after it was seen to have landed. The
     spans move no further than these ask for.
     """
-    launched = {span.number: span.start for span in host if span.verb == "launch"}
+    launched = {span.number: span.start for span in reversed(host) if span.verb == "launch"}  # its first block
     landed = {span.number: span.end for span in host if span.verb == "land"}
     least = max((launched[span.number] - span.start for span in device if span.number in launched), default=0.0)
     most = min((landed[span.number] - span.end for span in device if span.number in landed), default=inf)

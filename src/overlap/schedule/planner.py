@@ -175,9 +175,9 @@ class Planner:
     def note_time(self, plan: StepPlan, seconds: float, waited_s: float = 0.0) -> None:
         """Take in what a landed step took on the device, and how long the device waited for it though there was work.
 
-        Of plain steps that repeat one in eight says enough.
+        Of plain steps that repeat one in eight says enough, of those beside a prompt each counts.
         """
-        if plan.again and self._pace is None and plan.number % 8:
+        if plan.again and not plan.beside and self._pace is None and plan.number % 8:
             return
         if plan.scores is None:  # a step that scores is no measure for others
             self._lanes.note_time(plan, seconds + waited_s)
@@ -269,13 +269,13 @@ class Planner:
         updates: list[Update] = []
         if lane == SIDE:
             return self._plan_side(updates)
+        self._preempt_for_pressing()
         before, width = self._before, 0
         if before is not None and self._goes_on(before):
             width = self._width(before.num_decode)
             if width == before.width and (again := self._plan_again(before)) is not None:
                 self._before = again
                 return again
-        self._preempt_for_pressing()
         self._refresh_decoding()
         free = self._forms.free(self._decoding)
         decode = self._grow(free, updates) if len(free) else NONE
@@ -292,14 +292,21 @@ class Planner:
             return None
         # a step may be in turn with prompts, and have no decode rows
         plan = self._build(decode, chunks, admissions, updates, MAIN, width if len(decode) else 1)
-        repeats = decode is self._decoding and not (chunks or admissions or plan.masked or plan.beside)
+        repeats = decode is self._decoding and not (chunks or admissions or plan.masked)
         self._before = plan if repeats else None
         return plan
 
     def _goes_on(self, before: StepPlan) -> bool:
-        """Whether there is nothing to consider but the rows of the step before."""
-        changed = self._leaving or self._joining or self._prefilling or len(self._queue) or self._lanes.two
-        return not (changed or self._forms) and before.slots is self._decoding
+        """Whether there is nothing to consider but the rows of the step before.
+
+        While the side lane has a step in the air, who waits and who is read are its own.
+        """
+        lanes = self._lanes
+        if self._leaving or self._joining or self._forms or before.slots is not self._decoding:
+            return False
+        if lanes.side.flying:
+            return before.beside and before.share == lanes.share(MAIN)
+        return not (before.beside or lanes.two or self._prefilling or len(self._queue))
 
     def _plan_again(self, before: StepPlan) -> StepPlan | None:
         """Plan the step of the same rows, some positions on; None if there are not enough pages."""
@@ -317,6 +324,8 @@ class Planner:
         self._lanes[MAIN].note(self._planned)
         return StepPlan(
             number=self._planned,
+            beside=before.beside,
+            share=before.share,
             slots=slots,
             counts=before.counts,
             starts=starts,

@@ -8,7 +8,7 @@ should have been.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,23 +63,32 @@ class _Touched:
 
 @dataclass(slots=True)
 class SimFlight:
-    """A plan in the simulated air."""
+    """A plan in the simulated air, or one of which some blocks are not queued yet."""
 
     plan: StepPlan
     stream: Stream
-    mark: Mark
     tokens: list[int]
     scores: list[int]
-
-    blocks_left = 0
+    blocks: Iterator[Mark | None]
+    """Each enqueues one; with the last one comes the mark."""
+    blocks_left: int
+    marked: Mark | None = None
 
     def launch_block(self) -> None:
-        """Do nothing: a simulated step is one block."""
+        """Enqueue the next block."""
+        self.blocks_left -= 1
+        self.marked = next(self.blocks)
+
+    @property
+    def mark(self) -> Mark:
+        """The place behind its last block."""
+        assert self.marked is not None, f"step {self.plan.number} has {self.blocks_left} blocks left"
+        return self.marked
 
     @property
     def landed(self) -> bool:
         """Whether the simulated device is done."""
-        return self.stream.reached(self.mark)
+        return self.marked is not None and self.stream.reached(self.marked)
 
     async def wait_landed(self) -> Ints:
         """Return the tokens once the simulated device is done."""
@@ -121,11 +130,15 @@ class SimRunner:
         row_fault: Callable[[StepPlan, int], None] | None = None,
         shared: Callable[[], Ints] | None = None,
         side: Stream | None = None,
+        side_blocks: int = 1,
+        spend: Callable[[], None] | None = None,
     ) -> None:
         """`shared` returns the ids of the pages that must not be written to now: those of the prefix tree.
 
-        `side` is the side lane's stream, of the same device.
+        `side` is the side lane's stream, of the same device. Its steps are launched in `side_blocks` blocks, each of
+        which costs what a launch on the device does; `spend` is called for each, to let the host spend time.
         """
+        self._side_blocks, self._spend = side_blocks, spend
         self._streams = (stream, side)
         self._marks: dict[int, Mark] = {}
         self._touched: list[_Touched] = []
@@ -153,12 +166,30 @@ class SimRunner:
         stream.use(plan.share)
         if plan.follows:
             stream.follow(self._marks[plan.follows])
+        num_blocks = self._side_blocks if plan.lane == SIDE else 1
+        flight = SimFlight(
+            plan, stream, tokens, scores, self._blocks(plan, stream, num_blocks, tokens, scores), num_blocks
+        )
+        if plan.lane != SIDE or num_blocks == 1:
+            flight.launch_block()
+        return flight
+
+    def _blocks(
+        self, plan: StepPlan, stream: Stream, num_blocks: int, tokens: list[int], scores: list[int]
+    ) -> Iterator[Mark | None]:
+        """Enqueue a plan block by block: the first one runs all of it, since nothing can be seen before the last."""
         work = "step" if self._streams[SIDE] is None else "prompts" if plan.lane == SIDE else "rows"
-        stream.launch(work, lambda: self._run(plan, tokens, scores), tokens=plan.num_tokens)
+        for block in range(num_blocks):
+            if plan.lane == SIDE and self._spend is not None:
+                self._spend()
+            run: Callable[[], object] = (lambda: None) if block else (lambda: self._run(plan, tokens, scores))
+            stream.launch(work, run, tokens=plan.num_tokens)
+            if block < num_blocks - 1:
+                yield None
         mark = self._marks[plan.number] = stream.mark()
         if self._streams[SIDE] is not None:
             self._check_beside(plan, stream.busy(mark))
-        return SimFlight(plan, stream, mark, tokens, scores)
+        yield mark
 
     def _check_beside(self, plan: StepPlan, busy: Busy) -> None:
         """Hold the step against those of the other lane that run at the same time."""
