@@ -123,7 +123,7 @@ class Bench:
         """Wait until no more graphs are captured, so many seconds at most; return how long that took."""
         began = time.perf_counter()
         await asyncio.sleep(min(0.2, limit_s))  # for the engine to look
-        while self.core._runner.statistics().incomplete and time.perf_counter() - began < limit_s:
+        while self.core._runner.statistics().incomplete and time.perf_counter() - began < limit_s:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
         return time.perf_counter() - began
 
