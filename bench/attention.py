@@ -1,7 +1,7 @@
 """Which kernel is the faster for attention of decode rows, and how far is it from reading KV once?
 
     python bench/attention.py [--shape smollm2-135m llama-8b] [--rows 1 4 16] [--context 256 1024] [--width 1 5]
-    python bench/attention.py --cuts          every cut of our kernel that is worth trying, for `cut_of`
+    python bench/attention.py --cuts --rows 8 --context 1024   and every cut that is worth trying, for `cut_of`
 
 The kernels run over layer after layer of one KV memory, as in a step, recorded as one CUDA graph; the figure is the
 time of one call. "own" is `ops.decode_triton`, "xqa" FlashInfer's kernel (with a width over 1, where a row verifies
@@ -27,8 +27,7 @@ from overlap.ops.decode_triton import Cut, DecodeKernel
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "qwen3-0.6b": (16, 8, 128), "llama-8b": (32, 8, 128)}
 LAYERS = 8
-PROGRAMS = (132, 264, 528)
-BLOCKS = ((32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
+BLOCKS = ((32, 2), (64, 4), (128, 4), (128, 8))
 """(Keys at a time, warps) of the cuts that are tried."""
 LOOPS = 4
 """Calls over all layers in one graph."""
@@ -68,14 +67,15 @@ def bandwidth() -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), 7)
 
 
-def cuts(every: bool) -> dict[str, Cut | None]:
+def cuts(every: bool, width: int) -> dict[str, Cut | None]:
     """Return what is tried, by name: how the engine cuts, and if asked for, other ways."""
     found: dict[str, Cut | None] = {"own": None}
-    for programs in PROGRAMS if every else ():
+    for programs in (132, 264, 528) if every else ():
         for block_n, warps in BLOCKS:
             for ahead in (True, False):
-                name = f"{programs}, {block_n}, {warps}{', ahead' if ahead else ''}"
-                found[name] = Cut(programs, block_n, warps, ahead)
+                for queries in (8, 16, 32) if width > 1 else (32,):
+                    name = f"{programs}, {block_n}, {warps}, {'ahead' if ahead else 'plain'}, {queries}"
+                    found[name] = Cut(programs, block_n, warps, ahead, queries)
     return found
 
 
@@ -120,7 +120,7 @@ def measure(
     lengths = torch.full((num_rows,), context, dtype=torch.int32, device="cuda")
     q = torch.randn(num_rows * width, heads, head_dim, device="cuda").bfloat16()
     calls = {"xqa": xqa_call(kv, table, lengths, width)}
-    for name, cut in cuts(every).items():
+    for name, cut in cuts(every, width).items():
         calls[name] = own_call(DecodeKernel(kv, heads, num_rows, width, cut), table, lengths, width)
     took: dict[str, float] = {}
     answers: dict[str, torch.Tensor] = {}

@@ -27,8 +27,6 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 
-MAX_QUERIES: Final = 64
-"""The most queries of one tile; positions of a verify that make more take turns."""
 _MAX_SPLITS: Final = 32
 _SMS: Final = 132
 """SMs of the GPUs that `cut_of` was measured on."""
@@ -45,30 +43,49 @@ class Cut:
     warps: int
     ahead: bool = True
     """Whether a program asks for the next block before it works on one: worth its registers where programs are few."""
+    queries: int = 32
+    """Queries that a program takes at most, if one position has no more; the positions of a row share programs."""
 
 
-def cut_of(pairs: int, head_dim: int, lines: int) -> Cut:
+def cut_of(pairs: int, head_dim: int, queries: int) -> Cut:
     """Return the cut for so many rows times key heads, and so many queries of each (`python bench/attention.py`)."""
-    if head_dim > 128 or lines > 32:
-        return Cut(264, 32, 8 if lines > 16 else 4, ahead=False)
-    for most, cut in _CUTS_64 if head_dim <= 64 else _CUTS_128:
-        if pairs <= most:
-            return cut
-    return Cut(264, 32, 2) if head_dim <= 64 else Cut(264, 64, 4, ahead=False)
+    if head_dim > 128:
+        return Cut(264, 32, 4, ahead=False, queries=16)
+    if queries <= 8:
+        cuts = _DECODE_64 if head_dim <= 64 else _DECODE_128
+    else:
+        cuts = _VERIFY_64 if head_dim <= 64 else _VERIFY_128
+    return next(cut for most, cut in cuts if pairs <= most)
 
 
-_CUTS_64: Final = (
+_ANY: Final = 1 << 31
+_DECODE_64: Final = (
     (6, Cut(264, 128, 4)),
     (36, Cut(132, 128, 8)),
     (128, Cut(264, 128, 4)),
     (512, Cut(528, 64, 4)),
+    (_ANY, Cut(264, 32, 2)),
 )
-_CUTS_128: Final = (
+_DECODE_128: Final = (
     (16, Cut(264, 64, 4)),
     (64, Cut(132, 128, 8)),
     (256, Cut(264, 64, 4)),
+    (_ANY, Cut(264, 64, 4, ahead=False)),
 )
-"""(Rows times key heads up to which a cut is the best, the cut)."""
+_VERIFY_64: Final = (
+    (6, Cut(264, 128, 4, queries=8)),
+    (36, Cut(132, 128, 8)),
+    (128, Cut(264, 128, 4)),
+    (512, Cut(528, 64, 4)),
+    (_ANY, Cut(264, 32, 2)),
+)
+_VERIFY_128: Final = (
+    (16, Cut(264, 128, 8, queries=8)),
+    (64, Cut(132, 128, 8, queries=16)),
+    (256, Cut(264, 64, 4, queries=16)),
+    (_ANY, Cut(264, 64, 4, ahead=False, queries=16)),
+)
+"""(Rows times key heads up to which a cut is the best, the cut), for up to 8 queries of each and for more."""
 
 
 @triton.jit
@@ -106,10 +123,10 @@ def _take_block(value, highest, total, query, keys, values, token, limit_M, scal
 
 
 @triton.jit
-def _add_parts(parts, peaks, sums, pair, active, L: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
-    """Return (weighted sum of values [L, D], sum of weights [L]) of all parts of a row and key head."""
+def _add_parts(parts, peaks, sums, unit, active, L: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    """Return (weighted sum of values [L, D], sum of weights [L]) of all parts of what one program would do."""
     line, column, split = tl.arange(0, L), tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)[:, None]
-    place = (pair * SPLITS + split) * L + line
+    place = (unit * SPLITS + split) * L + line
     there = split < active
     source = parts + place[:, :, None] * BLOCK_D + column[None, None, :]
     value = tl.load(source, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
@@ -122,29 +139,31 @@ def _add_parts(parts, peaks, sums, pair, active, L: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def _store_answer(
-    out, value, total, line, first_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    out, value, total, line, lines, first_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_D)
     head = first_head + line // GROUP * (KV_HEADS * GROUP) + line % GROUP
     answer = value / tl.where(total > 0.0, total, 1.0)[:, None]
-    inside = (line < WIDTH * GROUP)[:, None] & (column < D)[None, :]
+    inside = (line < lines)[:, None] & (column < D)[None, :]
     tl.store(out + head[:, None] * D + column[None, :], answer.to(out.dtype.element_ty), mask=inside)
 
 
 # Not specialised on the layer: 0 and multiples of 16 would each be compiled anew.
-@triton.jit(do_not_specialize=["layer", "most_pages", "table_stride", "width", "first"])
+@triton.jit(do_not_specialize=["layer", "most_pages", "table_stride", "width"])
 def _decode_kernel(
     q, kv, table, lengths, out, parts, peaks, sums, counters, layer, most_pages, table_stride, page_stride, scale,
-    width, first, GROUP: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, L: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    width, GROUP: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    L: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`width` is the positions of a row, of which this launch runs WIDTH from `first` on."""
+    """`width` is the positions of a row; a program takes WIDTH of them."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    pair, split = tl.program_id(0), tl.program_id(1)
+    unit, split = tl.program_id(0), tl.program_id(1)
+    turns = tl.cdiv(width, WIDTH)
+    pair, first = unit // turns, unit % turns * WIDTH
     row, kv_head = pair // KV_HEADS, pair % KV_HEADS
     told = tl.load(lengths + row)
     table += row.to(tl.int64) * table_stride
@@ -152,11 +171,11 @@ def _decode_kernel(
     if AHEAD:
         page = _ask_page(table, token, most_pages, PAGE_TOKENS)
         next_page = _ask_page(table, token + SPLITS * BLOCK_N, most_pages, PAGE_TOKENS)
-    line = tl.arange(0, M)
+    line, lines = tl.arange(0, M), tl.minimum(width - first, WIDTH) * GROUP
     column = tl.arange(0, BLOCK_D)
     first_head = (row * width + first).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
     head = first_head + line // GROUP * (KV_HEADS * GROUP) + line % GROUP
-    inside = (line < WIDTH * GROUP)[:, None] & (column < D)[None, :]
+    inside = (line < lines)[:, None] & (column < D)[None, :]
     query = tl.load(q + head[:, None] * D + column[None, :], mask=inside, other=0.0)
     length = tl.minimum(told, most_pages * PAGE_TOKENS)
     active = tl.maximum(tl.minimum(tl.cdiv(length, BLOCK_N), SPLITS), 1)
@@ -192,17 +211,17 @@ def _decode_kernel(
                     value, highest, total, query, keys, values, block_token, limit_M, scale
                 )
         if active == 1:
-            _store_answer(out, value, total, line, first_head, KV_HEADS, GROUP, WIDTH, D, BLOCK_D)
+            _store_answer(out, value, total, line, lines, first_head, KV_HEADS, GROUP, D, BLOCK_D)
         else:
-            place = (pair * SPLITS + split) * L + line
+            place = (unit * SPLITS + split) * L + line
             tl.store(peaks + place, highest, mask=line < L)
             tl.store(sums + place, total, mask=line < L)
             tl.store(parts + place[:, None] * BLOCK_D + column[None, :], value, mask=(line < L)[:, None])
             tl.debug_barrier()  # all threads of the program have stored before one of them counts it
-            if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
-                sum_LD, total_L = _add_parts(parts, peaks, sums, pair, active, L, BLOCK_D, SPLITS)
-                _store_answer(out, sum_LD, total_L, tl.arange(0, L), first_head, KV_HEADS, GROUP, WIDTH, D, BLOCK_D)
-                tl.store(counters + pair, 0)
+            if tl.atomic_add(counters + unit, 1, sem="acq_rel") == active - 1:
+                sum_LD, total_L = _add_parts(parts, peaks, sums, unit, active, L, BLOCK_D, SPLITS)
+                _store_answer(out, sum_LD, total_L, tl.arange(0, L), lines, first_head, KV_HEADS, GROUP, D, BLOCK_D)
+                tl.store(counters + unit, 0)
 
 
 class DecodeKernel:
@@ -220,12 +239,14 @@ class DecodeKernel:
         self._most = max_rows, max_width
         self._sms = torch.cuda.get_device_properties(kv.device).multi_processor_count if kv.is_cuda else _SMS
         self._cut = cut
-        lines = 1
+        units = lines = 1
         for rows in range(1, max_rows + 1):
             for width in range(1, max_width + 1):
-                _, splits, each = self._cut_for(rows, width, self._sms)
-                lines = max(lines, rows * self._num_kv_heads * splits * each if splits > 1 else 1)
-        self._counters = torch.zeros(max_rows * self._num_kv_heads, dtype=torch.int32, device=kv.device)
+                _, at_once, splits, each = self._cut_for(rows, width, self._sms)
+                if splits > 1:
+                    needed = rows * self._num_kv_heads * -(-width // at_once)
+                    units, lines = max(units, needed), max(lines, needed * splits * each)
+        self._counters = torch.zeros(units, dtype=torch.int32, device=kv.device)
         self._peaks = torch.empty(lines, dtype=torch.float32, device=kv.device)
         self._sums = torch.empty_like(self._peaks)
         self._parts = torch.empty(lines * self._block_d, dtype=torch.float32, device=kv.device)
@@ -253,23 +274,23 @@ class DecodeKernel:
         num_rows, kv = len(lengths), self._kv
         assert num_rows <= self._most[0]
         assert width <= self._most[1]
-        cut, splits, lines = self._cut_for(num_rows, width, sms or self._sms)
-        at_once = min(width, MAX_QUERIES // self._group)
+        cut, at_once, splits, lines = self._cut_for(num_rows, width, sms or self._sms)
         options: dict[str, Any] = launch_triton.early(kv.device)
-        for first in range(0, width, at_once):
-            _decode_kernel[(num_rows * self._num_kv_heads, splits)](
-                q_THD, kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters, layer,
-                page_table.shape[1], page_table.stride(0), kv.stride(0), self._head_dim**-0.5 * 1.4426950408889634,
-                width, first, GROUP=self._group, WIDTH=min(at_once, width - first), KV_HEADS=self._num_kv_heads,
-                D=self._head_dim, BLOCK_D=self._block_d, L=lines, M=max(16, lines), BLOCK_N=cut.block_n, SPLITS=splits,
-                PAGE_TOKENS=PAGE, AHEAD=cut.ahead, num_warps=cut.warps, **options,
-            )  # fmt: skip
+        _decode_kernel[(num_rows * self._num_kv_heads * -(-width // at_once), splits)](
+            q_THD, kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters, layer,
+            page_table.shape[1], page_table.stride(0), kv.stride(0), self._head_dim**-0.5 * 1.4426950408889634, width,
+            GROUP=self._group, WIDTH=at_once, KV_HEADS=self._num_kv_heads, D=self._head_dim, BLOCK_D=self._block_d,
+            L=lines, M=max(16, lines), BLOCK_N=cut.block_n, SPLITS=splits, PAGE_TOKENS=PAGE, AHEAD=cut.ahead,
+            num_warps=cut.warps, **options,
+        )  # fmt: skip
 
-    def _cut_for(self, num_rows: int, width: int, sms: int) -> tuple[Cut, int, int]:
-        """Return (the cut, into how many parts each row and key head is cut at most, the lines of a part)."""
+    def _cut_for(self, num_rows: int, width: int, sms: int) -> tuple[Cut, int, int, int]:
+        """Return (the cut, a program's positions, into how many parts its keys are cut at most, its lines)."""
         pairs = num_rows * self._num_kv_heads
-        lines = 1 << (min(width, MAX_QUERIES // self._group) * self._group - 1).bit_length()
-        cut = self._cut or cut_of(pairs, self._head_dim, lines)
+        cut = self._cut or cut_of(pairs, self._head_dim, width * self._group)
+        turns = -(-width // max(1, cut.queries // self._group))
+        at_once = -(-width // turns)  # as many in each turn
+        lines = 1 << (at_once * self._group - 1).bit_length()
         # So many that all parts are added up in one go, in registers.
         most = min(_MAX_SPLITS, 2048 * cut.warps // (lines * self._block_d), cut.programs * sms // (_SMS * pairs))
-        return cut, 1 << (max(1, most).bit_length() - 1), lines
+        return cut, at_once, 1 << (max(1, most).bit_length() - 1), lines
