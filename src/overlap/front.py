@@ -73,14 +73,17 @@ class Answer:
         turns: Turns | None = None,
         scored: PromptScores | None = None,
     ) -> None:
-        """With `whole` the reader is woken once, at the end: for answers of which nobody reads the beginning."""
+        """With `whole` the reader is woken once, at the end: for answers of which nobody reads the beginning.
+
+        `turns` is for readers that share the interpreter with an engine.
+        """
         self.key = key
         self.request_id = request_id
         self._answer_text = text
         self._own_stop_ids = own_stop_ids
         self._end_request = end_request
         self._tokens: list[int] = []
-        self._turns = turns or Turns()
+        self._turns = turns
         self._whole = whole
         self._collects = whole and num_logprobs is None and not text.looks_for_stops
         self._plain = None if whole or num_logprobs is not None else text.plain
@@ -188,7 +191,8 @@ class Answer:
             if self._finish_reason is not None:
                 raise StopAsyncIteration
             return None
-        self._turns.take()
+        if self._turns is not None:
+            self._turns.take()
         self._news = False
         text = self._text
         delta, self._unread = text[self._unread :], len(text)
@@ -221,10 +225,11 @@ class PromptScores:
 class Front:
     """All answers that are read on one event loop."""
 
-    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop, *, alone: bool = False) -> None:
+        """`alone`: there is no engine in this process that waits for the interpreter."""
         self.number = number
         self.loop = loop
-        self.turns = Turns()
+        self.turns = None if alone else Turns()
         self._answers: dict[int, Answer] = {}
         self._lock = threading.Lock()  # guards the two below: the engine posts, the event loop reads
         self._mail: list[tuple[Callable[..., None], tuple[object, ...]]] = []

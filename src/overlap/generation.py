@@ -48,10 +48,11 @@ class Generation:
                 answer = self._answer = await self._begin(self.request_id, self._index)
             while (output := answer.output_nowait()) is None:
                 await answer.news()
-            return output
         except BaseException:
             self._end()
             raise
+        else:
+            return output
         finally:
             self._reading = False
 

@@ -331,7 +331,7 @@ class Output:
     def of(
         cls, grows: Grows, text: str, delta: str, finish_reason: FinishReason | None, stop_reason: int | str | None
     ) -> Output:
-        """Return the picture of this moment. An answer makes one for nearly each of its tokens, so it has to be cheap."""
+        """Return the picture of this moment. An answer makes one for nearly each of its tokens: it has to be cheap."""
         self = cls.__new__(cls)
         self._grows = grows
         self.num_tokens = len(grows.tokens)
