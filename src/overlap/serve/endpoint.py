@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Final
@@ -267,7 +267,7 @@ class Endpoint:
 
 
 def _tell(
-    request: web.Request, usages: dict[int, Usage], n: int, reason: str | None, *, error: str | None = None
+    request: web.Request, usages: Mapping[int, Usage], n: int, reason: str | None, *, error: str | None = None
 ) -> None:
     """Let the log say what an answer has cost."""
     usage = total_usage(usages, n)
