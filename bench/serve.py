@@ -285,7 +285,8 @@ def report(asked: argparse.Namespace, seen: Seen, seconds: float, offline_rate: 
 
 async def serve(asked: argparse.Namespace, server: Server, clients: Clients, phases: Phases, rate: float) -> None:
     """Load a server and print what came of it."""
-    first, lost, held = 10 * asked.streams, 0, []
+    held: list[dict[str, float]] = []
+    first, lost = 10 * asked.streams, 0
     phases.begin("the load, to warm up")
     warm, seconds = await clients.run(server.address, asked, first, leave=False)
     phases.end(f", {warm.tokens / seconds:.0f} tokens/s, {warm.lost} lost")
