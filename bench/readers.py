@@ -3,10 +3,11 @@
     python bench/readers.py            (half a minute; no device and no model; a JSON line for each figure)
 
 The engine is played by a script that brings each answer one token a step, so it costs nothing. `program`: so many
-readers iterate over `AsyncEngine.generate` on one event loop; microseconds of that thread's CPU time a token. `front`:
-a real front process with an engine of script behind its Unix socket, and clients that read so many streams over
-sockets; microseconds of the front's CPU time a token, the kernel's part of it apart. The next step comes when everybody
-has read the one before, so no two tokens share an Output: the most a token can cost.
+readers iterate over `AsyncEngine.generate` on one event loop; microseconds of that thread's CPU time a token.
+`program, whole`: the same for `generate_batch`, whose answers are read at their ends. The others: a real front process
+with an engine of script behind its Unix socket, and clients that read so many streams over sockets; microseconds of the
+front's CPU time a token, the kernel's part of it apart. The next step comes when everybody has read the one before, so
+no two tokens share an Output: the most a token can cost.
 
 What it means: at 1.9 ms a step, 256 readers in a program have 7.4 µs a token before their thread alone takes all of
 Python's lock, which the engine's thread needs as well. A front has its step's time over its streams.
@@ -148,19 +149,24 @@ class ScriptEngine(AsyncEngine):
         self._core = self.script = Script(EngineConfig.from_options("script", {}), opened)
 
 
-async def program(tokenizer: Path, readers: int, tokens: int) -> float:
-    """Return the microseconds that a token costs its reader's thread."""
+async def program(tokenizer: Path, readers: int, tokens: int, *, whole: bool = False) -> float:
+    """Return the microseconds that a token costs its reader's thread. `whole` reads whole answers, as a batch."""
     text = text_tokens(tokenizer)
     made = ScriptEngine(opened_of(welcome(tokenizer)))
     async with made as engine:
         script, outputs = made.script, 0
+        params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True)
 
         async def read() -> None:
             nonlocal outputs
-            async for _ in engine.generate(list(PROMPT), SamplingParams(max_tokens=tokens + 1, ignore_eos=True)):
+            async for _ in engine.generate(list(PROMPT), params):
                 outputs += 1
 
-        tasks = [asyncio.create_task(read()) for _ in range(readers)]
+        async def read_whole() -> None:
+            async for _ in engine.generate_batch([list(PROMPT)] * readers, params, progress=False):
+                pass
+
+        tasks = [asyncio.create_task(read_whole() if whole else read()) for _ in range(1 if whole else readers)]
         while len(script.requests) < readers:  # noqa: ASYNC110  # nobody sets an event
             await asyncio.sleep(0)
         (front,) = engine._fronts.values()
@@ -171,7 +177,8 @@ async def program(tokenizer: Path, readers: int, tokens: int) -> float:
 
         async def bring(settled: Settled, until: int) -> None:
             front.post_settled(settled)
-            while outputs < until:  # noqa: ASYNC110  # an event would cost the readers something
+            await asyncio.sleep(0)
+            while outputs < until and not whole:  # noqa: ASYNC110  # an event would cost the readers something
                 await asyncio.sleep(0)
 
         await bring(steps[0], readers)
@@ -181,6 +188,8 @@ async def program(tokenizer: Path, readers: int, tokens: int) -> float:
         spent = time.thread_time() - began
         front.post_settled(Settled(key_column, fronts, column(text, keys, tokens), ends))
         await asyncio.gather(*tasks)
+        if whole:  # its text is made at the end
+            spent = time.thread_time() - began
         return 1e6 * spent / (readers * (tokens - 1))
 
 
@@ -321,13 +330,15 @@ def main() -> None:
         for _ in range(asked.rounds):  # in turns, so that a noisy moment is no one's alone
             us = asyncio.run(program(tokenizer, asked.readers, asked.tokens))
             rounds.setdefault("program", []).append({"us": us})
+            us = asyncio.run(program(tokenizer, asked.readers, asked.tokens, whole=True))
+            rounds.setdefault("program, whole", []).append({"us": us})
             for kind in BODIES:
                 figures = asyncio.run(front(tokenizer, kind, asked.streams, asked.tokens))
                 rounds.setdefault(kind, []).append(figures)
     for name, each in rounds.items():
         medians = {unit: round(statistics.median(one[unit] for one in each), 2) for unit in each[0]}
         spread = [round(min(one["us"] for one in each), 2), round(max(one["us"] for one in each), 2)]
-        where = {"readers": asked.readers} if name == "program" else {"streams": asked.streams}
+        where = {"readers": asked.readers} if name.startswith("program") else {"streams": asked.streams}
         print(json.dumps({"bench": "readers", "what": name, **where, **medians, "spread": spread, **about}))
 
 

@@ -85,8 +85,8 @@ class Answer:
         self._tokens: list[int] = []
         self._turns = turns
         self._whole = whole
-        self._collects = whole and num_logprobs is None and not text.looks_for_stops
-        self._plain = None if whole or num_logprobs is not None else text.plain
+        self._plain = None if num_logprobs is not None else text.plain
+        self._collects = whole and self._plain is not None
         self._num_logprobs = num_logprobs or 0
         self._logprobs: list[TokenLogprob] | None = None if num_logprobs is None else []
         self._scored = scored
@@ -111,13 +111,11 @@ class Answer:
         """Take in a token, the end of the answer if this is its last, and what is told with it (`Settled.told`)."""
         if self._finish_reason is not None or self._failure is not None or self._muted:
             return  # a stop string or an abort was faster than the engine
-        if self._collects:
-            self._tokens.append(token)
+        self._tokens.append(token)
+        if self._collects and self._plain is not None:
             if end is None:
                 return
-            self._text = "".join(self._answer_text.push(before)[0] for before in self._tokens[:-1])
-        else:
-            self._tokens.append(token)
+            self._text = "".join(map(self._plain, self._tokens[:-1]))
         if self._logprobs is not None and told is not None:
             self._logprobs.append(_logprob(token, told, self._num_logprobs))
         self._news = True
@@ -144,6 +142,8 @@ class Answer:
             self.wake()
             return self.ended
         self._tokens.append(token)  # what `push` does to it, in one go: nearly all tokens of nearly all answers
+        if self._collects:
+            return False
         self._text += self._plain(token)
         self._news = True
         waiter = self._waiter
