@@ -330,9 +330,10 @@ async def measure(asked: argparse.Namespace, phases: Phases) -> int:
             server.kill()
         os._exit(1)
 
-    hard = threading.Timer(asked.limit + HARD_SECONDS, give_up)
+    hard = threading.Timer((asked.limit or 0.0) + HARD_SECONDS, give_up)
     hard.daemon = True
-    hard.start()
+    if asked.limit is not None:
+        hard.start()
     try:
         async with asyncio.timeout(asked.limit):
             if rate is None:
@@ -379,7 +380,7 @@ def main() -> None:
     parser.add_argument("--leave", action="store_true", help="every second client leaves in the middle")
     parser.add_argument("--soak-minutes", type=float, default=0.0, metavar="M", help="repeat for so long")
     parser.add_argument("--offline-tokens-per-s", type=float, metavar="X", help="the engine's own speed, if known")
-    parser.add_argument("--limit", type=float, default=3600.0, metavar="SECONDS", help="for all of it")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="for all of it")
     for name in ("device", "dtype", "load-format", "kv-cache"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--max-rows", type=int)
