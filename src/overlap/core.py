@@ -254,8 +254,7 @@ class Core:
         """Outbox: hand a step's tokens to the fronts that read them."""
         if not len(settled.keys) and not settled.scored:
             return
-        for number in settled.all_fronts:
-            part = settled.of_front(number)
+        for number, part in settled.by_front():
             front = self._fronts.get(number)
             if front is None or not front.post_settled(part):  # its event loop was closed: nobody reads there any more
                 for key in (*part.keys.tolist(), *(one.key for one in part.scored)):

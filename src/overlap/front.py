@@ -24,7 +24,7 @@ from overlap.errors import (
     RequestError,
     RequestFailed,
 )
-from overlap.messages import FinishReason, Output, TokenLogprob, Usage
+from overlap.messages import FinishReason, Grows, Output, TokenLogprob
 from overlap.schedule.shaping import MOST_ALTERNATIVES
 
 if TYPE_CHECKING:
@@ -73,23 +73,27 @@ class Answer:
         turns: Turns | None = None,
         scored: PromptScores | None = None,
     ) -> None:
-        """With `whole` the reader is woken once, at the end: for answers of which nobody reads the beginning."""
+        """With `whole` the reader is woken once, at the end: for answers of which nobody reads the beginning.
+
+        `turns` is for readers that share the interpreter with an engine.
+        """
         self.key = key
         self.request_id = request_id
-        self._index = index
-        self._num_prompt = num_prompt
         self._answer_text = text
         self._own_stop_ids = own_stop_ids
         self._end_request = end_request
         self._tokens: list[int] = []
-        self._turns = turns or Turns()
+        self._turns = turns
         self._whole = whole
-        self._collects = whole and num_logprobs is None and not text.looks_for_stops
+        self._plain = None if num_logprobs is not None else text.plain
+        self._collects = whole and self._plain is not None
         self._num_logprobs = num_logprobs or 0
         self._logprobs: list[TokenLogprob] | None = None if num_logprobs is None else []
         self._scored = scored
+        self._grows = Grows(
+            request_id, index, self._tokens, num_prompt, 0, self._logprobs, None if scored is None else scored.entries
+        )
         self._text = ""
-        self.cached_tokens = 0
         self._unread = 0  # length of the text that the reader has seen
         self._news = False
         self._finish_reason: FinishReason | None = None
@@ -105,15 +109,13 @@ class Answer:
 
     def push(self, token: int, end: End | None, told: Ints | None = None) -> None:
         """Take in a token, the end of the answer if this is its last, and what is told with it (`Settled.told`)."""
-        if self.ended or self._muted:
+        if self._finish_reason is not None or self._failure is not None or self._muted:
             return  # a stop string or an abort was faster than the engine
-        if self._collects:
-            self._tokens.append(token)
+        self._tokens.append(token)
+        if self._collects and self._plain is not None:
             if end is None:
                 return
-            self._text = "".join(self._answer_text.push(before)[0] for before in self._tokens[:-1])
-        else:
-            self._tokens.append(token)
+            self._text = "".join(map(self._plain, self._tokens[:-1]))
         if self._logprobs is not None and told is not None:
             self._logprobs.append(_logprob(token, told, self._num_logprobs))
         self._news = True
@@ -133,6 +135,28 @@ class Answer:
             self._finish_reason = end.reason
             self._stop_reason = end.stop_id if end.stop_id in self._own_stop_ids else None
 
+    def take(self, token: int) -> bool:
+        """Take in a token that the engine does not end the answer with; return whether it has ended all the same."""
+        if self._plain is None or self._finish_reason is not None or self._failure is not None or self._muted:
+            self.push(token, None)
+            self.wake()
+            return self.ended
+        self._tokens.append(token)  # what `push` does to it, in one go: nearly all tokens of nearly all answers
+        if self._collects:
+            return False
+        self._text += self._plain(token)
+        self._news = True
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+        return False
+
+    def tell_cached(self, num_cached: int) -> None:
+        """Before its first token: so many of its prompt's tokens came from the prefix cache."""
+        self._grows.num_cached = num_cached
+
     def push_scores(self, start: int, words: Ints) -> None:
         """Take in what is told of the prompt's tokens from `start` on (`Settled.scored`). No news by itself."""
         if self._scored is not None:
@@ -151,43 +175,33 @@ class Answer:
 
     def wake(self) -> None:
         """Let the reader look, unless it wants the whole answer and there is more to come."""
-        if self._whole and not self.ended:
+        waiter = self._waiter
+        if waiter is None or (self._whole and not self.ended):
             return
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._waiter = None
+        if not waiter.done():
+            waiter.set_result(None)
 
-    async def next_output(self) -> Output:
-        """Return what is new; raise StopAsyncIteration behind the last Output, or the failure."""
-        self._turns.take()
-        while self._muted or not self._news or (self._whole and not self.ended):
+    def output_nowait(self) -> Output | None:
+        """Return what is new, or None; raise StopAsyncIteration behind the last Output, or the failure."""
+        if not self._news or self._muted or (self._whole and not self.ended):
             if self._failure is not None:
                 failure, self._failure = self._failure, EngineClosed(f"request {self.request_id!r} has ended")
                 raise failure
             if self._finish_reason is not None:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            return None
+        if self._turns is not None:
+            self._turns.take()
         self._news = False
-        delta, self._unread = self._text[self._unread :], len(self._text)
-        return Output(
-            request_id=self.request_id,
-            index=self._index,
-            tokens=self._tokens,
-            text=self._text,
-            text_delta=delta,
-            finish_reason=self._finish_reason,
-            stop_reason=self._stop_reason,
-            usage=Usage(
-                prompt_tokens=self._num_prompt,
-                completion_tokens=len(self._tokens),
-                cached_tokens=self.cached_tokens,
-            ),
-            logprobs=self._logprobs,
-            prompt_logprobs=None if self._scored is None else self._scored.entries,
-        )
+        text = self._text
+        delta, self._unread = text[self._unread :], len(text)
+        return Output.of(self._grows, text, delta, self._finish_reason, self._stop_reason)
+
+    def news(self) -> asyncio.Future[None]:
+        """Return what is done once it is worth to look again. One reader at a time."""
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
 
 class PromptScores:
@@ -211,10 +225,11 @@ class PromptScores:
 class Front:
     """All answers that are read on one event loop."""
 
-    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop, *, alone: bool = False) -> None:
+        """`alone`: there is no engine in this process that waits for the interpreter."""
         self.number = number
         self.loop = loop
-        self.turns = Turns()
+        self.turns = None if alone else Turns()
         self._answers: dict[int, Answer] = {}
         self._lock = threading.Lock()  # guards the two below: the engine posts, the event loop reads
         self._mail: list[tuple[Callable[..., None], tuple[object, ...]]] = []
@@ -265,23 +280,28 @@ class Front:
             take(*what)
 
     def _take_settled(self, settled: Settled) -> None:
-        ends = {end.key: end for end in settled.ends}
+        answers, ends = self._answers, {end.key: end for end in settled.ends}
         for key, cached in settled.cached.items():
-            if (answer := self._answers.get(key)) is not None:
-                answer.cached_tokens = cached
+            if (answer := answers.get(key)) is not None:
+                answer.tell_cached(cached)
         for scored in settled.scored:
-            if (answer := self._answers.get(scored.key)) is not None:
+            if (answer := answers.get(scored.key)) is not None:
                 answer.push_scores(scored.start, scored.words)
         told, keys = settled.told, settled.keys.tolist()
+        if not ends and told is None:  # nearly all steps
+            for key, token in zip(keys, settled.tokens.tolist(), strict=True):
+                if (answer := answers.get(key)) is not None and answer.take(token):
+                    del answers[key]
+            return
         last = {key: row for row, key in enumerate(keys)} if ends else {}  # of a key there may be several tokens
         for row, (key, token) in enumerate(zip(keys, settled.tokens.tolist(), strict=True)):
-            answer = self._answers.get(key)
+            answer = answers.get(key)
             if answer is not None:
                 end = ends.get(key) if last.get(key) == row else None
                 answer.push(token, end, None if told is None else told[row])
                 answer.wake()
                 if answer.ended:
-                    del self._answers[key]
+                    del answers[key]
 
     def _take_failed(self, key: int, failure: BaseException) -> None:
         answer = self._answers.pop(key, None)

@@ -43,12 +43,16 @@ class Generation:
             raise RuntimeError(f"request {self.request_id!r} is being read by another task")
         self._reading = True
         try:
-            if self._answer is None:
-                self._answer = await self._begin(self.request_id, self._index)
-            return await self._answer.next_output()
+            answer = self._answer
+            if answer is None:
+                answer = self._answer = await self._begin(self.request_id, self._index)
+            while (output := answer.output_nowait()) is None:
+                await answer.news()
         except BaseException:
             self._end()
             raise
+        else:
+            return output
         finally:
             self._reading = False
 

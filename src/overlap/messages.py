@@ -266,25 +266,38 @@ class TokenLogprob:
     """(token, log-probability) of the most likely tokens, as many as were asked for, the most likely first."""
 
 
+class Grows:
+    """What all Outputs of one answer share. It grows behind them; each Output knows how much of it was there."""
+
+    __slots__ = ("index", "logprobs", "num_cached", "num_prompt", "prompt_logprobs", "request_id", "tokens")
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        tokens: list[int],
+        num_prompt: int,
+        num_cached: int = 0,
+        logprobs: list[TokenLogprob] | None = None,
+        prompt_logprobs: list[TokenLogprob | None] | None = None,
+    ) -> None:
+        """`num_cached` may change until there is an Output; the rest stays, and the lists grow."""
+        self.request_id = request_id
+        self.index = index
+        self.tokens = tokens
+        self.num_prompt = num_prompt
+        self.num_cached = num_cached
+        self.logprobs = logprobs
+        self.prompt_logprobs = prompt_logprobs
+
+
 class Output:
     """What has arrived of one answer. Each one is a whole picture so far, plus what is new in it.
 
     An Output stays true for ever: later tokens do not change it.
     """
 
-    __slots__ = (
-        "_logprobs",
-        "_num_tokens",
-        "_tokens",
-        "finish_reason",
-        "index",
-        "prompt_logprobs",
-        "request_id",
-        "stop_reason",
-        "text",
-        "text_delta",
-        "usage",
-    )
+    __slots__ = ("_grows", "finish_reason", "num_tokens", "stop_reason", "text", "text_delta")
 
     def __init__(
         self,
@@ -300,9 +313,6 @@ class Output:
         logprobs: list[TokenLogprob] | None = None,
         prompt_logprobs: list[TokenLogprob | None] | None = None,
     ) -> None:
-        self.request_id = request_id
-        self.index = index
-        """Which prompt of a batch this answers; 0 for `generate`."""
         self.text = text
         """All text so far. Never ends in half a character or in part of a stop string."""
         self.text_delta = text_delta
@@ -311,23 +321,60 @@ class Output:
         """None while more may come."""
         self.stop_reason = stop_reason
         """The stop token id or stop string that ended the answer, if one of the request's own did."""
-        self.usage = usage
-        self.prompt_logprobs = prompt_logprobs
-        """One entry for each token of the prompt, None for the first; all are there from the first Output on. None if
-        `SamplingParams.prompt_logprobs` did not ask for it."""
-        self._tokens = tokens  # grows after this; only the first _num_tokens are ours
-        self._num_tokens = len(tokens)
-        self._logprobs = logprobs  # grows with the tokens
+        self.num_tokens = len(tokens)
+        """How many tokens there are so far."""
+        self._grows = Grows(
+            request_id, index, tokens, usage.prompt_tokens, usage.cached_tokens, logprobs, prompt_logprobs
+        )
+
+    @classmethod
+    def of(
+        cls, grows: Grows, text: str, delta: str, finish_reason: FinishReason | None, stop_reason: int | str | None
+    ) -> Output:
+        """Return the picture of this moment. An answer makes one for nearly each of its tokens: it has to be cheap."""
+        self = cls.__new__(cls)
+        self._grows = grows
+        self.num_tokens = len(grows.tokens)
+        self.text = text
+        self.text_delta = delta
+        self.finish_reason = finish_reason
+        self.stop_reason = stop_reason
+        return self
+
+    @property
+    def request_id(self) -> str:
+        """Which request this is of."""
+        return self._grows.request_id
+
+    @property
+    def index(self) -> int:
+        """Which prompt of a batch this answers; 0 for `generate`."""
+        return self._grows.index
+
+    @property
+    def usage(self) -> Usage:
+        """What the request has cost so far."""
+        grows = self._grows
+        return Usage(prompt_tokens=grows.num_prompt, completion_tokens=self.num_tokens, cached_tokens=grows.num_cached)
 
     @property
     def token_ids(self) -> list[int]:
         """All token ids so far, including the one that ended the answer."""
-        return self._tokens[: self._num_tokens]
+        return self._grows.tokens[: self.num_tokens]
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
         """One entry for each of `token_ids`; None if `SamplingParams.logprobs` did not ask for it."""
-        return None if self._logprobs is None else self._logprobs[: self._num_tokens]
+        logprobs = self._grows.logprobs
+        return None if logprobs is None else logprobs[: self.num_tokens]
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+        """One entry for each token of the prompt, None for the first; all are there from the first Output on.
+
+        None if `SamplingParams.prompt_logprobs` did not ask for it.
+        """
+        return self._grows.prompt_logprobs
 
     @property
     def finished(self) -> bool:
@@ -336,4 +383,4 @@ class Output:
 
     def __repr__(self) -> str:
         end = f", finish_reason={self.finish_reason!r}" if self.finished else ""
-        return f"Output({self.request_id!r}, {self._num_tokens} tokens, text_delta={self.text_delta!r}{end})"
+        return f"Output({self.request_id!r}, {self.num_tokens} tokens, text_delta={self.text_delta!r}{end})"

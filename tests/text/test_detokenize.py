@@ -138,3 +138,24 @@ def test_a_decoder_that_can_not_be_streamed_is_refused() -> None:
     model.decoder = decoders.Sequence(strip)
     with pytest.raises(ModelError, match="strips the end"):
         Tokenizer(model)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_what_is_remembered_of_tokens_changes_no_text(tokenizer: Tokenizer, shown: bool) -> None:
+    rng = random.Random(7)
+    for _ in range(100):
+        ids = random_ids(rng, tokenizer)
+        for _ in range(2):  # nothing of the first reading may show in the second
+            detokenizer = tokenizer.detokenizer(skip_special_tokens=not shown)
+            text = "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
+            assert text == tokenizer.decode(ids, skip_special_tokens=not shown)
+
+
+def test_a_token_that_is_text_by_itself_ends_half_a_character_in_front_of_it(tokenizer: Tokenizer) -> None:
+    (a,) = tokenizer.encode("a", special=False)
+    half = tokenizer.encode("🙂", special=False)[:-1]
+    detokenizer = tokenizer.detokenizer([a])
+    assert detokenizer.push(a) == "a"
+    held = "".join(detokenizer.push(token) for token in half)
+    assert held + detokenizer.push(a) == tokenizer.decode([a, *half, a])[1:]
+    assert detokenizer.push(a) == "a"

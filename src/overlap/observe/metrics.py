@@ -154,7 +154,7 @@ class Timing:
     def take(self, output: Output) -> None:
         """Count what an Output brings. Tokens that come in one Output share the time since the one before."""
         now, meter = self._meter.clock(), self._meter
-        count = output.usage.completion_tokens - self._tokens
+        count = output.num_tokens - self._tokens
         if count > 0:
             if self._tokens:
                 meter.between_tokens.observe((now - self._last) / count, count)

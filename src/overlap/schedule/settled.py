@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -62,6 +63,20 @@ class Settled:
         told = None if self.told is None else self.told[mine]
         scored = tuple(one for one in self.scored if one.front == front)
         return Settled(self.keys[mine], self.fronts[mine], self.tokens[mine], ends, self.cached, told, scored)
+
+    def by_front(self) -> list[tuple[int, Settled]]:
+        """Return (front, its entries) for each front that has some: `of_front` of all, with one sort in its place."""
+        if self.only_front is not None:
+            return [(self.only_front, self)]
+        if self.told is not None or self.scored or self.ends or not len(self.keys):
+            return [(front, self.of_front(front)) for front in sorted(self.all_fronts)]
+        order = self.fronts.argsort(kind="stable")
+        fronts, keys, tokens = self.fronts[order], self.keys[order], self.tokens[order]
+        cuts = [0, *((fronts[1:] != fronts[:-1]).nonzero()[0] + 1).tolist(), len(fronts)]
+        return [
+            (int(fronts[a]), Settled(keys[a:b], fronts[a:b], tokens[a:b], (), self.cached))
+            for a, b in itertools.pairwise(cuts)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,6 +214,16 @@ class ChatAnswer:
         """Clients learn the role from the first delta."""
         return [ChatChunkChoice(index=self._index, delta=Delta(role="assistant", content=""))]
 
+    def plain(self, output: Output) -> str | None:
+        """Return what is new, if that is text and nothing else."""
+        if self._token_ids or output.finish_reason is not None or output.logprobs is not None:
+            return None
+        return output.text_delta if self._reader.passes else None
+
+    def choice(self, text: str) -> Choice:
+        """Return some text as the choice of a chunk."""
+        return ChatChunkChoice(index=self._index, delta=Delta(content=text))
+
     def chunks(self, output: Output) -> list[Choice]:
         """Return what is new as the choices of chunks; the last has the finish reason."""
         parts = self._reader.push(output.text_delta) if output.text_delta else []

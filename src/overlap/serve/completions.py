@@ -88,6 +88,16 @@ class TextAnswer:
         """A completion opens with its first text."""
         return []
 
+    def plain(self, output: Output) -> str | None:
+        """Return what is new, if that is text and nothing else."""
+        if self._token_ids or output.finish_reason is not None or output.logprobs is not None:
+            return None
+        return None if self._echoed and not self._opened else output.text_delta
+
+    def choice(self, text: str) -> Choice:
+        """Return some text as the choice of a chunk."""
+        return TextChoice(index=self._index, text=text)
+
     def chunks(self, output: Output) -> list[Choice]:
         """Return what is new as the choices of chunks: first the echo, last the finish reason."""
         choices: list[Choice] = []

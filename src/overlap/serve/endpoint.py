@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Final
@@ -26,7 +26,7 @@ from overlap.serve.openapi import document
 from overlap.serve.protocol import Asked
 from overlap.serve.responses import ResponseAnswer, parse_response
 from overlap.serve.shapes import CHUNK_OBJECTS, ID_PREFIXES, OBJECTS, Answer, AnswerShape, Kind, total_usage
-from overlap.serve.sse import HEADERS, EventStream, EventWriter
+from overlap.serve.sse import EventStream, EventWriter, event_response
 from overlap.serve.tokens import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from overlap.serve.tools import MessageReader, call_format, thinking
 from overlap.serve.turnstile import Turnstile
@@ -172,7 +172,7 @@ class Endpoint:
         self, request: web.Request, response: ResponseAnswer, answers: AsyncGenerator[tuple[int, Output], None]
     ) -> web.StreamResponse:
         _, output = await anext(answers)
-        stream = web.StreamResponse(headers=HEADERS)
+        stream = event_response(request)
         await stream.prepare(request)
         writer = EventWriter(stream, request, self._options.stall_seconds)
         try:
@@ -267,7 +267,7 @@ class Endpoint:
 
 
 def _tell(
-    request: web.Request, usages: dict[int, Usage], n: int, reason: str | None, *, error: str | None = None
+    request: web.Request, usages: Mapping[int, Usage], n: int, reason: str | None, *, error: str | None = None
 ) -> None:
     """Let the log say what an answer has cost."""
     usage = total_usage(usages, n)

@@ -96,6 +96,9 @@ class Line(Front):
         self._writer.transport.abort()
 
     def _take_settled(self, settled: Settled) -> None:
+        if not self._behind and self._writer.transport.get_write_buffer_size() <= HELD_BYTES:
+            self._send_step(settled)  # nearly always
+            return
         size = settled.keys.nbytes + settled.tokens.nbytes + (0 if settled.told is None else settled.told.nbytes)
         size += sum(one.words.nbytes for one in settled.scored)
         self._put(settled, size)
@@ -131,14 +134,16 @@ class Line(Front):
         behind, self._behind, self._behind_bytes = self._behind, [], 0
         for is_step, items in itertools.groupby(behind, lambda item: isinstance(item, Settled)):
             if is_step:
-                steps = merged([item for item in items if isinstance(item, Settled)])
-                self.send(step_of(steps, self.wire_keys))
-                for end in steps.ends:
-                    self.finish(end.key)
+                self._send_step(merged([item for item in items if isinstance(item, Settled)]))
             else:
                 for item in items:
                     if isinstance(item, Failed):
                         self.send(item)
+
+    def _send_step(self, settled: Settled) -> None:
+        self.send(step_of(settled, self.wire_keys))
+        for end in settled.ends:
+            self.finish(end.key)
 
 
 class Hub:

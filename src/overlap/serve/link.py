@@ -7,6 +7,7 @@ longer than its reader allows, or that is no message, ends the connection that i
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -276,7 +277,7 @@ def merged(parts: Sequence[Settled]) -> Settled:
 
 def step_of(settled: Settled, wire_keys: Mapping[int, int]) -> Step:
     """Return a step as it crosses, under the front's keys. What the front does not wait for any more is left out."""
-    found = [wire_keys.get(key, -1) for key in settled.keys.tolist()]
+    found = list(map(wire_keys.get, settled.keys.tolist(), itertools.repeat(-1)))
     keys = np.array(found, dtype=np.int64)
     tokens, told = settled.tokens, settled.told
     if -1 in found:

@@ -22,6 +22,7 @@ from overlap.core import Core, Opened
 from overlap.engine import AsyncEngine
 from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.figures import Statistics
+from overlap.front import Front
 from overlap.observe.metrics import FrontFigures
 from overlap.schedule.request import Request
 from overlap.serve.link import (
@@ -78,6 +79,10 @@ class RemoteCore(Core):
         self._looks: dict[int, asyncio.Future[Pulse]] = {}
         self._pulse: Pulse | None = None
         self._heard = 0.0
+
+    def front(self, loop: asyncio.AbstractEventLoop) -> Front:
+        """Return a new front for an event loop."""
+        return self.add_front(lambda number: Front(number, loop, alone=True))
 
     def start(self) -> Future[Opened]:
         """Connect. The future brings what the engine is, or why it could not be reached."""

@@ -152,6 +152,12 @@ class AnswerShape(Protocol):
     def chunks(self, output: Output) -> list[Choice]:
         """What is new, for a stream; the last has the finish reason."""
 
+    def plain(self, output: Output) -> str | None:
+        """What is new, if that is text and nothing else: then `chunks` need not be asked. Else None."""
+
+    def choice(self, text: str) -> Choice:
+        """What `chunks` makes of plain text."""
+
     def whole(self, output: Output) -> Choice:
         """The answer in one piece, from its last Output."""
 

@@ -96,6 +96,11 @@ class MessageReader:
         """Whether a function was called so far."""
         return self._calls is not None and self._calls.count > 0
 
+    @property
+    def passes(self) -> bool:
+        """Whether all text that comes now is text of the answer, as it is: then nobody has to push it."""
+        return self._thinking == "never" and self._calls is None and not self._after_thought
+
     def push(self, text: str) -> list[Part]:
         """Take in some text; return what is certain now."""
         return self._read(text, last=False)

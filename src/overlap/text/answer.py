@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from overlap.messages import SamplingParams
 from overlap.text.stops import StopStrings
@@ -37,6 +37,13 @@ class AnswerText:
         return self._searched(text)
 
     @property
+    def plain(self) -> Callable[[int], str] | None:
+        """What does the same as `push` where no stop string can end the answer, and returns the text only."""
+        if self._looks:
+            return None
+        return _no_text if self._detokenizer is None else self._detokenizer.push
+
+    @property
     def looks_for_stops(self) -> bool:
         """Whether text may end the answer, so that it has to be made as the tokens come."""
         return self._looks
@@ -59,3 +66,7 @@ class AnswerText:
             return rest, None
         emit, matched = self._searched(rest)
         return (emit, matched) if matched is not None else (emit + self._stops.flush(), None)
+
+
+def _no_text(_token: int) -> str:
+    return ""

@@ -50,6 +50,9 @@ class Pieces:
         self._read_decoder(None if model.decoder is None else json.loads(model.decoder.__getstate__()))
         self.table: list[bytes | str | int | None] = [None] * size
         """By token id: bytes (byte-level; empty where no token is), text, or a byte of a run; None until looked up."""
+        self.whole: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        """By token id, of tokens met so far: their text wherever nothing is held back and nothing stays behind. First
+        for answers that show special tokens, then for those that skip them."""
 
     def _read_decoder(self, decoder: dict[str, Any] | None) -> None:
         steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
@@ -104,34 +107,55 @@ class Detokenizer:
     Ids that no token has (a padded vocabulary) add nothing, as in `decode`. Not thread-safe; a push is O(1) amortised.
     """
 
-    __slots__ = ("_decode", "_pieces", "_run", "_size", "_skipped", "_strip", "_table")
+    __slots__ = ("_even", "_held", "_pieces", "_run", "_size", "_skipped", "_strip", "_table", "_whole")
 
     def __init__(self, pieces: Pieces, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._pieces = pieces
         self._table = pieces.table
         self._size = len(pieces.table)
         self._skipped = pieces.special if skip_special_tokens else frozenset[int]()
+        self._whole = pieces.whole[skip_special_tokens]
         self._run = bytearray()
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode if pieces.alphabet else None
+        self._held = b""  # a byte-level text's last bytes, which may yet become a character
         self._strip = pieces.strip[1]
         if self._strip and any(0 <= key < self._size and key not in self._skipped for key in reversed(prompt_ids)):
             self._strip = 0
+        self._even = not self._strip  # nothing is held back or to be stripped: what comes next stands by itself
 
     def push(self, token_id: int) -> str:
         """Take the answer's next token; return the text that is certain now, which may be empty."""
+        if self._even and (text := self._whole.get(token_id)) is not None:
+            return text  # nearly all tokens of nearly all answers
         if token_id in self._skipped or not 0 <= token_id < self._size:
             return ""
         piece = self._table[token_id]
         if piece is None:
             piece = self._pieces.look_up(token_id)
-        if self._decode is not None:
-            return self._decode(piece)  # type: ignore[arg-type]  # a byte-level table has bytes only
+        return self._push_bytes(token_id, piece) if self._pieces.alphabet else self._push_piece(token_id, piece)
+
+    def _push_bytes(self, token_id: int, piece: bytes | str | int) -> str:
+        assert isinstance(piece, bytes), "a byte-level table has bytes only"
+        held = self._held + piece
+        text, used = codecs.utf_8_decode(held, "replace", False)
+        if self._even and used == len(held):  # nothing before it, nothing left: so it is always this
+            self._whole[token_id] = text
+        self._held = held[used:]
+        self._even = not self._held
+        return text
+
+    def _push_piece(self, token_id: int, piece: bytes | str | int) -> str:
         if isinstance(piece, int):
             self._run.append(piece)
+            self._even = False
             return ""
         if isinstance(piece, bytes):
             return ""  # no token has this id; `decode` leaves it out before it looks for runs, so the run goes on
-        return self._stripped(self._end_run() + piece if self._run else piece)
+        if self._even:
+            self._whole[token_id] = piece
+            return piece
+        text = self._stripped(self._end_run() + piece if self._run else piece)
+        self._even = not self._strip
+        return text
 
     def _end_run(self) -> str:
         run, self._run = self._run, bytearray()
@@ -151,6 +175,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """End the answer: return the text that was held back, with U+FFFD for a character that never became whole."""
-        if self._decode is not None:
-            return self._decode(b"", True)
+        if self._pieces.alphabet:
+            held, self._held = self._held, b""
+            return codecs.utf_8_decode(held, "replace", True)[0]
         return self._stripped(self._end_run())
