@@ -109,15 +109,16 @@ def own_call(
 
 
 def measure(
-    shape: str, num_rows: int, context: int, width: int, longest: int, copy_rate: float, every: bool
+    shape: str, num_rows: int, context: int, width: int, longest: int, copy_rate: float, *, uneven: bool, every: bool
 ) -> dict[str, Any]:
     """Return the line of one case."""
     heads, kv_heads, head_dim = SHAPES[shape]
-    pages = -(-context // PAGE)
+    each = torch.linspace(0.125, 1.875, num_rows) if uneven and num_rows > 1 else torch.ones(num_rows)
+    lengths = (each * context).int().cuda()
+    pages = -(-int(lengths.max()) // PAGE)
     kv = torch.randn(num_rows * pages, LAYERS, 2, PAGE, kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
     table = torch.zeros(num_rows, max(pages, longest // PAGE), dtype=torch.int32, device="cuda")
     table[:, :pages] = torch.randperm(num_rows * pages, device="cuda").int().view(num_rows, pages)
-    lengths = torch.full((num_rows,), context, dtype=torch.int32, device="cuda")
     q = torch.randn(num_rows * width, heads, head_dim, device="cuda").bfloat16()
     calls = {"xqa": xqa_call(kv, table, lengths, width)}
     for name, cut in cuts(every, width).items():
@@ -128,12 +129,13 @@ def measure(
         answers[name] = torch.empty_like(q)
         call(0, q, answers[name])
         took[name] = one_call(call, q)
-    floor = 2 * num_rows * context * kv_heads * head_dim * 2 / copy_rate
+    floor = 2 * int(lengths.sum()) * kv_heads * head_dim * 2 / copy_rate
     others = sorted((round(1e6 * each, 2), name) for name, each in took.items() if name not in ("own", "xqa"))
     differences = [float((each - answers["xqa"]).abs().max()) for each in answers.values()]
     return {
         "bench": "attention", "shape": shape, "rows": num_rows, "context": context, "width": width,
-        "longest": longest, "xqa_us": round(1e6 * took["xqa"], 2), "own_us": round(1e6 * took["own"], 2),
+        "uneven": uneven, "longest": longest,
+        "xqa_us": round(1e6 * took["xqa"], 2), "own_us": round(1e6 * took["own"], 2),
         "floor_us": round(1e6 * floor, 2), "ratio": round(took["xqa"] / took["own"], 3), "cuts": others[:8],
         "difference": round(max(differences), 4), "device": torch.cuda.get_device_name(),
     }  # fmt: skip
@@ -147,6 +149,7 @@ def main() -> None:
     arguments.add_argument("--context", type=int, nargs="+", default=[256, 1024])
     arguments.add_argument("--width", type=int, nargs="+", default=[1, 5])
     arguments.add_argument("--longest", type=int, default=8192, help="the context that page tables have room for")
+    arguments.add_argument("--uneven", action="store_true", help="rows of 1/8 to 15/8 of the context")
     arguments.add_argument("--cuts", action="store_true", help="try other cuts, too")
     asked = arguments.parse_args()
     if not torch.cuda.is_available():
@@ -157,7 +160,9 @@ def main() -> None:
             for width in asked.width:
                 for num_rows in asked.rows:
                     for context in asked.context:
-                        line = measure(shape, num_rows, context, width, asked.longest, rate, asked.cuts)
+                        line = measure(
+                            shape, num_rows, context, width, asked.longest, rate, uneven=asked.uneven, every=asked.cuts
+                        )
                         print(json.dumps(line), flush=True)
 
 

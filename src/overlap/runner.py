@@ -53,7 +53,7 @@ HOST_BOUND: Final = 6.4e12
 launch it eagerly, so that pieces would bring nothing but padding."""
 
 
-BLOCK_LAYERS: Final = 4
+BLOCK_LAYERS: Final = 8
 """Layers of a side lane's step that are launched at once. The main lane may have to wait for one block: 0.15 ms of host
 time in pieces, but several times as much while readers in the same process hold the interpreter."""
 

@@ -30,7 +30,7 @@ from overlap.streams.stream import Busy
 ROWS, BUDGET, PROMPT, RATE, SECONDS = 48, 1024, 1024, 30.0, 1.0
 SHARES = (24, 40, 56)
 NOMINAL = Nominal(weights_s=1e-4, kv_token_s=8e-9, token_s=7e-7, step_s=5e-4)
-BLOCKS: Final = 8
+BLOCKS: Final = 4
 """In which a step with prompts is launched."""
 
 

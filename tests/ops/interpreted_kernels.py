@@ -321,7 +321,10 @@ def check_decode(chance: random.Random) -> None:
         num_kv_heads, group, head_dim = chance.choice([(1, 3, 64), (2, 4, 16), (3, 3, 48), (2, 1, 32), (1, 24, 16)])
         pages, layers, table_width = 60, 2, chance.choice([3, 10])
         kv = torch.randn(pages, layers, 2, 16, num_kv_heads, head_dim).to(dtype)
-        kernel = decode_triton.DecodeKernel(kv, num_kv_heads * group, 3, 5)
+        uneven = decode_triton.Cut(
+            1 << 31, 16, 1, ahead=chance.random() < 0.5, queries=chance.choice([4, 64]), keys=48, splits=4
+        )
+        kernel = decode_triton.DecodeKernel(kv, num_kv_heads * group, 3, 5, chance.choice([None, uneven]))
         for _ in range(2):
             rows, width, layer = chance.randint(1, 3), chance.choice([1, 1, 2, 5]), chance.randrange(layers)
             table = torch.randint(0, pages, (rows, table_width), dtype=torch.int32)

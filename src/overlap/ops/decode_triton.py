@@ -17,7 +17,7 @@ M = L padded for the tensor cores.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 import triton
@@ -27,7 +27,6 @@ from torch import Tensor
 from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 
-_MAX_SPLITS: Final = 32
 _SMS: Final = 132
 """SMs of the GPUs that `cut_of` was measured on."""
 
@@ -45,6 +44,10 @@ class Cut:
     """Whether a program asks for the next block before it works on one: worth its registers where programs are few."""
     queries: int = 32
     """Queries that a program takes at most, if one position has no more; the positions of a row share programs."""
+    keys: int = 0
+    """Keys for which a row is given one program more, a multiple of `block_n`; 0 for that."""
+    splits: int = 32
+    """Programs of a row and key head at most."""
 
 
 def cut_of(pairs: int, head_dim: int, queries: int) -> Cut:
@@ -58,34 +61,38 @@ def cut_of(pairs: int, head_dim: int, queries: int) -> Cut:
     return next(cut for most, cut in cuts if pairs <= most)
 
 
+_Cuts: TypeAlias = tuple[tuple[int, Cut], ...]
 _ANY: Final = 1 << 31
-_DECODE_64: Final = (
+# Rows are of different lengths. Where each has one program, the longest would be read by it alone in the end: so long
+# rows get several, of which those of short rows end at once.
+_DECODE_64: Final[_Cuts] = (
     (6, Cut(264, 128, 4)),
     (36, Cut(132, 128, 8)),
     (128, Cut(264, 128, 4)),
-    (512, Cut(528, 64, 4)),
-    (_ANY, Cut(264, 32, 2)),
+    (512, Cut(_ANY, 64, 4, keys=256, splits=4)),
+    (_ANY, Cut(_ANY, 32, 2, keys=512, splits=4)),
 )
-_DECODE_128: Final = (
+_DECODE_128: Final[_Cuts] = (
     (16, Cut(264, 64, 4)),
     (64, Cut(132, 128, 8)),
-    (256, Cut(264, 64, 4)),
-    (_ANY, Cut(264, 64, 4, ahead=False)),
+    (256, Cut(_ANY, 64, 4, keys=512, splits=4)),
+    (_ANY, Cut(_ANY, 64, 4, ahead=False, keys=512, splits=4)),
 )
-_VERIFY_64: Final = (
-    (6, Cut(264, 128, 4, queries=8)),
+_VERIFY_64: Final[_Cuts] = (
+    (6, Cut(264, 128, 4, queries=4)),
     (36, Cut(132, 128, 8)),
     (128, Cut(264, 128, 4)),
-    (512, Cut(528, 64, 4)),
-    (_ANY, Cut(264, 32, 2)),
+    (512, Cut(_ANY, 64, 4, keys=256, splits=4)),
+    (_ANY, Cut(_ANY, 32, 2, keys=512, splits=4)),
 )
-_VERIFY_128: Final = (
-    (16, Cut(264, 128, 8, queries=8)),
-    (64, Cut(132, 128, 8, queries=16)),
-    (256, Cut(264, 64, 4, queries=16)),
-    (_ANY, Cut(264, 64, 4, ahead=False, queries=16)),
+_VERIFY_128: Final[_Cuts] = (
+    (16, Cut(264, 64, 4, queries=8)),
+    (64, Cut(132, 128, 8)),
+    (_ANY, Cut(_ANY, 64, 4, ahead=False, keys=512, splits=4)),
 )
 """(Rows times key heads up to which a cut is the best, the cut), for up to 8 queries of each and for more."""
+_SCRATCH: Final = 1 << 24
+"""Numbers of all parts at most."""
 
 
 @triton.jit
@@ -154,8 +161,8 @@ def _store_answer(
 def _decode_kernel(
     q, kv, table, lengths, out, parts, peaks, sums, counters, layer, most_pages, table_stride, page_stride, scale,
     width, GROUP: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    L: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGE_TOKENS: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    L: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`width` is the positions of a row; a program takes WIDTH of them."""
     if PDL:
@@ -170,7 +177,6 @@ def _decode_kernel(
     token = split * BLOCK_N + tl.arange(0, BLOCK_N)
     if AHEAD:
         page = _ask_page(table, token, most_pages, PAGE_TOKENS)
-        next_page = _ask_page(table, token + SPLITS * BLOCK_N, most_pages, PAGE_TOKENS)
     line, lines = tl.arange(0, M), tl.minimum(width - first, WIDTH) * GROUP
     column = tl.arange(0, BLOCK_D)
     first_head = (row * width + first).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
@@ -178,7 +184,8 @@ def _decode_kernel(
     inside = (line < lines)[:, None] & (column < D)[None, :]
     query = tl.load(q + head[:, None] * D + column[None, :], mask=inside, other=0.0)
     length = tl.minimum(told, most_pages * PAGE_TOKENS)
-    active = tl.maximum(tl.minimum(tl.cdiv(length, BLOCK_N), SPLITS), 1)
+    active = tl.maximum(tl.minimum(tl.cdiv(length, KEYS), SPLITS), 1)
+    stride = active * BLOCK_N
 
     if split < active:
         limit_M = tl.minimum(told - (width - 1) + first + line // GROUP, length)
@@ -192,16 +199,17 @@ def _decode_kernel(
             keys, values = _ask_block(
                 kv, page, token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
             )
-            for _ in tl.range(split * BLOCK_N, length, SPLITS * BLOCK_N, num_stages=1):
-                next_token = token + SPLITS * BLOCK_N
+            next_page = _ask_page(table, token + stride, most_pages, PAGE_TOKENS)
+            for _ in tl.range(split * BLOCK_N, length, stride, num_stages=1):
+                next_token = token + stride
                 next_keys, next_values = _ask_block(
                     kv, next_page, next_token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
                 )
-                next_page = _ask_page(table, next_token + SPLITS * BLOCK_N, most_pages, PAGE_TOKENS)
+                next_page = _ask_page(table, next_token + stride, most_pages, PAGE_TOKENS)
                 value, highest, total = _take_block(value, highest, total, query, keys, values, token, limit_M, scale)
                 keys, values, token = next_keys, next_values, next_token
         else:
-            for start in tl.range(split * BLOCK_N, length, SPLITS * BLOCK_N, num_stages=3):
+            for start in tl.range(split * BLOCK_N, length, stride, num_stages=3):
                 block_token = start + tl.arange(0, BLOCK_N)
                 block_page = tl.load(table + block_token // PAGE_TOKENS, mask=block_token < length, other=0)
                 keys, values = _ask_block(
@@ -280,8 +288,8 @@ class DecodeKernel:
             q_THD, kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters, layer,
             page_table.shape[1], page_table.stride(0), kv.stride(0), self._head_dim**-0.5 * 1.4426950408889634, width,
             GROUP=self._group, WIDTH=at_once, KV_HEADS=self._num_kv_heads, D=self._head_dim, BLOCK_D=self._block_d,
-            L=lines, M=max(16, lines), BLOCK_N=cut.block_n, SPLITS=splits, PAGE_TOKENS=PAGE, AHEAD=cut.ahead,
-            num_warps=cut.warps, **options,
+            L=lines, M=max(16, lines), BLOCK_N=cut.block_n, KEYS=cut.keys or cut.block_n, SPLITS=splits,
+            PAGE_TOKENS=PAGE, AHEAD=cut.ahead, num_warps=cut.warps, **options,
         )  # fmt: skip
 
     def _cut_for(self, num_rows: int, width: int, sms: int) -> tuple[Cut, int, int, int]:
@@ -292,5 +300,6 @@ class DecodeKernel:
         at_once = -(-width // turns)  # as many in each turn
         lines = 1 << (at_once * self._group - 1).bit_length()
         # So many that all parts are added up in one go, in registers.
-        most = min(_MAX_SPLITS, 2048 * cut.warps // (lines * self._block_d), cut.programs * sms // (_SMS * pairs))
-        return cut, at_once, 1 << (max(1, most).bit_length() - 1), lines
+        most = 2048 * cut.warps // (lines * self._block_d), _SCRATCH // (pairs * turns * lines * self._block_d)
+        splits = min(cut.splits, cut.programs * sms // (_SMS * pairs), *most)
+        return cut, at_once, 1 << (max(1, splits).bit_length() - 1), lines
