@@ -122,7 +122,8 @@ async def kernels(engine: AsyncEngine) -> list[tuple[float, float, float, str]]:
 
 async def measure(asked: argparse.Namespace, model: str) -> None:
     """Open an engine and print a line for each number of rows."""
-    options: dict[str, Any] = {"context": 64 + asked.tokens + 16, "max_rows": max(asked.rows)}
+    options: dict[str, Any] = {"max_rows": max(asked.rows)}
+    options |= {} if asked.model else {"context": 64 + asked.tokens + 16}
     options |= {} if asked.model else {"load_format": "dummy"}
     options |= {"speculative": asked.speculative, "num_drafts": asked.num_drafts} if asked.speculative else {}
     async with AsyncEngine(model, device=asked.device, **options) as engine:
@@ -131,7 +132,7 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
             for task in await keep_busy(engine, rows, 40, vocabulary):
                 await task
             await settled(engine)
-            tasks = await keep_busy(engine, rows, asked.tokens, vocabulary)
+            tasks = await keep_busy(engine, rows, min(asked.tokens, engine.config.context - 80), vocabulary)
             await asyncio.sleep(WINDOW_S / 4)
             plain, traced, records = [], [], []
             for number in range(asked.rounds):  # answers grow, so steps do: the two take turns in being first

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from overlap.schedule.pace import EVERY, TRIAL, Pace
+from overlap.schedule.planner import Planner
+from overlap.schedule.request import Request
 
 
 def share_of_wide(pace: Pace, steps: int, rows: int, seconds: float, emitted: float) -> float:
@@ -54,3 +57,24 @@ def test_a_trial_that_is_lost_again_and_again_becomes_rare() -> None:
     pace = Pace()
     share_of_wide(pace, 100, 8, 2.0, 1.2)
     assert share_of_wide(pace, 40 * EVERY, 8, 2.0, 1.2) < 8 * TRIAL / (40 * EVERY)
+
+
+def test_what_the_device_waited_for_a_step_counts_to_what_it_took() -> None:
+    noted: list[tuple[int, int, float]] = []
+
+    class Watched(Pace):
+        def note_time(self, num_rows: int, width: int, seconds: float) -> None:
+            noted.append((num_rows, width, seconds))
+
+    planner = Planner(
+        max_rows=4, num_pages=32, token_budget=64, prefill_chunk=64, context=256, drafts=2, drafts_ahead=1,
+        pace=Watched(),
+    )  # fmt: skip
+    planner.submit(Request(key=1, front=0, prompt=np.full(5, 7, dtype=np.int32), limit=20))
+    prompt = planner.plan()
+    assert prompt is not None
+    planner.settle(prompt, np.array([9], dtype=np.int32))
+    step = planner.plan()
+    assert step is not None
+    planner.note_time(step, 0.5, 0.25)
+    assert noted == [(1, step.width, 0.75)]

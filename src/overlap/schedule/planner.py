@@ -182,7 +182,7 @@ class Planner:
         if plan.scores is None:  # a step that scores is no measure for others
             self._lanes.note_time(plan, seconds + waited_s)
         if self._pace is not None and plan.num_decode == plan.num_rows:
-            self._pace.note_time(plan.num_decode, plan.width, seconds)
+            self._pace.note_time(plan.num_decode, plan.width, seconds + waited_s)
 
     def explain_drafts(self) -> tuple[str, ...]:
         """Return what drafting brought, as far as that is measured."""
