@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from overlap.cache.tree import Node
 
 PAGE: Final = 16
-"""Tokens in a page. XQA and FlashInfer's paged prefill both take 16; a page of SmolLM2-135M in bf16 is 360 KiB."""
+"""Tokens in a page, which FlashInfer's paged prefill takes; a page of SmolLM2-135M in bf16 is 360 KiB."""
 
 Ints: TypeAlias = npt.NDArray[np.int32]
 """An int32 column."""
