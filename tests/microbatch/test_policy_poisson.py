@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -239,12 +240,18 @@ def learned(truth: Truth, seed: int, loads: int = 5) -> SplitPolicy:
     return chosen
 
 
+def means(truth: Truth, splitter: Splitter | None, seed: int) -> tuple[float, float]:
+    """Return the means of three loads: one says it to 2% only, and the best of six ways would be the luckiest."""
+    runs = [Load(truth, splitter, 7919 * seed + number).run() for number in range(3)]
+    return statistics.mean(rate for rate, _ in runs), statistics.mean(between_s for _, between_s in runs)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_under_long_prompts_it_is_within_two_percent_of_the_best_fixed_choice(seed: int) -> None:
     truth = like_an_h100(seed)
-    fixed = [Load(truth, each, seed).run() for each in FIXED]
+    fixed = [means(truth, each, seed) for each in FIXED]
     chosen = learned(truth, seed)
-    rate, between_s = Load(truth, chosen, seed).run()
+    rate, between_s = means(truth, chosen, seed)
     assert rate >= 0.98 * max(each for each, _ in fixed), (truth, rate, fixed, chosen.explain())
     assert between_s <= 1.02 * fixed[0][1], (truth, between_s, fixed, chosen.explain())
 

@@ -9,7 +9,6 @@ step and the prompt step that it does the work of; nominal. `Guess.slack` says b
 from __future__ import annotations
 
 import hashlib
-import statistics
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ Kind: TypeAlias = Literal["decode", "prefill", "mixed", "decode beside", "prefil
 """A step of decode rows, of prompt chunks, or of both; "beside": while the other lane ran too."""
 Size: TypeAlias = tuple[str, int, int, int, int]
 """Kind, bucket of decode rows, of tokens in KV a row, of prompt tokens, and SMs of the decode rows' own."""
-VERSION: Final = 3
+VERSION: Final = 4
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
 _SURE: Final = 4 * FIRM
@@ -30,9 +29,10 @@ have been built in its first steps, and the neighbours say what it takes."""
 _WEIGHT: Final = 1 / 16
 """Of a new measurement, once many were taken."""
 _CLIP: Final = 1.5
-"""A step that takes so many times what is known, or more, counts as so many times: a hiccup turns nothing over."""
-_SHORT: Final = 0.75
-"""The least share of its chunks' time that a spell is taken to last: the answers may have ended before."""
+"""A step that takes so many times what is known (in a spell: what the next longest took), or more, counts as so many
+times: a hiccup turns nothing over."""
+_STALLED: Final = 0.05
+"""The least share of their pace that decode steps are taken to keep beside a chunk."""
 _FAR: Final = 1.25
 _LONGER: Final = 4
 _SHORTER: Final = 2
@@ -239,8 +239,8 @@ class CostModel:
 class Spell:
     """What ran beside each other, from when decode steps are planned beside prompts to when they are not any more.
 
-    A step that was ahead when a chunk landed ran beside nothing, and the first and the last one for a part of their
-    time: so a single one says little of any other, and all of them together say what the chunks have cost.
+    The first and the last step ran beside a chunk for a part of their time, or not at all: so a single one says little,
+    but by how much all of them together took longer than alone is what the chunks have cost them.
     """
 
     share: int
@@ -252,8 +252,8 @@ class Spell:
     """Prompt tokens, in one step at most."""
     chunks: list[tuple[int, float]] = field(default_factory=list)
     """Tokens of each, and seconds."""
-    steps: list[float] = field(default_factory=list)
-    """Seconds of each decode step."""
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds of each decode step, and what it would have taken alone."""
     whole: int = 0
     """How many of them had landed when the last chunk had: the next ones may be beside a chunk that is not in here."""
 
@@ -263,17 +263,21 @@ class Spell:
         self.whole = len(self.steps)
 
     def teach(self, cost: CostModel, *, over: bool) -> None:
-        """Tell what chunks and decode steps took beside each other; `over` if no chunk is on its way any more."""
-        if not self.chunks:
-            return
+        """Tell what a chunk and a decode step take beside each other; `over` if no chunk is on its way any more.
+
+        If decode steps take X longer for chunks of T, then in T they get done what takes T - X alone.
+        """
         steps = self.steps if over else self.steps[: self.whole]
-        most_s = _CLIP * statistics.median(steps or [0.0])
-        passed_s = sum(min(each, most_s) for each in steps)
-        longer = max(_SHORT, passed_s / sum(seconds for _, seconds in self.chunks))
+        longest = sorted(seconds for seconds, _ in steps)[-2:]
+        most_s = _CLIP * longest[0] if steps else 0.0
+        passed_s = sum(min(seconds, most_s) for seconds, _ in steps)
+        longer_s = passed_s - sum(alone_s for _, alone_s in steps)
+        both_s = min(passed_s, sum(seconds for _, seconds in self.chunks))  # the answers may have ended before
+        slower = both_s / max(both_s - longer_s, _STALLED * both_s) if both_s > 0 else 0.0
+        decode_s = slower * cost.seconds("decode", self.rows, self.context, 0)
         for tokens, seconds in self.chunks:
-            cost.note("prefill beside", self.rows, self.context, tokens, seconds * longer, self.share)
-            if steps:
-                cost.note("decode beside", self.rows, self.context, self.waiting, passed_s / len(steps), self.share)
+            cost.note("prefill beside", self.rows, self.context, tokens, seconds, self.share)
+            cost.note("decode beside", self.rows, self.context, self.waiting, decode_s, self.share)
 
 
 def cost_path(folder: Path, machine: str) -> Path:

@@ -5,12 +5,12 @@ what a decode step and a chunk of c tokens take alone:
 
     in turn    (p + d - v) / c            a chunk, and a decode step
     mixed      (m - v) / c                one step of m does the work of a chunk and of a decode step
-    lanes      P (1 - v / D) / c          during the P of a chunk, at least a step of D passes
+    lanes      P (1 - v / D) / c          during the P of a chunk, decode steps of D pass
 
 with what is left over behind the last whole chunk as a step of its own: mixed steps have room for a chunk beside the
-decode rows, the others for one as large as the budget. P is the time of all decode steps that were planned beside the
-chunk (those that were ahead when it landed, too), and a step counts with what the device waited for it: both are lost
-as surely as what the device works.
+decode rows, the others for one as large as the budget. D is found from by how much all decode steps that ran beside a
+chunk for any part of their time took longer than alone (see `Spell`), and a step counts with what the device waited for
+it: that is lost as surely as what the device works.
 
 where v is what a decode step's tokens are worth: what they would cost later. With no more prompts to come that is d.
 But r rows of which there will be R once the waiting prompts are read can be had later for r / R of a step of R rows,
@@ -23,7 +23,7 @@ good as equal the one with the shortest wins.
 **Trials.** A way whose cost is badly known is tried if it would win where it is as good as it may be; what is known of
 neighbouring sizes counts, so a new size is rarely tried. What was measured long ago is tried again, the more rarely the
 worse it was. Trials are a few to begin with, and one choice in a hundred in the long run. **Hysteresis.** What was
-chosen for a size stays until another way is better by more than noise, several looks in a row.
+chosen for a size stays until another way is better by more than noise, several looks in a row; those come sooner.
 
 There is no clock and no chance in it: what is chosen depends on what it was told, and on nothing else.
 """
@@ -40,7 +40,9 @@ from overlap.schedule.split import Choice, Mode, Outlook, Ran
 Route: TypeAlias = tuple[Mode, int]
 """A mode and a share of SMs."""
 LOOK: Final = 16
-"""Choices of a size between two looks at the costs."""
+"""Choices of a size between two looks at the costs, and..."""
+NEXT_LOOK: Final = 4
+"""...while another way seems better."""
 BETTER: Final = 0.01
 """By how much all work has to take less another way, for as many looks in a row as STEADY says."""
 STEADY: Final = 3
@@ -200,35 +202,38 @@ class SplitPolicy:
                 cost.note("mixed", rows, context, tokens, ran.seconds)
         elif rows:
             if ran.beside:
-                self._spell_of(ran.share).steps.append(ran.seconds)
+                alone_s = cost.seconds("decode", rows, context, 0)
+                self._spell_of(ran.share).steps.append((ran.seconds, alone_s))
             else:
                 self._end_spell(over=True)
                 cost.note("decode", rows, context, 0, ran.seconds)
         elif ran.beside:
+            if self._spell is not None and len(self._spell.chunks) >= FIRM:
+                self._end_spell(over=False)  # what lasts long is told in parts
             self._spell_of(ran.share).note_chunk(tokens, ran.seconds)
         else:
             cost.note("prefill", 0, 0, tokens, ran.seconds)
 
     def _spell_of(self, share: int) -> Spell:
-        """Return the spell with two lanes that goes on, or a new one: for another share, or when it has lasted long."""
+        """Return the spell with two lanes that goes on, or a new one for another share."""
         spell = self._spell
-        if spell is None or spell.share != share or len(spell.chunks) >= FIRM:
-            self._end_spell(over=False)
+        if spell is None or spell.share != share:
+            self._end_spell(over=True)
             beside = self._beside
             waiting = min(beside.prefill_tokens, self._budget)
             spell = self._spell = Spell(share, beside.num_decode, beside.decode_context, waiting)
         return spell
 
     def _end_spell(self, *, over: bool) -> None:
-        if self._spell is not None:
-            self._spell.teach(self.cost, over=over)
-        self._spell = None
+        spell, self._spell = self._spell, None
+        if spell is not None:
+            spell.teach(self.cost, over=over)
+            if not over:
+                self._spell_of(spell.share).steps += spell.steps[spell.whole :]
 
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
     def _look(self, size: _Size, outlook: Outlook, later: int) -> Choice:
-        if self._spell is not None and len(self._spell.chunks) >= FIRM:
-            self._end_spell(over=False)
         rows, context, tokens = outlook.num_decode, outlook.decode_context, max(1, outlook.prefill_tokens)
         work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later))
         ways = {route: self._way(route, work) for route in self._routes}
@@ -243,7 +248,7 @@ class SplitPolicy:
             size.seen[size.trial], size.trial = size.chosen, None
         chosen = self._pick(size, ways)
         size.seen[chosen.route] = size.chosen
-        size.left, self._last = LOOK - 1, chosen.route
+        size.left, self._last = (NEXT_LOOK if size.steady else LOOK) - 1, chosen.route
         size.why = _why(chosen, ways, self._target_s)
         if self.trials < FIRST_TRIALS * len(self._routes) + TRIAL_SHARE * self._total:
             for way in sorted(ways.values(), key=lambda each: each.score_s - each.slack_s):
@@ -332,9 +337,10 @@ class SplitPolicy:
             samples = min(cost.count("prefill", 0, 0, chunk), cost.count("decode", rows, context, 0))
             return _Step(between_s - work.worth_s, between_s, max(slack, decode_slack) * prompt_s, samples)
         beside: tuple[tuple[Kind, int], ...] = (("prefill beside", chunk), ("decode beside", work.at_once))
-        (prompt_s, slack), (between_s, other) = (cost.guess(kind, rows, context, n, share) for kind, n in beside)
+        (prompt_s, slack), (beside_s, other) = (cost.guess(kind, rows, context, n, share) for kind, n in beside)
         samples = min(cost.count(kind, rows, context, n, share) for kind, n in beside)
-        extra_s = max(prompt_s, between_s) * max(0.0, 1 - work.worth_s / between_s)
+        extra_s = prompt_s * max(0.0, 1 - work.worth_s / beside_s)
+        between_s = min(beside_s, decode_s + prompt_s * max(0.0, 1 - decode_s / beside_s))
         return _Step(extra_s, between_s, max(slack, other, decode_slack) * prompt_s, samples)
 
     # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────

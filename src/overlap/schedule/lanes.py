@@ -51,6 +51,8 @@ class Lanes:
         self._slots = slots
         self._token_budget = token_budget
         self._share = 0
+        self._met = 0, 0
+        """The newest step that found the side lane empty, and its share."""
         self._prompts_turn = False
 
     def __getitem__(self, lane: int) -> Lane:
@@ -102,14 +104,26 @@ class Lanes:
 
     def note_chunks(self, slots: Ints, number: int, lane: int) -> int:
         """Note that step `number` runs chunks of these slots; return the step of the other lane it has to follow."""
+        if lane == SIDE and len(self.side.flying) == 1:
+            self._met = number, self._share
         at = self._slots
         steps, others = (at.main_step, at.side_step) if lane == MAIN else (at.side_step, at.main_step)
         steps[slots] = number
         before = int(others[slots].max())
         return before if before > self[1 - lane].settled else 0
 
+    def beside(self, plan: StepPlan) -> tuple[bool, int]:
+        """Say of a step that landed just now whether it ran beside another, and how many SMs were the decode rows' own.
+
+        Also of one that was in the air when the side lane's first step came, and knew nothing of it when planned.
+        """
+        number, share = self._met
+        return (True, share) if plan.lane == MAIN and plan.number < number else (plan.beside, plan.share)
+
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Tell the splitter what a landed step took, with what the device waited for it."""
-        if self.splitter is not None:
-            context = int(plan.starts[: plan.num_decode].sum())
-            self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), plan.beside, seconds, plan.share))
+        beside, share = self.beside(plan)
+        if self.splitter is None or (beside and plan.lane == MAIN and len(plan.prompt)):
+            return  # prompts in both lanes at once are an accident, not a way
+        context = int(plan.starts[: plan.num_decode].sum())
+        self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), beside, seconds, share))

@@ -177,7 +177,7 @@ class Planner:
 
         Of plain steps that repeat one in eight says enough, of those beside a prompt each counts.
         """
-        if plan.again and not plan.beside and self._pace is None and plan.number % 8:
+        if plan.again and plan.number % 8 and self._pace is None and not self._lanes.beside(plan)[0]:
             return
         if plan.scores is None:  # a step that scores is no measure for others
             self._lanes.note_time(plan, seconds + waited_s)
