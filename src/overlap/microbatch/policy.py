@@ -63,6 +63,8 @@ _WHOLE: Final = 8
 _TRIAL_CHOICES: Final = 12
 """The longest trial: a lane may have to run empty before the other way shows."""
 _SECOND_OPINIONS: Final = 2
+_FORGIVEN: Final = 256
+"""Choices after which a way that was slow at first gets its second opinion, however slow it was."""
 _TARGET_MARGIN: Final = 0.95
 _LEAST_CHUNK: Final = 32
 
@@ -287,9 +289,12 @@ class SplitPolicy:
         if way.slack_s and way.total_s - way.slack_s < chosen.total_s:
             return not trials or waited >= SOON << min(trials, 10)
         loss = way.total_s / chosen.total_s - 1
+        enough = loss * _TRIAL_CHOICES / WORTH
         if trials < _SECOND_OPINIONS and way.samples < 3 * FIRM:
-            return waited >= SOON << trials  # its first steps may have been slow for what was built meanwhile
-        return waited >= max(SOON << min(trials, 10), loss * _TRIAL_CHOICES / WORTH)
+            enough = (
+                min(enough / 5, _FORGIVEN) if trials else 0.0
+            )  # its first steps may have been slow for what was built meanwhile
+        return waited >= max(SOON << min(trials, 10), enough)
 
     # ── the ways ─────────────────────────────────────────────────────────────────────────────────────────────────
 
