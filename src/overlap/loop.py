@@ -212,6 +212,8 @@ class Loop:
             # a request's own steps are settled in their order, in whichever lane they ran
             if side and side[0].landed and not (main and main[0].plan.number <= side[0].plan.follows):
                 await self._settle(side, beside=main)
+                if not main:
+                    continue  # whose prompt is through may decode now
             if side or self._planner.wants_side:
                 self._fill(side, SIDE, beside=main)
             if main:

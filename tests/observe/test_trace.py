@@ -106,6 +106,26 @@ async def test_the_trace_of_a_known_schedule_has_exactly_the_known_spans_and_no_
     assert record.steps[2] == Step(2, 2.5, rows=1, tokens=1, prompt_tokens=0, admissions=0, waiting=0, running=1)
 
 
+def test_a_step_that_is_launched_in_blocks_began_with_the_first_and_a_plan_between_them_is_not_its_own() -> None:
+    now = itertools.count(1.0)
+    trace = Trace("sim", queue=lambda: (0, 0), clock=lambda: next(now))
+    scheduler = planner()
+    scheduler.submit(request(0, [1, 2, 3], 5))
+    plan = scheduler.plan()
+    assert plan is not None
+    for verb, told in (("plan", None), ("launch", plan), ("launch", plan), ("plan", None), ("launch", plan)):
+        with trace.span(verb, told):
+            pass
+    trace.ran(plan, Busy("compute", 9.0, 20.0, 0.0), 0.0)
+    record = trace.record()
+    assert [(span.verb, span.number) for span in record.host] == [
+        ("plan", 1), ("launch", 1), ("launch", 1), ("plan", 0), ("launch", 1),
+    ]  # fmt: skip
+    assert record.steps[1].time == 3.0
+    arrow = next(event for event in json.loads(perfetto(record))["traceEvents"] if event["ph"] == "s")
+    assert arrow["ts"] == 1e6 * (3.0 - 1.0)
+
+
 async def test_without_overlap_the_whole_host_time_between_two_steps_is_a_bubble() -> None:
     rig = Rig(overlap=False)
     record = await rig.serve(request(0, [1, 2, 3], 5))

@@ -18,6 +18,7 @@ from overlap.schedule.request import Request
 from overlap.schedule.scores import Scored
 from overlap.schedule.settled import End, Settled
 from overlap.schedule.shaping import TOLD_WORDS, Shaping
+from overlap.serve.engine_process import HELD_BYTES, Line
 from overlap.serve.link import (
     ERRORS,
     FROM_ENGINE,
@@ -166,3 +167,33 @@ def test_a_front_loads_no_torch() -> None:
     code = "import sys, overlap.serve.front_process; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class FullSocket:
+    """A front's connection that takes nothing while `waiting` is more than the engine lets wait."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.transport = self
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
+
+    async def drain(self) -> None:
+        await asyncio.sleep(0.01)
+
+
+async def test_a_step_that_comes_when_the_socket_has_just_drained_goes_behind_those_that_waited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full: Any = FullSocket()
+    line = Line(1, asyncio.get_running_loop(), full)
+    sent: list[list[int]] = []
+    monkeypatch.setattr(line, "send", lambda message: sent.append(np.frombuffer(message.tokens, np.int32).tolist()))
+    line.begin(0, 7)
+    for token, waiting in ((1, 0), (2, HELD_BYTES + 1), (3, HELD_BYTES + 1), (4, 0)):
+        full.waiting = waiting
+        line._take_settled(Settled(np.array([7]), np.zeros(1, np.int32), np.array([token], np.int32), ()))
+    while sum(map(len, sent)) < 4:
+        await asyncio.sleep(0.005)
+    assert sent == [[1], [2, 3, 4]]

@@ -119,7 +119,11 @@ class FlashInferAttention:
         return "fa3" if module.is_compiled else "fa2"
 
     def _warm_up(self, max_pages_per_row: int, width: int) -> None:
-        """Run mixed steps over page 0, so that no load, build or cached table comes in the middle of a step."""
+        """Run mixed steps over page 0, so that nothing of FlashInfer's is loaded or built in the middle of a step.
+
+        The decode kernel is compiled for one row; for other numbers it is when they first come, a few seconds each
+        where Triton's cache has not got them.
+        """
         tokens = width + 1
         for _ in range(_WRAPPERS):
             rows = AttentionRows(
