@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from overlap.schedule.plan import REFUSED, SIDE, UNUSED, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
-from overlap.schedule.split import Always, Splitter
+from overlap.schedule.split import Always, Choice, Outlook, Splitter
 from overlap.state.packing import USED, capacity, goes_over, pack, pack_again
 
 
@@ -127,12 +130,33 @@ def test_steps_that_repeat_are_those_that_would_have_been_planned_anyway(drafts:
     assert repeated > (500 if drafts else 2000)
 
 
-@pytest.mark.parametrize("share", [0, 24])
-def test_steps_that_repeat_beside_a_prompt_are_those_that_would_have_been_planned_anyway(share: int) -> None:
+class Wandering(Always):
+    """Two lanes, with another share of the SMs each time."""
+
+    def __init__(self) -> None:
+        super().__init__("lanes")
+        self._shares = itertools.cycle((0, 24, 40))
+
+    def choose(self, outlook: Outlook) -> Choice:
+        return Choice("lanes", 16, next(self._shares))
+
+
+@pytest.mark.parametrize(
+    "splitter",
+    [
+        partial(Always, "lanes", prefill_tokens=16),
+        partial(Always, "lanes", prefill_tokens=16, share=24),
+        Wandering,
+    ],
+    ids=["no share", "a share", "shares that change"],
+)
+def test_steps_that_repeat_beside_a_prompt_are_those_that_would_have_been_planned_anyway(
+    splitter: Callable[[], Splitter],
+) -> None:
     beside = alone = 0
     for seed in range(40):
-        plans, settled = run(Planner, seed, splitter=Always("lanes", prefill_tokens=16, share=share))
-        careful = run(Careful, seed, splitter=Always("lanes", prefill_tokens=16, share=share))
+        plans, settled = run(Planner, seed, splitter=splitter())
+        careful = run(Careful, seed, splitter=splitter())
         assert len(plans) == len(careful[0])
         assert all(same(*pair) for pair in zip(plans, careful[0], strict=True)), seed
         assert all(same(*pair) for pair in zip(settled, careful[1], strict=True)), seed
