@@ -40,13 +40,15 @@ def main() -> None:
     """Draw: for each shape and workload the default's figure, and in a lighter tone the best way's."""
     auto: dict[tuple[str, str], dict[str, Any]] = {}
     best: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in lines("offline.jsonl"):
+    measured = lines("offline.jsonl")
+    for line in measured:
         key = line["model"], line["workload"]
         if line["lanes"] == "auto":
             auto[key] = line  # the last one that was measured
-    for line in lines("offline.jsonl"):
+    for line in measured:
         key = line["model"], line["workload"]
-        same = key in auto and line["device"] == auto[key]["device"]
+        told = line is auto.get(key) or line["lanes"] != "auto"
+        same = told and key in auto and line["device"] == auto[key]["device"]
         if same and (key not in best or line["tokens_per_s"] > best[key]["tokens_per_s"]):
             best[key] = line
     keys = [key for key in VLLM if key in best]

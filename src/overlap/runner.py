@@ -54,8 +54,9 @@ launch it eagerly, so that pieces would bring nothing but padding."""
 
 
 BLOCK_LAYERS: Final = 8
-"""Layers of a side lane's step that are launched at once. The main lane may have to wait for one block: 0.15 ms of host
-time in pieces, but several times as much while readers in the same process hold the interpreter."""
+"""Layers of a side lane's step that are launched at once. The main lane may have to wait for one block: milliseconds of
+host time while readers in the same process hold the interpreter (docs/log.md), so fewer layers keep its steps nearer
+together, and more read prompts sooner."""
 
 
 LONG_LAUNCH_S: Final = 0.03

@@ -291,9 +291,8 @@ class SplitPolicy:
         loss = way.total_s / chosen.total_s - 1
         enough = loss * _TRIAL_CHOICES / WORTH
         if trials < _SECOND_OPINIONS and way.samples < 3 * FIRM:
-            enough = (
-                min(enough / 5, _FORGIVEN) if trials else 0.0
-            )  # its first steps may have been slow for what was built meanwhile
+            # its first steps may have been slow for what was built meanwhile
+            enough = min(enough / 5, _FORGIVEN) if trials else 0.0
         return waited >= max(SOON << min(trials, 10), enough)
 
     # ── the ways ─────────────────────────────────────────────────────────────────────────────────────────────────

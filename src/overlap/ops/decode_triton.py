@@ -2,9 +2,9 @@
 
 The keys of a row and key head are cut into blocks, which take turns over as many programs as the device has room for.
 Of several programs the last to end, told by a counter, adds the parts up, all at once, so there is no second kernel.
-All positions of a verify and all query heads of a key head share one tile of queries, so a row's KV is read once
-however many drafts it verifies. (Split keys: Flash-Decoding, Dao et al. 2023; the counter in place of a second kernel:
-stream-K, Osama et al. 2023.)
+The query heads of a key head, and as many positions of a verify as a program takes (`Cut.queries`), share one tile of
+queries, so where rows are many a row's KV is read once however many drafts it verifies. (Split keys: Flash-Decoding,
+Dao et al. 2023; the counter in place of a second kernel: stream-K, Osama et al. 2023.)
 
 At few rows all of this is waiting for one answer of the memory after another: how long the row is, which page, its
 keys. So a program asks for its first pages before it knows the length, for keys and values at once, and always for a
@@ -78,13 +78,7 @@ _DECODE_128: Final[_Cuts] = (
     (256, Cut(_ANY, 64, 4, keys=512, splits=4)),
     (_ANY, Cut(_ANY, 64, 4, ahead=False, keys=512, splits=4)),
 )
-_VERIFY_64: Final[_Cuts] = (
-    (6, Cut(264, 128, 4, queries=4)),
-    (36, Cut(132, 128, 8)),
-    (128, Cut(264, 128, 4)),
-    (512, Cut(_ANY, 64, 4, keys=256, splits=4)),
-    (_ANY, Cut(_ANY, 32, 2, keys=512, splits=4)),
-)
+_VERIFY_64: Final[_Cuts] = ((6, Cut(264, 128, 4, queries=4)), *_DECODE_64[1:])
 _VERIFY_128: Final[_Cuts] = (
     (16, Cut(264, 64, 4, queries=8)),
     (64, Cut(132, 128, 8)),
@@ -258,11 +252,6 @@ class DecodeKernel:
         self._peaks = torch.empty(lines, dtype=torch.float32, device=kv.device)
         self._sums = torch.empty_like(self._peaks)
         self._parts = torch.empty(lines * self._block_d, dtype=torch.float32, device=kv.device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
-        return self._counters.nbytes + 2 * self._peaks.nbytes + self._parts.nbytes
 
     def attend(
         self,

@@ -36,6 +36,9 @@ class UsageObject(msgspec.Struct, frozen=True):
 
 def total_usage(usages: Mapping[int, Usage], n: int) -> UsageObject:
     """Add up what the answers of one request cost, `n` of them to each prompt. A prompt counts once."""
+    if len(usages) == 1:  # nearly always, and streams may ask for it with each token
+        (one,) = usages.values()
+        return UsageObject(one.prompt_tokens, one.completion_tokens, one.total_tokens, CachedTokens(one.cached_tokens))
     first = {index // n: usage for index, usage in sorted(usages.items(), reverse=True)}
     prompt = sum(usage.prompt_tokens for usage in first.values())
     cached = sum(usage.cached_tokens for usage in first.values())

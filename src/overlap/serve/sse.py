@@ -14,7 +14,7 @@ from msgspec import UNSET, UnsetType
 from overlap.messages import Output, Usage
 from overlap.serve.errors import ApiError, to_api_error
 from overlap.serve.protocol import Asked
-from overlap.serve.shapes import Answer, AnswerShape, CachedTokens, Choice, UsageObject, total_usage
+from overlap.serve.shapes import Answer, AnswerShape, Choice, UsageObject, total_usage
 
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -171,15 +171,11 @@ class EventStream:
             around = self._around[index] = b"data: " + before, behind
         if not self._asked.continuous_usage:
             return b"%b%b%b\n\n" % (around[0], self._encode(text), around[1])
-        return b"%b%b%b%b}\n\n" % (around[0], self._encode(text), around[1], self._encode(self._usage()))
-
-    def _usage(self) -> UsageObject:
-        if len(self._shapes) > 1:
-            return total_usage(self.usages, self._asked.n)
-        output = self._last[0]
-        usage = output.usage
-        return UsageObject(
-            usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, CachedTokens(usage.cached_tokens)
+        return b"%b%b%b%b}\n\n" % (
+            around[0],
+            self._encode(text),
+            around[1],
+            self._encode(total_usage(self.usages, self._asked.n)),
         )
 
     async def _write(

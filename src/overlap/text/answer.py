@@ -44,11 +44,6 @@ class AnswerText:
         return _no_text if self._detokenizer is None else self._detokenizer.push
 
     @property
-    def looks_for_stops(self) -> bool:
-        """Whether text may end the answer, so that it has to be made as the tokens come."""
-        return self._looks
-
-    @property
     def includes_stops(self) -> bool:
         """Whether what ends the answer is part of its text."""
         return self._includes_stops
