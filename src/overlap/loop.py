@@ -1,7 +1,11 @@
-"""The loop: plan, launch, land, settle, and nothing else.
+"""The loop: plan, launch, tell, land, settle, and nothing else.
 
-    plan N+1 ──► launch N+1 ──► wait until flight N landed ──► settle N ──► (again)
-    host only    enqueue only    asyncio, no spin               tokens out, pages fenced
+    plan N+1 ──► launch N+1 ──► tell N-1 ────► wait until flight N landed ──► settle N ──► (again)
+    host only    enqueue only    tokens out    asyncio, no spin               ends, pages fenced
+
+What a step brought is told behind the launch of the next one: readers in the same program hold the interpreter for as
+long as they read, and so they do it while the loop has nothing to do but wait. A step with a prompt takes long to
+launch, so there it is told first; and nothing stays untold while the loop waits.
 
 Steps run in one lane, or in two at once: then the main lane decodes while the side lane reads prompts, each one step
 ahead, and each lands at its own pace. What is in flight is a local variable of `run`. A step that fails ends the
@@ -159,6 +163,7 @@ class Loop:
         self._steps = self._failed = self._tokens_in = self._tokens_out = self._expired = self._side_steps = 0
         self._busy_s = self._side_busy_s = self._bubble_s = 0.0
         self._slept = True  # no work waited, or the side lane had it: what the main lane then waits is no bubble
+        self._untold: tuple[StepPlan, Settled] | None = None  # the last step's, until the next one is launched
         self._idle_waiters: list[Callable[[], None]] = []
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._watchdogs = (Watchdog(step_limit_s), Watchdog(step_limit_s))  # of the lanes
@@ -230,8 +235,10 @@ class Loop:
         long as the main lane's step runs. So the main lane never waits for more than one of them.
         """
         while self._launch_block(lane) or self._launch_next(lane, number, beside=beside):
-            if number == SIDE and beside and beside[0].landed:
-                return
+            if number == SIDE:
+                self._tell()
+                if beside and beside[0].landed:
+                    return
 
     def _launch_block(self, lane: deque[Flight]) -> bool:
         """Enqueue the next block of the lane's last step; return whether one was left."""
@@ -254,9 +261,18 @@ class Loop:
             if number == MAIN and not lane and not beside and not self._planner.wants_side:
                 self._check_why_not()
             return False
+        if plan.num_rows > plan.num_decode and number == MAIN:
+            self._tell()
         with self._timeline.span("launch", plan):
             lane.append(self._launch(plan, alone=not lane))
         return True
+
+    def _tell(self) -> None:
+        """Hand on what the last settled step brought, if that was not done yet. Before anything is waited for."""
+        if self._untold is not None:
+            (plan, settled), self._untold = self._untold, None
+            with self._timeline.span("tell", plan):
+                self._outbox.tell_settled(settled)
 
     def _check_why_not(self) -> None:
         """Nothing is in flight, and nothing could be planned: that is right while masks are made, or after an end."""
@@ -268,6 +284,7 @@ class Loop:
         for request in self._planner.unmatched():
             failure = request.matcher.failure if request.matcher is not None else None
             if failure is not None and self.end(request.key):
+                self._tell()
                 self._outbox.tell_failed(request.key, request.front, failure)
 
     def _launch(self, plan: StepPlan, *, alone: bool) -> Flight:
@@ -282,6 +299,7 @@ class Loop:
 
     async def _settle(self, lane: deque[Flight], *, beside: deque[Flight]) -> None:
         """Wait for a lane's first flight, and settle it."""
+        self._tell()
         flight = lane.popleft()
         watchdog = self._watchdogs[flight.plan.lane]
         watchdog.watch(flight.plan)
@@ -304,7 +322,7 @@ class Loop:
             if self._deadlines:
                 for end in settled.ends:
                     self._forget_deadline(end.key)
-            self._outbox.tell_settled(settled)
+            self._untold = flight.plan, settled
         busy = flight.busy()
         if flight.plan.lane == SIDE:
             self._side_steps += 1
@@ -349,6 +367,7 @@ class Loop:
 
     async def _wait_work(self) -> bool:
         """Return True once there is work, False once closed. Called only with no flight in the air."""
+        self._tell()
         while not self._closing and not self._planner.has_work:
             self._work.clear()
             waiters, self._idle_waiters = self._idle_waiters, []
@@ -363,6 +382,7 @@ class Loop:
 
     async def _wait_mask(self) -> None:
         """Wait until a mask is made, or anything else has come: nothing is in the air, and nobody can run without."""
+        self._tell()
         if self._planner.waits_for_mask and not self._closing:
             self._work.clear()
             await self._work.wait()

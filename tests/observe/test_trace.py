@@ -86,19 +86,24 @@ async def test_the_trace_of_a_known_schedule_has_exactly_the_known_spans_and_no_
         ("settle", 1, 5.5, 7.5),
         ("plan", 3, 7.5, 8.5),
         ("launch", 3, 8.5, 9.0),
+        ("tell", 1, 9.0, 9.0),
         ("land", 2, 9.0, 9.5),
         ("settle", 2, 9.5, 11.5),
         ("plan", 4, 11.5, 12.5),
         ("launch", 4, 12.5, 13.0),
+        ("tell", 2, 13.0, 13.0),
         ("land", 3, 13.0, 13.5),
         ("settle", 3, 13.5, 15.5),
         ("plan", 5, 15.5, 16.5),
         ("launch", 5, 16.5, 17.0),
+        ("tell", 3, 17.0, 17.0),
         ("land", 4, 17.0, 17.5),
         ("settle", 4, 17.5, 19.5),
         ("plan", 0, 19.5, 20.5),  # the request is known to end with step 5
+        ("tell", 4, 20.5, 20.5),
         ("land", 5, 20.5, 21.5),
         ("settle", 5, 21.5, 23.5),
+        ("tell", 5, 23.5, 23.5),
     ]
     assert record.device == tuple(DeviceSpan("compute", 1 + k, 1.5 + 4 * k, 5.5 + 4 * k, 0.0, 0.0) for k in range(5))
     assert record.bubble_share == 0.0
@@ -223,7 +228,7 @@ async def test_the_picture_is_xml_with_every_lane_step_and_bubble_that_it_says_i
     record = await Rig(overlap=False).serve(request(0, [1, 2, 3], 30))
     root = ET.fromstring(picture(record, steps=10))
     lanes = [e.attrib["data-lane"] for e in root.iter() if "data-lane" in e.attrib]
-    assert lanes == ["plan", "launch", "land (waits)", "settle", "compute"]
+    assert lanes == ["plan", "launch", "tell", "land (waits)", "settle", "compute"]
     words = ["".join(e.itertext()) for e in root.iter() if e.tag.endswith("text")]
     assert "sim: steps 11 to 20" in words
     assert "10 of 30 steps shown" in words

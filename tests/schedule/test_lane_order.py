@@ -16,6 +16,8 @@ class Plan:
     lane: int
     follows: int = 0
     num_tokens: int = 1
+    num_rows: int = 1
+    num_decode: int = 1
 
 
 @dataclass

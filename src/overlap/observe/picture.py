@@ -21,7 +21,7 @@ HOST_TALL, DEVICE_TALL, BETWEEN = 24, 44, 8
 CHARACTER: Final = 0.6  # of the font's size: the width of a digit
 
 INK, FAINT, LINE, PAPER, GROUND, RED = "#1c2430", "#5c6672", "#dfe3e8", "#ffffff", "#f3f5f7", "#d0302b"
-FILL: Final = (("plan", "#9cc4ec"), ("launch", "#7fd1b4"), ("land", "none"), ("settle", "#f4b183"))
+FILL: Final = (("plan", "#9cc4ec"), ("launch", "#7fd1b4"), ("tell", "#d9c3ee"), ("land", "none"), ("settle", "#f4b183"))
 DECODE, PROMPT = "#44566f", "#7b5ea7"
 SAYS: Final = {"land": "land (waits)"}
 DARK: Final = (

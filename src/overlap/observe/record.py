@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-VERBS: Final = ("plan", "launch", "land", "settle")
+VERBS: Final = ("plan", "launch", "tell", "land", "settle")
 
 
 class HostSpan(NamedTuple):

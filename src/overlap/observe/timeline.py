@@ -1,4 +1,4 @@
-"""What the loop tells about its steps: its verbs plan, launch, land, settle, and when the device ran them."""
+"""What the loop tells about its steps: its verbs plan, launch, tell, land, settle, and when the device ran them."""
 
 from __future__ import annotations
 
