@@ -10,7 +10,7 @@ rows as asked for decode at once; windows with and without a trace take turns. A
     step_ms        time between two steps, of the windows without a trace
     bubble         the share of the time in which the device had nothing queued, measured on the device (target: under
                    1% from 8 rows up, under 3% at one)
-    host_us        plan, launch and settle of a step, medians of the windows with a trace (target: 150 together)
+    host_us        plan, launch, tell and settle of a step, medians of the windows with a trace (target: 150 together)
     trace_costs    how much longer a step takes while a trace is on (target: 2%)
     kernels        with --kernels: what the device ran in a step, the dearest first: [µs that it adds to a step, µs that
                    it takes, times a step, name]; a kernel that starts early waits in what it takes

@@ -53,16 +53,20 @@ def expected(smollm2_path: Path) -> tuple[list[list[int]], list[list[int]]]:
         smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
     ).eval()
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    return prompts, [greedy(model, prompt, NEW) for prompt in prompts]
+    return prompts, greedy(model, prompts, NEW)
 
 
-def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
+def greedy(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Return the answers of `transformers`, in one batch: padded on the left, as it wants it."""
     model.generation_config.eos_token_id = None  # go on to the full length, as ours does
     model.generation_config.pad_token_id = 0
+    longest = max(map(len, prompts))
+    padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+    ids = torch.tensor([[*before, *prompt] for before, prompt in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([[*before, *[1] * len(prompt)] for before, prompt in zip(padding, prompts, strict=True)])
     with torch.inference_mode():
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new)
-    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new)
+    return out[:, longest:].tolist()  # type: ignore[no-any-return]
 
 
 async def ours(
@@ -144,7 +148,7 @@ async def test_small_random_llamas_in_every_way(tiny_llama_dir: Path, tmp_path: 
         prompts = [torch.randint(0, 399, (n,)).tolist() for n in (1, 2, 15, 16, 17, 40, 100, 150)]
     model.save_pretrained(tmp_path)
     shutil.copy(tiny_llama_dir / "tokenizer.json", tmp_path)  # a directory has one; the prompts here are token ids
-    want = [greedy(model, prompt, NEW) for prompt in prompts]
+    want = [greedy(model, [prompt], NEW)[0] for prompt in prompts]
     for options in (
         {"alone": True, "rounds": 2},
         {"rounds": 2},
