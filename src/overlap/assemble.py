@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import psutil
 import torch
@@ -32,7 +33,7 @@ from overlap.models.config import ModelConfig
 from overlap.models.llama import Llama
 from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
-from overlap.ops.attention import choose_attention
+from overlap.ops.attention import Attention, TorchAttention, choose_attention
 from overlap.runner import Runner
 from overlap.schedule.pace import Pace
 from overlap.schedule.planner import Planner
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from overlap.parallel.team import Team
 
 T = TypeVar("T")
+
+_log: Final = logging.getLogger("overlap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,8 @@ class Parts:
     """What holds answers to a form; None without a tokenizer or an end token."""
     costs: Costs | None = None
     """What steps have taken, to be kept for the next engine of this kind."""
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Why something slower runs than this device could have: 1 each."""
 
 
 def machine() -> Machine:
@@ -248,7 +253,17 @@ def _parts(
         notes=(*notes, *share_notes, *drafter_notes(resolved, head)),
         team=team,
         costs=costs,
+        fallbacks=fallbacks_of(device, attention, why),
     )
+
+
+def fallbacks_of(device: torch.device, attention: Attention, why: str) -> dict[str, int]:
+    """Return why attention is slower than it could be on a device, if it is, and warn of that: once an engine."""
+    if device.type != "cuda" or not isinstance(attention, TorchAttention):
+        return {}
+    reason = f"attention: {attention.name}, since {why}"
+    _log.warning("slower than it could be: %s", reason)
+    return {reason: 1}
 
 
 def _notes(

@@ -13,7 +13,7 @@ import itertools
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,6 +74,7 @@ class Core:
         self._planner: Planner | None = None
         self._runner: Runner | LeadingRunner | None = None
         self._masks: Masks | None = None
+        self._fallbacks: Mapping[str, int] = {}
         self._fronts: dict[int, Front] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards the two below: who comes late must hear what those before heard
@@ -224,7 +225,7 @@ class Core:
         runner = self._runner
         if runner is None:
             raise EngineClosed("The engine has just ended.")
-        return statistics_of(planner, loop, runner.statistics(), self._masks)
+        return statistics_of(planner, loop, runner.statistics(), self._masks, self._fallbacks)
 
     def close(self) -> Future[None]:
         """End every request and let the thread give everything back. Idempotent."""
@@ -319,6 +320,7 @@ class Core:
         )
         self._runner = parts.runner
         self._masks = parts.masks
+        self._fallbacks = parts.fallbacks
         if parts.masks is not None:
             parts.masks.when_made(self._wake)
         with self._lock:

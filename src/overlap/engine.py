@@ -278,8 +278,8 @@ class AsyncEngine:
     def trace(self, path: str | os.PathLike[str]) -> Tracing:
         """Record each step of the engine for as long as a `with` or `async with` of this lasts, then write `path`.
 
-        `.json` opens in ui.perfetto.dev: plan, launch, land and settle on the host, and every step on the device with
-        the bubbles in front of it. `.svg` is a picture of a few steps from the middle. The target of the `with` is
+        `.json` opens in ui.perfetto.dev: plan, launch, tell, land and settle on the host, and every step on the device
+        with the bubbles in front of it. `.svg` is a picture of a few steps from the middle. The target of the `with` is
         the Trace, which a notebook shows as that picture. Raises ConfigError for another ending, a directory that is
         not there, and while another trace is recorded.
         """

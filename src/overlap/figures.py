@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Statistics(PlannerStatistics, LoopStatistics):
     """An engine's figures at one moment. Counters count from the start. Plain values, which may cross processes."""
 
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Why something slower was taken at the start than the device could run: 1 each."""
     graphs: Mapping[str, float] = field(default_factory=dict)
     """What CUDA graphs did, by the names of `GraphStatistics`."""
     graph_fallbacks: Mapping[str, int] = field(default_factory=dict)
@@ -36,12 +38,19 @@ class Statistics(PlannerStatistics, LoopStatistics):
     """How long requests waited for their first slot: a histogram's `bounds`, `counts` and `total`."""
 
 
-def statistics_of(planner: Planner, loop: Loop, graphs: GraphStatistics, masks: Masks | None = None) -> Statistics:
+def statistics_of(
+    planner: Planner,
+    loop: Loop,
+    graphs: GraphStatistics,
+    masks: Masks | None = None,
+    fallbacks: Mapping[str, int] | None = None,
+) -> Statistics:
     """Return the figures of this moment. From any thread; two figures may be of two moments."""
     waited = planner.queue_seconds.figures()
     return Statistics(
         **asdict(planner.statistics()),
         **asdict(loop.statistics()),
+        fallbacks=dict(fallbacks or {}),
         graphs={
             each.name: getattr(graphs, each.name)
             for each in fields(graphs)

@@ -214,7 +214,8 @@ def test_with_a_drafter_too(tiny_llama_dir: Path, drafter: str) -> None:
         with opened(tiny_llama_dir, whole=whole, kv_cache=320, **options) as parts:
             if drafter == "itself":  # plain steps, too
                 turns = itertools.cycle((1, 4, 4, 4))
-                parts.planner._width = lambda num_decode, turns=turns: next(turns)  # type: ignore[misc,method-assign]
+                drafting = parts.planner._drafting
+                drafting.width = lambda rows, budget, turns=turns: next(turns)  # type: ignore[misc,method-assign]
             answers = serve(parts, 0, warm=True)
             for key, answer in answers.items():  # one that is aborted has more or fewer tokens at that step
                 both = min(len(answer), len(expected[key])) if key in (2, 9, 13) else None

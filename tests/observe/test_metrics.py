@@ -38,6 +38,7 @@ ENGINE: EngineFigures = {
     "tokens_in": 300, "tokens_out": 90, "busy_s": 2.0, "side_busy_s": 0.5, "bubble_s": 0.25,
     "graphs": {"full_replays": 7, "piecewise_replays": 5, "eager_steps": 3, "captures": 2, "capture_failures": 1,
                "padded_rows": 11, "padded_tokens": 13, "capture_seconds": 0.5, "pool_bytes": 4096},
+    "fallbacks": {"attention: torch, since FlashInfer is not there": 1},
     "graph_fallbacks": {"first use of its size": 3}, "lane_choices": {"mixed": 4, "serial": 1, "lanes": 9},
     "drafted_tokens": 40, "accepted_tokens": 30, "tried_at": (20, 18), "accepted_at": (18, 12),
 }  # fmt: skip
@@ -177,6 +178,7 @@ def test_each_figure_has_its_name() -> None:
         'overlap_busy_seconds_total{lane="main"}': 2.0, 'overlap_busy_seconds_total{lane="side"}': 0.5,
         "overlap_bubble_seconds_total": 0.25, 'overlap_lane_choices_total{way="lanes"}': 9,
         'overlap_graph_steps_total{path="full_replays"}': 7, 'overlap_graph_steps_total{path="eager_steps"}': 3,
+        'overlap_fallbacks{reason="attention: torch, since FlashInfer is not there"}': 1,
         'overlap_graph_fallbacks_total{reason="first use of its size"}': 3, "overlap_graph_captures_total": 2,
         "overlap_graph_capture_failures_total": 1, "overlap_graph_capture_seconds_total": 0.5,
         'overlap_graph_padding_total{kind="padded_rows"}': 11, "overlap_graph_pool_bytes": 4096,
@@ -191,7 +193,7 @@ def test_each_figure_has_its_name() -> None:
 def test_figures_that_the_engine_does_not_have_are_left_out() -> None:
     optional = (
         "graphs", "graph_fallbacks", "lane_choices", "drafted_tokens", "accepted_tokens", "tried_at", "accepted_at",
-        "side_steps",
+        "side_steps", "fallbacks",
     )  # fmt: skip
     lean = {name: value for name, value in ENGINE.items() if name not in optional}
     text = render(lean, [Meter(Clock()).figures()]).decode()

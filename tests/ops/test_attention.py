@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import random
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from overlap.assemble import fallbacks_of
 from overlap.ops.attention import AttentionRows, TorchAttention, choose_attention
 
 
@@ -70,3 +72,15 @@ def test_the_cpu_has_one_kind_of_attention_and_says_so() -> None:
     attention, why = choose_attention(torch.zeros(2, 1, 2, 16, 1, 16), 2, max_pages_per_row=2)
     assert attention.name == "torch"
     assert why == "the only kind for this device"
+
+
+def test_plain_attention_on_a_gpu_is_a_warning_and_a_figure_and_on_a_cpu_it_is_neither(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    attention = TorchAttention(torch.zeros(2, 1, 2, 16, 1, 16), 2)
+    with caplog.at_level(logging.WARNING, logger="overlap"):
+        assert fallbacks_of(torch.device("cpu"), attention, "the only kind for this device") == {}
+        assert not caplog.records
+        reason = "attention: torch, since FlashInfer is not there"
+        assert fallbacks_of(torch.device("cuda"), attention, "FlashInfer is not there") == {reason: 1}
+    assert [record.getMessage() for record in caplog.records] == [f"slower than it could be: {reason}"]

@@ -167,7 +167,8 @@ def test_the_step_of_a_graph_does_what_the_step_that_the_host_launches_does(
 @pytest.mark.parametrize("name", ["ngram", "itself", "eagle3"])
 def test_a_plain_step_of_an_engine_with_a_drafter_does_so_too(tiny_llama_dir: Path, drafters: Any, name: str) -> None:
     with opened(tiny_llama_dir, **drafters[name]) as parts:
-        parts.planner._width = lambda num_decode: 1 + 3 * (parts.planner._planned % 3 == 0)  # type: ignore[method-assign]
+        planner = parts.planner
+        planner._drafting.width = lambda num_decode, budget: 1 + 3 * (planner._planned % 3 == 0)  # type: ignore[method-assign]
         compared = serve(parts, PARAMS["sampled"], seed=1)
     assert {width for _, width, _ in compared} == {1, 4}
 

@@ -33,13 +33,14 @@ from overlap.cache.store import PageStore
 from overlap.errors import InternalError, RequestError
 from overlap.observe.metrics import Histogram
 from overlap.schedule.desk import Desk
+from overlap.schedule.drafting import Drafting
 from overlap.schedule.forms import Forms
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
 from overlap.schedule.request import Request
-from overlap.schedule.runs import count_drafts, cut_runs, runs_of
+from overlap.schedule.runs import cut_runs, runs_of
 from overlap.schedule.scores import Scored, cut_scores, scores_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
 from overlap.schedule.shaping import MOST_SCORED
@@ -92,22 +93,15 @@ class Planner:
         writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
         always drafts.
         """
-        if not 0 <= drafts < PAGE or drafts_ahead > drafts:
-            raise InternalError(f"{drafts} drafts, {drafts_ahead} ahead: a row would outgrow a page in one step")
+        self._drafting = Drafting(drafts, drafts_ahead, pace)
         if token_budget < max_rows + 1:
             raise InternalError(f"a budget of {token_budget} tokens leaves nothing beside {max_rows} decode rows")
         self._token_budget = token_budget
         self._prefill_chunk = prefill_chunk
         self._context = min(context, num_pages * PAGE)
         self._store = PageStore(num_pages, prefix_cache=prefix_cache)
-        ahead = max(1, drafts_ahead)
-        self._slots = Slots(max_rows, self._context, self._store, ahead)
+        self._slots = Slots(max_rows, self._context, self._store, self._drafting.ahead)
         self._forms = Forms(max_rows)
-        self._drafts, self._reach = drafts, drafts + 1 + ahead
-        self._drafts_always = drafts_ahead > 0  # then the first wide step behind a plain one is the one without drafts
-        self._drafted = 0
-        self._tried_at, self._accepted_at = np.zeros((2, drafts), dtype=np.int64)
-        self._pace = pace
         self._desk = Desk(self._slots, self._store, max_waiting=max_waiting)
         self._queue = self._desk.queue
         self._requests: dict[int, Request] = {}
@@ -177,16 +171,15 @@ class Planner:
 
         Of plain steps that repeat one in eight says enough, of those beside a prompt each counts.
         """
-        if plan.again and plan.number % 8 and self._pace is None and not self._lanes.beside(plan)[0]:
+        if plan.again and plan.number % 8 and not self._drafting.paced and not self._lanes.beside(plan)[0]:
             return
         if plan.scores is None:  # a step that scores is no measure for others
             self._lanes.note_time(plan, seconds + waited_s)
-        if self._pace is not None and plan.num_decode == plan.num_rows:
-            self._pace.note_time(plan.num_decode, plan.width, seconds + waited_s)
+        self._drafting.note_time(plan, seconds + waited_s)
 
     def explain_drafts(self) -> tuple[str, ...]:
         """Return what drafting brought, as far as that is measured."""
-        return self._pace.explain() if self._pace is not None else ()
+        return self._drafting.explain()
 
     def refusal(self, num_prompt: int, limit: int) -> str | None:
         """Return why a request of this size could never run, or None if it can."""
@@ -254,10 +247,10 @@ class Planner:
             evicted_pages=pages.evicted_pages,
             prompt_tokens=self._desk.prompt_tokens,
             cached_tokens=self._desk.cached_tokens,
-            drafted_tokens=self._drafted,
-            accepted_tokens=int(self._accepted_at.sum()),
-            tried_at=tuple(self._tried_at.tolist()),
-            accepted_at=tuple(self._accepted_at.tolist()),
+            drafted_tokens=self._drafting.drafted,
+            accepted_tokens=int(self._drafting.accepted_at.sum()),
+            tried_at=tuple(self._drafting.tried_at.tolist()),
+            accepted_at=tuple(self._drafting.accepted_at.tolist()),
             structured_requests=self._forms.requests,
             masked_steps=self._forms.steps,
         )
@@ -272,14 +265,14 @@ class Planner:
         self._preempt_for_pressing()
         before, width = self._before, 0
         if before is not None and self._goes_on(before):
-            width = self._width(before.num_decode)
+            width = self._drafting.width(before.num_decode, self._token_budget)
             if width == before.width and (again := self._plan_again(before)) is not None:
                 self._before = again
                 return again
         self._refresh_decoding()
         free = self._forms.free(self._decoding)
         decode = self._grow(free, updates) if len(free) else NONE
-        width = width or self._width(len(decode))
+        width = width or self._drafting.width(len(decode), self._token_budget)
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
         stalled = max(0, len(free) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
@@ -312,8 +305,7 @@ class Planner:
         """Plan the step of the same rows, some positions on; None if there are not enough pages."""
         at, slots, width = self._slots, before.slots, before.width
         starts = at.next[slots]  # with a drafter less may have come of the step before than was hoped for
-        needed = starts + self._reach
-        short = slots[at.room[slots] < (np.minimum(needed, self._context) if self._drafts else needed)]
+        short = slots[at.room[slots] < self._drafting.needed(starts, self._context)]
         if len(short) > self._store.num_available:
             return None
         page_slots, page_indices, page_ids = self._extend(short) if len(short) else NO_UPDATES
@@ -345,14 +337,6 @@ class Planner:
             page_ids=page_ids,
             chunk_pages=NONE,
         )
-
-    def _width(self, num_decode: int) -> int:
-        """Return how many positions each decode row of the next step runs."""
-        if not (self._drafts and num_decode):
-            return 1
-        wide = self._drafts + 1
-        fits = num_decode * wide < self._token_budget
-        return wide if fits and (self._pace is None or self._pace.choose(num_decode)) else 1
 
     def _plan_side(self, updates: list[Update]) -> StepPlan | None:
         """Plan prompt chunks beside the decode rows: as many tokens as the splitter wants now."""
@@ -400,8 +384,7 @@ class Planner:
         """Give each decode row room for this token and the one it emits, with a drafter for all that it may write to;
         return the rows that have it."""
         at = self._slots
-        needed = at.next[slots] + self._reach
-        short = slots[at.room[slots] < (np.minimum(needed, self._context) if self._drafts else needed)]
+        short = slots[at.room[slots] < self._drafting.needed(at.next[slots], self._context)]
         if len(short) <= self._store.num_available:
             if len(short):
                 updates.append(self._extend(short))
@@ -475,7 +458,7 @@ class Planner:
                     min_p=request.min_p,
                     seed=request.seed,
                     shaped=request.shaped,
-                    spared=request.prompt[: request.chunked] if self._drafts and request.chunked else None,
+                    spared=request.prompt[: request.chunked] if self._drafting and request.chunked else None,
                 )
             )
         return admissions
@@ -539,7 +522,7 @@ class Planner:
             slots = np.concatenate([slots, chunk_slots])
             prompt = np.concatenate([request.prompt[start : start + count] for request, start, count in chunks])
             chunk_pages = np.concatenate([at.table[r.slot, : pages_for(begin + count)] for r, begin, count in chunks])
-            if self._drafts:
+            if self._drafting:
                 ends = [(request.prompt, start + count) for request, start, count in chunks]
                 behind = np.array([text[end] if end < len(text) else -1 for text, end in ends], dtype=np.int32)
             follows = self._lanes.note_chunks(chunk_slots, self._planned, lane)
@@ -559,7 +542,7 @@ class Planner:
             starts=starts,
             num_decode=num_decode,
             width=width,
-            drafts=self._drafts > 0 and (width > 1 or not num_decode),
+            drafts=bool(self._drafting) and (width > 1 or not num_decode),
             behind=behind,
             prompt=prompt,
             emits=emits,
@@ -569,7 +552,7 @@ class Planner:
             logprobs=at.num_logprobs > 0 and bool(at.logprobs[slots[emits]].any()),
             masked=masked,
             masks=masks,
-            tells_drafts=self._drafts if masked else 0,
+            tells_drafts=self._drafting.most if masked else 0,
             scores=None if scores is None else scores[0],
             score_tokens=None if scores is None else scores[1],
             admissions=tuple(admissions),
@@ -660,12 +643,7 @@ class Planner:
         reading = at.reading[slots]
         num_decode = int(reading[: plan.num_decode].sum())
         slots, runs, firsts = slots[reading], runs[reading], firsts[reading]
-        outcome = count_drafts(runs[:num_decode])
-        self._tried_at += outcome.tried_at
-        self._accepted_at += outcome.accepted_at
-        self._drafted += outcome.drafted
-        if self._pace is not None and num_decode and (outcome.drafted or not self._drafts_always):
-            self._pace.note_emitted(1 + int(outcome.accepted_at.sum()) / num_decode)
+        self._drafting.note_runs(runs[:num_decode])
         cut = cut_runs(runs, at.stops[slots], at.limit[slots] - at.made[slots])
         at.note_runs(slots, runs, cut.kept)
         at.next[slots[:num_decode]] -= plan.width - cut.emitted[:num_decode]  # what was hoped for and did not come

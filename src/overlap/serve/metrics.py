@@ -294,6 +294,8 @@ ENGINE: Final = (
            _one("bubble_s")),
     Figure("lane_choices", "counter", "Steps with prompts by how they were run.", _each("lane_choices"), "way"),
     Figure("sm_shares", "gauge", "Shares of SMs that two lanes can choose from.", _one("sm_shares")),
+    Figure("fallbacks", "gauge", "What runs in place of something faster since the start, by reason.",
+           _each("fallbacks"), "reason"),
     Figure("graph_steps", "counter", "Forwards by how they were run.",
            _each("graphs", "full_replays", "piecewise_replays", "eager_steps"), "path"),
     Figure("graph_fallbacks", "counter", "Eager steps by reason.", _each("graph_fallbacks"), "reason"),
