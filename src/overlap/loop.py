@@ -8,7 +8,7 @@ long as they read, and so they do it while the loop has nothing to do but wait. 
 launch, so there it is told first; and nothing stays untold while the loop waits.
 
 Steps run in one lane, or in two at once: then the main lane decodes while the side lane reads prompts, each one step
-ahead, and each lands at its own pace. What is in flight is a local variable of `run`. A step that fails ends the
+ahead, and each lands at its own pace. What is in flight are local variables. A step that fails ends the
 requests that read from it, and the loop goes on; a failure of the loop itself ends every request, and the loop with it.
 A step that does not land is reported.
 """
@@ -210,8 +210,12 @@ class Loop:
 
     async def run(self) -> None:
         """Serve until closed and the last flight has landed."""
-        main: deque[Flight] = deque()
-        side: deque[Flight] = deque()
+        try:
+            await self._serve(deque(), deque())
+        finally:
+            self._tell()  # also if the loop fails: the tokens had come
+
+    async def _serve(self, main: deque[Flight], side: deque[Flight]) -> None:
         while main or side or await self._wait_work():
             self._fill(main, MAIN, beside=side)
             # a request's own steps are settled in their order, in whichever lane they ran
@@ -367,8 +371,8 @@ class Loop:
 
     async def _wait_work(self) -> bool:
         """Return True once there is work, False once closed. Called only with no flight in the air."""
-        self._tell()
         while not self._closing and not self._planner.has_work:
+            self._tell()
             self._work.clear()
             waiters, self._idle_waiters = self._idle_waiters, []
             for call in waiters:

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from overlap.errors import DeadlineExceeded, EngineDead, InternalError, QueueFull, RequestError
 from overlap.loop import Loop
+from overlap.observe.timeline import NoTimeline
 from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
@@ -117,6 +119,59 @@ async def test_a_host_slower_than_a_step_costs_only_the_difference() -> None:
     rig = Rig(cost=2.0, costs={"plan": 1.0, "launch": 0.5, "settle": 2.0})
     await rig.serve(request(0, [1, 2, 3], 50))
     assert rig.device.bubble("compute") / 48 == pytest.approx(1.5, rel=0.05)
+
+
+class Verbs(NoTimeline):
+    """Notes which verb of which step comes when."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def span(self, verb: str, plan: StepPlan | None = None) -> AbstractContextManager[None]:
+        if plan is not None:
+            self.said.append(f"{verb} {plan.number}")
+        return super().span(verb, plan)
+
+
+async def verbs_of(*requests: Request, overlap: bool = True) -> list[str]:
+    rig = Rig(overlap=overlap)
+    verbs = Verbs()
+    rig.loop.watch(verbs)
+    await rig.serve(*requests)
+    return verbs.said
+
+
+async def test_a_step_is_told_behind_the_next_launch_and_before_the_loop_waits_again() -> None:
+    assert await verbs_of(request(0, [1, 2, 3], 4)) == [
+        "launch 1", "launch 2", "land 1", "settle 1", "launch 3", "tell 1", "land 2", "settle 2", "launch 4", "tell 2",
+        "land 3", "settle 3", "tell 3", "land 4", "settle 4", "tell 4",
+    ]  # fmt: skip
+    assert await verbs_of(request(0, [1, 2, 3], 2), overlap=False) == [
+        "launch 1", "land 1", "settle 1", "launch 2", "tell 1", "land 2", "settle 2", "tell 2",
+    ]  # fmt: skip
+
+
+async def test_a_step_is_told_in_front_of_a_launch_with_a_prompt_which_may_take_long() -> None:
+    said = await verbs_of(request(0, [1], 3), request(1, [5] * 200, 1))
+    with_prompt = [number for number in range(2, 9) if f"launch {number}" in said][:3]  # 200 tokens in steps of 64
+    for number in with_prompt[1:]:
+        assert said.index(f"tell {number - 2}") < said.index(f"launch {number}")
+
+
+async def test_what_had_come_is_told_though_the_loop_fails_before_the_next_launch() -> None:
+    rig, plan, told = Rig(), Planner.plan, list[int]()
+
+    def fails(planner: Planner, lane: int = 0) -> StepPlan | None:
+        if planner.statistics().settled_steps == 3:
+            raise InternalError("it was to fail here")
+        return plan(planner, lane)
+
+    rig.readers.on_settled = lambda: told.append(len(rig.readers.answers[0]))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InternalError, match="was to fail"):
+        patch.setattr(Planner, "plan", fails)
+        rig.loop.submit(request(0, [1, 2, 3], 9))
+        await rig.loop.run()
+    assert told == [1, 2, 3]
 
 
 async def test_no_step_is_launched_for_rows_that_are_known_to_end_by_length() -> None:
