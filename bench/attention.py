@@ -70,6 +70,11 @@ def bandwidth() -> float:
 def cuts(every: bool, width: int) -> dict[str, Cut | None]:
     """Return what is tried, by name: how the engine cuts, and if asked for, other ways."""
     found: dict[str, Cut | None] = {"own": None}
+    for keys, block_n in ((128, 64), (256, 64), (512, 64), (256, 32)) if every else ():
+        for splits in (4, 8, 16):
+            for warps in (2, 4):
+                name = f"a program for {keys} keys, {splits} at most, {block_n}, {warps}"
+                found[name] = Cut(1 << 31, block_n, warps, keys=keys, splits=splits)
     for programs in (132, 264, 528) if every else ():
         for block_n, warps in BLOCKS:
             for ahead in (True, False):
@@ -109,11 +114,15 @@ def own_call(
 
 
 def measure(
-    shape: str, num_rows: int, context: int, width: int, longest: int, copy_rate: float, *, uneven: bool, every: bool
+    shape: str, num_rows: int, context: int, width: int, longest: int, rate: float, *, uneven: str | None, every: bool
 ) -> dict[str, Any]:
     """Return the line of one case."""
     heads, kv_heads, head_dim = SHAPES[shape]
     each = torch.linspace(0.125, 1.875, num_rows) if uneven and num_rows > 1 else torch.ones(num_rows)
+    if uneven == "falling":
+        each = each.flip(0)
+    elif uneven == "shuffled":
+        each = each[torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))]
     lengths = (each * context).int().cuda()
     pages = -(-int(lengths.max()) // PAGE)
     kv = torch.randn(num_rows * pages, LAYERS, 2, PAGE, kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -129,7 +138,7 @@ def measure(
         answers[name] = torch.empty_like(q)
         call(0, q, answers[name])
         took[name] = one_call(call, q)
-    floor = 2 * int(lengths.sum()) * kv_heads * head_dim * 2 / copy_rate
+    floor = 2 * int(lengths.sum()) * kv_heads * head_dim * 2 / rate
     others = sorted((round(1e6 * each, 2), name) for name, each in took.items() if name not in ("own", "xqa"))
     differences = [float((each - answers["xqa"]).abs().max()) for each in answers.values()]
     return {
@@ -149,7 +158,10 @@ def main() -> None:
     arguments.add_argument("--context", type=int, nargs="+", default=[256, 1024])
     arguments.add_argument("--width", type=int, nargs="+", default=[1, 5])
     arguments.add_argument("--longest", type=int, default=8192, help="the context that page tables have room for")
-    arguments.add_argument("--uneven", action="store_true", help="rows of 1/8 to 15/8 of the context")
+    arguments.add_argument(
+        "--uneven", choices=("rising", "falling", "shuffled"), nargs="?", const="rising",
+        help="rows of 1/8 to 15/8 of the context, in this order",
+    )  # fmt: skip
     arguments.add_argument("--cuts", action="store_true", help="try other cuts, too")
     asked = arguments.parse_args()
     if not torch.cuda.is_available():

@@ -1,11 +1,18 @@
-"""What does launching one decode step cost the host, and where?
+"""What does launching one step cost the host, and where?
 
     python bench/launch.py [--model smollm2-135m-instruct] [--rows 1] [--eager]
+    python bench/launch.py --prompt 4096      a step that reads a prompt, also beside a thread that computes in Python
 
-Runs decode steps with no overlap and times `Runner.launch` alone (the enqueueing), then profiles 50 of them. What it
-means: a step cannot be faster than this, however fast the device is. With `--eager` every kernel is launched by itself;
-without it a decode step on CUDA is one graph, captured before the clock starts (and how long that took is shown). The
-last line is JSON.
+Runs steps with no overlap and times `Runner.launch` alone (the enqueueing), then profiles 50 of them. What it means: a
+step cannot be faster than this, however fast the device is. With `--eager` every kernel is launched by itself; without
+it a decode step on CUDA is one graph, captured before the clock starts (and how long that took is shown), and a prompt
+runs in pieces. The last line is JSON.
+
+`beside_us` (with `--prompt`) is the same launch while another thread of the program computes in Python, and gives up
+the interpreter every 200 us, as readers do: what is more is waiting for the interpreter, once for each call on the way
+that gives it up. `beside_kept_us`: FlashInfer's own calls keep it.
+
+Reasons to doubt it: one thread that never rests is more than most programs' readers.
 """
 
 from __future__ import annotations
@@ -13,17 +20,92 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
+import gc
 import json
 import pstats
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from overlap.assemble import assemble
+from overlap.assemble import Parts, assemble
 from overlap.config import EngineConfig
+from overlap.front import Turns
 from overlap.schedule.request import Request
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Let another thread compute as readers do."""
+    done = threading.Event()
+
+    def compute() -> None:
+        turns, number = Turns(), 0
+        while not done.is_set():
+            number += 1
+            turns.take()
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def keeping_the_lock() -> Iterator[None]:
+    """Let FlashInfer's compiled functions keep the interpreter's lock."""
+    found = [each for each in gc.get_objects() if type(each).__name__ == "Function" and hasattr(each, "release_gil")]
+    for each in found:
+        each.release_gil = False
+    try:
+        yield
+    finally:
+        for each in found:
+            each.release_gil = True
+
+
+async def prompts(parts: Parts, length: int, times: int) -> float:
+    """Return the median microseconds of launching a step that reads a prompt of `length` tokens."""
+    launches = []
+    for number in range(times):
+        prompt = np.random.default_rng(number).integers(3, 999, length, dtype=np.int32)
+        parts.planner.submit(Request(key=number, front=0, prompt=prompt, limit=1))
+        plan = parts.planner.plan()
+        assert plan is not None
+        assert plan.num_tokens == length, "the prompt is longer than a step"
+        start = time.perf_counter()
+        flight = parts.runner.launch(plan)
+        launches.append(time.perf_counter() - start)
+        parts.planner.settle(plan, await flight.wait_landed())
+    return round(1e6 * statistics.median(launches), 1)
+
+
+async def measure_prompts(model: str, length: int, *, graphs: bool) -> dict[str, object]:
+    """Launch steps that read a prompt, alone and beside a thread that computes."""
+    options = {"token_budget": length + 64, "prefill_chunk": length, "prefix_cache": False, "max_rows": 32}
+    parts = assemble(EngineConfig(model=model, kv_cache=65536, graphs=graphs, lanes="mixed", **options))  # type: ignore[arg-type]
+    runner = parts.runner
+    while runner.warm_up_one():
+        pass
+    await prompts(parts, length, 10)
+    alone = await prompts(parts, length, 40)
+    with computing():
+        beside = await prompts(parts, length, 40)
+        with keeping_the_lock():
+            kept = await prompts(parts, length, 40)
+    runner.close()
+    return {
+        "bench": "launch", "model": model, "prompt": length, "launch_us": alone, "beside_us": beside,
+        "beside_kept_us": kept, "graphs": graphs,
+        "device": torch.cuda.get_device_name() if parts.resolved.device != "cpu" else "cpu",
+    }  # fmt: skip
 
 
 async def measure(model: str, rows: int, *, graphs: bool) -> dict[str, object]:
@@ -71,11 +153,15 @@ async def measure(model: str, rows: int, *, graphs: bool) -> dict[str, object]:
 
 def main() -> None:
     """Read the command line, measure, print."""
-    arguments = argparse.ArgumentParser(description="host cost of launching a decode step")
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--model", default="smollm2-135m-instruct")
     arguments.add_argument("--rows", type=int, default=1)
     arguments.add_argument("--eager", action="store_true")
+    arguments.add_argument("--prompt", type=int, help="read prompts of so many tokens in place of decoding")
     asked = arguments.parse_args()
+    if asked.prompt:
+        print(json.dumps(asyncio.run(measure_prompts(asked.model, asked.prompt, graphs=not asked.eager))))
+        return
     print(json.dumps(asyncio.run(measure(asked.model, asked.rows, graphs=not asked.eager))))
 
 

@@ -15,10 +15,12 @@ rows as asked for decode at once; windows with and without a trace take turns. A
     kernels        with --kernels: what the device ran in a step, the dearest first: [µs that it adds to a step, µs that
                    it takes, times a step, name]; a kernel that starts early waits in what it takes
 
-and one line of how long after the device's end the loop hears of it ("awaiting", target: 100 µs in the median): a
+and two lines of how long after the device's end the loop hears of it ("awaiting", target: 100 µs in the median): a
 stream runs a kernel of a known time, and what passes from its launch until the waiter is back is compared with what
-the device says it took, so launching is in the figure. Doubt it for this: a shared machine's host varies from run to
-run; and the profiler behind --kernels slows small kernels down by a part of a microsecond.
+the device says it took, so launching is in the figure. The first is of the engine's way, a thread that waits and wakes
+the loop; the second of a loop whose own thread sleeps until then, and hears nothing else meanwhile. Doubt it for this:
+a shared machine's host varies from run to run; and the profiler behind --kernels slows small kernels down by a part of
+a microsecond.
 """
 
 from __future__ import annotations
@@ -161,8 +163,8 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
             print(json.dumps(line), flush=True)
 
 
-async def awaiting(times: int) -> None:
-    """Print how long after the device's end a waiter is back."""
+async def awaiting(times: int, *, asleep: bool) -> None:
+    """Print how long after the device's end a waiter is back; `asleep` in the driver, on the loop's own thread."""
     from overlap.streams.cuda import CudaStream
 
     stream, late = CudaStream(torch.device("cuda:0")), []
@@ -171,6 +173,8 @@ async def awaiting(times: int) -> None:
         began = time.perf_counter()
         stream.launch("spin", lambda: torch.cuda._sleep(spin))  # type: ignore[no-untyped-call]
         mark = stream.mark()
+        if asleep:
+            mark.end.synchronize()  # type: ignore[attr-defined]  # a _CudaMark
         await stream.wait_reached(mark)
         ended = time.perf_counter()
         busy = stream.busy(mark)
@@ -180,7 +184,8 @@ async def awaiting(times: int) -> None:
     stream.close()
     inside = sorted(late)
     line = {
-        "bench": "steady", "figure": "awaiting", "p50_us": round(statistics.median(late), 1),
+        "bench": "steady", "figure": "awaiting" + ", asleep in the loop" * asleep,
+        "p50_us": round(statistics.median(late), 1),
         "p90_us": round(inside[int(0.9 * len(inside))], 1), "max_us": round(inside[-1], 1), "times": len(late),
         "device": torch.cuda.get_device_name(),
     }  # fmt: skip
@@ -212,7 +217,8 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         asyncio.run(measure(asked, asked.model or folder))
     if asked.device != "cpu" and torch.cuda.is_available():
-        uvloop.run(awaiting(200))
+        for asleep in (False, True):
+            uvloop.run(awaiting(200, asleep=asleep))
 
 
 if __name__ == "__main__":
