@@ -6,14 +6,14 @@
 The engine is whole but for its device: planner, loop, thread, front, detokenizer, `AsyncEngine.generate`. The device
 is a clock: a step lands when the one before it has and so many milliseconds more have passed, and a thread that sleeps
 until then wakes the loop, as the one does that waits for a CUDA event. Launching packs the plan, keeps the interpreter
-for LAUNCH_US, as a graph's launch does, and gives it up once, for a few. Two JSON lines for each number of rows, one
-with a reader for each answer ("streamed") and one with a reader who waits for the ends ("whole"), medians of a window's
-steps in microseconds, and of the windows:
+for LAUNCH_US (a guess at what a graph's launch takes), and gives it up once, for a few. Two JSON lines for each number
+of rows, one with a reader for each answer ("streamed") and one with a reader who waits for the ends ("whole"), medians
+of a window's steps in microseconds, and of the windows:
 
     plan, launch, tell, settle, sum   of a step: what "streamed" has more than "whole" is waiting for the interpreter
     step                        between two steps; the device's own time is the least that it can be
     bubble                      the share of the time in which the device had nothing queued
-    told                        from a step's end on the device until its last reader has its token
+    told                        from a step's end on the device until as many tokens are read as had come by then
 
 Reasons to doubt it: a clock that sleeps is late by the kernel's timer slack (some 60 us), which is in "told"; a real
 launch gives up the interpreter more often, or never; the machine's other work. Look at the spread.
@@ -106,7 +106,7 @@ class ClockFlight:
 
     blocks_left = 0
 
-    def __init__(self, plan: StepPlan, clock: Clock, ends: list[float]) -> None:
+    def __init__(self, plan: StepPlan, clock: Clock, ends: list[tuple[int, float]]) -> None:
         self.plan = plan
         self._clock = clock
         self._busy = clock.run()
@@ -123,7 +123,8 @@ class ClockFlight:
     async def wait_landed(self) -> Ints:
         """Return tokens that go on in the text."""
         await self._clock.passed(self._busy.end)
-        self._ends += [self._busy.end] * len(self.plan.emits)
+        before = self._ends[-1][0] if self._ends else 0
+        self._ends.append((before + len(self.plan.emits), self._busy.end))
         tokens: Ints = ((self.plan.emits * 97 + self.plan.number) % (VOCABULARY - 300) + 270).astype(np.int32)
         return tokens
 
@@ -143,8 +144,8 @@ class ClockRunner:
         self._clock = Clock(step_s)
         self._buffers = [np.zeros(capacity(max_rows, budget, pages), dtype=np.int32) for _ in range(3)]
         self._plans: list[StepPlan | None] = [None] * 3
-        self.ends: list[float] = []
-        """Of each token that came: when its step had ended on the device."""
+        self.ends: list[tuple[int, float]] = []
+        """Of each step that has landed: tokens by then, and when it had ended on the device."""
 
     def launch(self, plan: StepPlan) -> ClockFlight:
         """Pack a plan as the runner does, spend a launch's time, and let it run."""
@@ -190,7 +191,7 @@ class Readers:
         self._got = 0
         self.decoding = asyncio.Event()
         self.told: list[float] = []
-        """Of each step: how long after its end on the device the last reader had its token."""
+        """Of each step: how long after its end on the device as many tokens were read as had come by then."""
 
     async def stream(self, engine: AsyncEngine, row: int) -> None:
         """Read an answer token by token."""
@@ -198,10 +199,11 @@ class Readers:
         async for output in engine.generate([3 + row % 7, 4, 5, 6], PARAMS):
             before, read = read, len(output.token_ids)
             self._got += read - before
-            if self._got // self._rows > len(self.told):  # all have this step's, and nobody the next one's
-                self.told.append(time.perf_counter() - self._runner.ends[self._got - 1])
-                if len(self.told) == WARM_UP_STEPS:
-                    self.decoding.set()
+            ends = self._runner.ends
+            while len(self.told) < len(ends) and self._got >= ends[len(self.told)][0]:
+                self.told.append(time.perf_counter() - ends[len(self.told)][1])
+            if len(self.told) >= WARM_UP_STEPS and self._got >= WARM_UP_STEPS * self._rows:
+                self.decoding.set()
 
     async def whole(self, engine: AsyncEngine) -> None:
         """Read all answers at their ends."""

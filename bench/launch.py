@@ -3,10 +3,10 @@
     python bench/launch.py [--model smollm2-135m-instruct] [--rows 1] [--eager]
     python bench/launch.py --prompt 4096      a step that reads a prompt, also beside a thread that computes in Python
 
-Runs steps with no overlap and times `Runner.launch` alone (the enqueueing), then profiles 50 of them. What it means: a
-step cannot be faster than this, however fast the device is. With `--eager` every kernel is launched by itself; without
-it a decode step on CUDA is one graph, captured before the clock starts (and how long that took is shown), and a prompt
-runs in pieces. The last line is JSON.
+Runs steps with no overlap and times `Runner.launch` alone (the enqueueing), then profiles 50 decode steps. What it
+means: a step cannot be faster than this, however fast the device is. With `--eager` every kernel is launched by itself;
+without it a decode step on CUDA is one graph, captured before the clock starts (and how long that took is shown), and a
+prompt runs in pieces. The last line is JSON.
 
 `beside_us` (with `--prompt`) is the same launch while another thread of the program computes in Python, and gives up
 the interpreter every 200 us, as readers do: what is more is waiting for the interpreter, once for each call on the way
@@ -59,13 +59,14 @@ def computing() -> Iterator[None]:
 
 
 @contextmanager
-def keeping_the_lock() -> Iterator[None]:
-    """Let FlashInfer's compiled functions keep the interpreter's lock."""
-    found = [each for each in gc.get_objects() if type(each).__name__ == "Function" and hasattr(each, "release_gil")]
+def keeping_the_lock() -> Iterator[int]:
+    """Let FlashInfer's compiled functions keep the interpreter's lock; yield how many there are."""
+    every = [each for each in gc.get_objects() if type(each).__name__ == "Function" and hasattr(each, "release_gil")]
+    found = [each for each in every if each.release_gil]
     for each in found:
         each.release_gil = False
     try:
-        yield
+        yield len(found)
     finally:
         for each in found:
             each.release_gil = True
@@ -98,12 +99,12 @@ async def measure_prompts(model: str, length: int, *, graphs: bool) -> dict[str,
     alone = await prompts(parts, length, 40)
     with computing():
         beside = await prompts(parts, length, 40)
-        with keeping_the_lock():
+        with keeping_the_lock() as functions:
             kept = await prompts(parts, length, 40)
     runner.close()
     return {
         "bench": "launch", "model": model, "prompt": length, "launch_us": alone, "beside_us": beside,
-        "beside_kept_us": kept, "graphs": graphs,
+        **({"beside_kept_us": kept, "functions": functions} if functions else {}), "graphs": graphs,
         "device": torch.cuda.get_device_name() if parts.resolved.device != "cpu" else "cpu",
     }  # fmt: skip
 

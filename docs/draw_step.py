@@ -11,12 +11,12 @@ from typing import Final
 WIDTH, HEIGHT = 1000, 560
 LEFT: Final = 182  # where time begins
 STEP: Final = 244  # px that a step takes on the device
-SETTLE, PLAN, LAUNCH, READ = 50, 44, 54, 44
+SETTLE, PLAN, LAUNCH, TELL, READ = 50, 42, 52, 32, 40
 RIGHT: Final = LEFT + 3 * STEP + 56  # where the drawing is cut off
 TALL: Final = 46
 
 INK, FAINT, LINE, PAPER = "#1c2430", "#66707d", "#d5dae1", "#ffffff"
-FILL: Final = {"settle": "#f4b183", "plan": "#9cc4ec", "launch": "#7fd1b4", "read": "#d9c3ee"}
+FILL: Final = {"settle": "#f4b183", "plan": "#9cc4ec", "launch": "#7fd1b4", "tell": "#d9c3ee", "read": "#d9c3ee"}
 STEPS: Final = ("#39465a", "#4d5d75", "#63758f", "#7d8ea6")
 FONT: Final = "font-family=\"'DejaVu Sans', 'Segoe UI', Helvetica, Arial, sans-serif\""
 
@@ -79,10 +79,13 @@ def ahead(top: float) -> list[str]:
         out.append(box(x + SETTLE, host, PLAN, FILL["plan"], ("plan", at(k + 1))))
         launch = x + SETTLE + PLAN
         out.append(box(launch, host, LAUNCH, FILL["launch"], ("launch", at(k + 1))))
-        out.append(gap(launch + LAUNCH, host, STEP - SETTLE - PLAN - LAUNCH, "sleeps"))
-        out.append(box(x + SETTLE + 14, reader, READ, FILL["read"], ("text", at(k - 1))))
-        out.append(arrow(f"M{x + SETTLE / 2} {host - 1} C{x + SETTLE / 2} {host - 26} {x + SETTLE / 2} {reader + 23} "
-                         f"{x + SETTLE + 10} {reader + 23}"))  # fmt: skip
+        tell = launch + LAUNCH
+        out.append(box(tell, host, TELL, FILL["tell"], ("tell", at(k - 1))))
+        out.append(gap(tell + TELL, host, STEP - SETTLE - PLAN - LAUNCH - TELL, "sleeps"))
+        out.append(box(tell + TELL + 6, reader, READ, FILL["read"], ("text", at(k - 1))))
+        middle = tell + TELL / 2
+        out.append(arrow(f"M{middle} {host - 1} C{middle} {host - 26} {middle} {reader + 23} "
+                         f"{tell + TELL + 3} {reader + 23}"))  # fmt: skip
         queued = launch + LAUNCH - 10
         out.append(
             arrow(
@@ -147,7 +150,7 @@ def drawing() -> str:
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'role="img" aria-label="Plan, launch and settle on the host above steps without a gap on the device" {FONT}>\n'
+        f'role="img" aria-label="Plan, launch, tell and settle above steps without a gap on the device" {FONT}>\n'
         f'{head}\n<rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="{PAPER}"/>\n{body}\n</svg>\n'
     )
 

@@ -7,6 +7,7 @@ import gc
 import math
 import random
 import sys
+import time
 import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -70,6 +71,28 @@ async def test_an_answer_streams_and_its_parts_make_the_whole(engine: AsyncEngin
     assert outputs[-1].usage.prompt_tokens == len(engine.tokenizer.encode("The quick brown"))
     assert outputs[-1].usage.total_tokens == outputs[-1].usage.prompt_tokens + 24
     assert outputs[0].token_ids == tokens[: len(outputs[0].token_ids)], "an Output stays true when more has come"
+
+
+async def test_a_whole_answer_is_one_output_that_knows_when_its_first_token_came(engine: AsyncEngine) -> None:
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    streamed = [output async for output in engine.generate("The quick brown", params)]
+    began = time.perf_counter()
+    outputs = [output async for output in engine.generate("The quick brown", params, whole=True)]
+    assert len(outputs) == 1
+    assert outputs[0].token_ids == streamed[-1].token_ids
+    assert outputs[0].text == outputs[0].text_delta == streamed[-1].text
+    assert outputs[0].finish_reason == "length"
+    for output, start in ((streamed[-1], 0.0), (outputs[0], began)):
+        assert output.first_token_at is not None
+        assert start < output.first_token_at < time.perf_counter()
+    generation = engine.generate("The quick brown", SamplingParams(max_tokens=400, ignore_eos=True), whole=True)
+    waiting = asyncio.create_task(anext(generation))
+    while not engine.statistics().running:
+        await asyncio.sleep(0.001)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await settled(engine)
 
 
 async def test_text_ids_and_messages_are_prompts(engine: AsyncEngine) -> None:

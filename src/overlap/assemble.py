@@ -93,7 +93,7 @@ class Parts:
     costs: Costs | None = None
     """What steps have taken, to be kept for the next engine of this kind."""
     fallbacks: Mapping[str, int] = field(default_factory=dict)
-    """Why something slower runs than this device could have: 1 each."""
+    """Why attention is slower than it could be on this device, if it is: 1."""
 
 
 def machine() -> Machine:
@@ -261,7 +261,7 @@ def fallbacks_of(device: torch.device, attention: Attention, why: str) -> dict[s
     """Return why attention is slower than it could be on a device, if it is, and warn of that: once an engine."""
     if device.type != "cuda" or not isinstance(attention, TorchAttention):
         return {}
-    reason = f"attention: {attention.name}, since {why}"
+    reason = " ".join(f"attention: {attention.name}, since {why}".split())[:200]  # a build may say pages
     _log.warning("slower than it could be: %s", reason)
     return {reason: 1}
 

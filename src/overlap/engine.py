@@ -132,18 +132,20 @@ class AsyncEngine:
         deadline: float | None = None,
         fairness_key: str = "",
         cache_salt: str = "",
+        whole: bool = False,
     ) -> Generation:
         """Return the answer to `prompt` as an async iterator of Outputs; see Generation for how it stops.
 
         `prompt` is text, token ids, or chat messages (which go through the model's chat template). `params` are the
         defaults of SamplingParams if not given. A `request_id` of your own must not be in use. `priority`, `deadline`
-        (seconds), `fairness_key` and `cache_salt` say how it is served beside others; see Terms. Iterating raises
-        RequestError for a request that cannot be served, QueueFull when too many wait, DeadlineExceeded, RequestAborted
-        after `abort`, RequestFailed when a step of it failed, EngineClosed and EngineDead when the engine ended before
-        the answer did.
+        (seconds), `fairness_key` and `cache_salt` say how it is served beside others; see Terms. With `whole` there is
+        one Output, the last: for answers that nobody reads as they grow, at a tenth of what each token costs the
+        reader's thread. Iterating raises RequestError for a request that cannot be served, QueueFull when too many
+        wait, DeadlineExceeded, RequestAborted after `abort`, RequestFailed when a step of it failed, EngineClosed and
+        EngineDead when the engine ended before the answer did.
         """
         terms = Terms(priority=priority, deadline=deadline, fairness_key=fairness_key, cache_salt=cache_salt)
-        return self._generation(prompt, params, terms, request_id, 0)
+        return self._generation(prompt, params, terms, request_id, 0, whole=whole)
 
     async def generate_batch(
         self,

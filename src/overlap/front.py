@@ -111,6 +111,8 @@ class Answer:
         """Take in a token, the end of the answer if this is its last, and what is told with it (`Settled.told`)."""
         if self._finish_reason is not None or self._failure is not None or self._muted:
             return  # a stop string or an abort was faster than the engine
+        if not self._tokens:
+            self._grows.first_at = perf_counter()
         self._tokens.append(token)
         if self._collects and self._plain is not None:
             if end is None:
@@ -141,7 +143,9 @@ class Answer:
             self.push(token, None)
             self.wake()
             return self.ended
-        self._tokens.append(token)  # what `push` does to it, in one go: nearly all tokens of nearly all answers
+        if not self._tokens:  # what `push` does to it, in one go: nearly all tokens of nearly all answers
+            self._grows.first_at = perf_counter()
+        self._tokens.append(token)
         if self._collects:
             return False
         self._text += self._plain(token)

@@ -19,6 +19,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -212,8 +213,11 @@ class Loop:
         """Serve until closed and the last flight has landed."""
         try:
             await self._serve(deque(), deque())
-        finally:
-            self._tell()  # also if the loop fails: the tokens had come
+        except BaseException:
+            with suppress(Exception):  # what made the loop fail is to be told
+                self._tell()
+            raise
+        self._tell()
 
     async def _serve(self, main: deque[Flight], side: deque[Flight]) -> None:
         while main or side or await self._wait_work():
@@ -238,11 +242,11 @@ class Loop:
         The main lane goes first: for the side lane one thing is done, a plan or a block of one, and then others for as
         long as the main lane's step runs. So the main lane never waits for more than one of them.
         """
+        if number == SIDE:
+            self._tell()  # the main lane's next step is launched, and prompts take long to
         while self._launch_block(lane) or self._launch_next(lane, number, beside=beside):
-            if number == SIDE:
-                self._tell()
-                if beside and beside[0].landed:
-                    return
+            if number == SIDE and beside and beside[0].landed:
+                return
 
     def _launch_block(self, lane: deque[Flight]) -> bool:
         """Enqueue the next block of the lane's last step; return whether one was left."""

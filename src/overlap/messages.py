@@ -269,7 +269,7 @@ class TokenLogprob:
 class Grows:
     """What all Outputs of one answer share. It grows behind them; each Output knows how much of it was there."""
 
-    __slots__ = ("index", "logprobs", "num_cached", "num_prompt", "prompt_logprobs", "request_id", "tokens")
+    __slots__ = ("first_at", "index", "logprobs", "num_cached", "num_prompt", "prompt_logprobs", "request_id", "tokens")
 
     def __init__(
         self,
@@ -289,6 +289,7 @@ class Grows:
         self.num_cached = num_cached
         self.logprobs = logprobs
         self.prompt_logprobs = prompt_logprobs
+        self.first_at: float | None = None
 
 
 class Output:
@@ -375,6 +376,11 @@ class Output:
         None if `SamplingParams.prompt_logprobs` did not ask for it.
         """
         return self._grows.prompt_logprobs
+
+    @property
+    def first_token_at(self) -> float | None:
+        """When the first token came to its reader, in seconds of `time.perf_counter`; None before it has."""
+        return self._grows.first_at
 
     @property
     def finished(self) -> bool:

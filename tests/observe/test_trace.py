@@ -111,6 +111,18 @@ async def test_the_trace_of_a_known_schedule_has_exactly_the_known_spans_and_no_
     assert record.steps[2] == Step(2, 2.5, rows=1, tokens=1, prompt_tokens=0, admissions=0, waiting=0, running=1)
 
 
+async def test_a_plan_with_a_prompt_is_its_steps_though_another_is_told_in_front_of_the_launch() -> None:
+    record = await Rig().serve(request(0, [1, 2, 3], 12), request(1, [5] * 200, 6))
+    verbs = [(span.verb, span.number) for span in record.host]
+    with_prompt = sorted(step.number for step in record.steps.values() if step.prompt_tokens)
+    assert len(with_prompt) >= 3
+    for number in with_prompt[2:]:
+        place = verbs.index(("launch", number))
+        assert verbs[place - 2 : place] == [("plan", number), ("tell", number - 2)]
+    planned = [number for verb, number in verbs if verb == "plan" and number]
+    assert planned == sorted(record.steps), "each step has its plan"
+
+
 def test_a_step_that_is_launched_in_blocks_began_with_the_first_and_a_plan_between_them_is_not_its_own() -> None:
     now = itertools.count(1.0)
     trace = Trace("sim", queue=lambda: (0, 0), clock=lambda: next(now))

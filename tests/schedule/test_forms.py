@@ -129,6 +129,23 @@ async def test_the_device_never_waits_for_a_mask_while_another_row_runs() -> Non
     assert rig.answers == {key: MODEL.answer(prompt, n) for key, prompt, n in ((0, [1, 2], 60), (1, [3], 20))}
 
 
+async def test_nothing_stays_untold_while_the_loop_waits_for_a_mask() -> None:
+    rig = Rig()
+    one = request(0, [1, 2], 8, delay=lambda: 5)
+    assert isinstance(one.matcher, LateMatcher)
+    ready, told = one.matcher._after, list[tuple[int, int]]()
+
+    def after(turns: int) -> None:
+        if not turns:
+            told.append((len(rig.answers.get(0, [])), len(matcher.told)))
+        ready(turns)
+
+    matcher = one.matcher
+    matcher._after = after  # type: ignore[method-assign]
+    await rig.serve([one])
+    assert told == [(number, number) for number in range(1, 8)], "told before the next mask was there"
+
+
 async def test_a_row_that_is_alone_takes_one_step_a_token() -> None:
     rig = Rig()
     await rig.serve([request(0, [1, 2], 30, delay=lambda: 5)])

@@ -152,15 +152,21 @@ class Timing:
         self._ended = False
 
     def take(self, output: Output) -> None:
-        """Count what an Output brings. Tokens that come in one Output share the time since the one before."""
+        """Count what an Output brings. Tokens that come in one Output share the time since the one before.
+
+        The first Output may be the whole answer: it knows when its first token came.
+        """
         now, meter = self._meter.clock(), self._meter
         count = output.num_tokens - self._tokens
         if count > 0:
-            if self._tokens:
-                meter.between_tokens.observe((now - self._last) / count, count)
-            else:
+            last = self._last
+            if not self._tokens:
                 self._prompt_tokens = output.usage.prompt_tokens
-                meter.first_token.observe(now - self._began)
+                last = output.first_token_at or now
+                meter.first_token.observe(last - self._began)
+            behind = count if self._tokens else count - 1 if last < now else 0
+            if behind:
+                meter.between_tokens.observe((now - last) / behind, behind)
             self._tokens += count
             self._last = now
         if output.finish_reason is not None:

@@ -105,11 +105,12 @@ class Trace:
         """Return what was kept so far."""
         host = [HostSpan(*span) for span in tuple(self._host)]
         launched: set[int] = set()
-        for i, span in enumerate(host):  # a plan's step is known by the launch right behind it, if that is its first
+        for i, span in enumerate(host):  # a plan's step is known by the launch behind it, if that is its first
             if span.verb == "launch" and span.number not in launched:
                 launched.add(span.number)
-                if i and host[i - 1].verb == "plan":
-                    host[i - 1] = host[i - 1]._replace(number=span.number)
+                before = i - 1 - (i > 0 and host[i - 1].verb == "tell")  # one is told in front of a prompt's launch
+                if before >= 0 and host[before].verb == "plan":
+                    host[before] = host[before]._replace(number=span.number)
         device = [
             DeviceSpan(busy.stream, number, busy.start, busy.end, busy.gap, bubble)
             for number, busy, bubble in tuple(self._device)

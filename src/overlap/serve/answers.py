@@ -49,6 +49,7 @@ async def answer(
             deadline=deadline,
             fairness_key=fairness_key,
             cache_salt=asked.cache_salt,
+            whole=not asked.stream,
         )
         try:
             yield generation

@@ -58,8 +58,9 @@ class Door(Protocol):
         deadline: float | None = None,
         fairness_key: str = "",
         cache_salt: str = "",
+        whole: bool = False,
     ) -> Outputs:
-        """Return the answer to `prompt`. Nothing happens before it is iterated.
+        """Return the answer to `prompt`, with `whole` as one Output. Nothing happens before it is iterated.
 
         Iterating raises RequestError (and QueueFull, DeadlineExceeded, RequestAborted, RequestFailed), EngineClosed
         and EngineDead, as `AsyncEngine.generate` does.

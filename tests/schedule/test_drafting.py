@@ -1,0 +1,65 @@
+"""How wide steps with a drafter are, and what is counted of their drafts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from overlap.errors import InternalError
+from overlap.schedule.drafting import Drafting
+from overlap.schedule.pace import Pace
+from overlap.schedule.plan import REFUSED, UNUSED
+
+
+def test_without_a_drafter_steps_are_plain_and_a_row_needs_its_token_and_the_next() -> None:
+    drafting = Drafting(0, 0, None)
+    assert not drafting
+    assert drafting.width(7, 100) == 1
+    assert drafting.needed(np.array([5, 99], np.int32), 100).tolist() == [7, 101]
+
+
+def test_a_step_is_wide_while_all_its_positions_fit_into_the_budget() -> None:
+    drafting = Drafting(3, 0, None)
+    assert drafting.width(0, 100) == 1
+    assert [drafting.width(rows, 21) for rows in (1, 5, 6)] == [4, 4, 1], "24 of 21 tokens do not fit"
+
+
+def test_a_row_may_write_to_all_drafts_and_to_what_the_drafter_reads_ahead_but_not_past_the_context() -> None:
+    starts = np.array([10, 97], np.int32)
+    assert Drafting(3, 0, None).needed(starts, 100).tolist() == [15, 100]
+    assert Drafting(3, 3, None).needed(starts, 100).tolist() == [17, 100]
+
+
+def test_drafts_are_counted_by_their_place_in_a_run() -> None:
+    drafting = Drafting(3, 0, None)
+    drafting.note_runs(
+        np.array([[8, 9, REFUSED, UNUSED], [8, 9, 7, 6], [8, REFUSED, REFUSED, UNUSED], [8, UNUSED, UNUSED, UNUSED]])
+    )
+    assert drafting.drafted == 2 + 3 + 2
+    assert drafting.tried_at.tolist() == [3, 2, 1]
+    assert drafting.accepted_at.tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_the_pace_hears_of_runs_with_drafts_and_of_those_without_only_from_a_drafter_that_makes_none_ahead(
+    ahead: int,
+) -> None:
+    pace = Pace()
+    heard: list[float] = []
+
+    def note_emitted(tokens: float) -> None:
+        heard.append(tokens)
+
+    pace.note_emitted = note_emitted  # type: ignore[method-assign]
+    drafting = Drafting(3, ahead, pace)
+    assert drafting.paced
+    drafting.note_runs(np.array([[8, UNUSED, UNUSED, UNUSED]] * 2))
+    drafting.note_runs(np.array([[8, 9, 7, REFUSED], [8, REFUSED, UNUSED, UNUSED]]))
+    drafting.note_runs(np.empty((0, 4), np.int32))
+    assert heard == ([] if ahead else [1.0]) + [2.0]
+
+
+@pytest.mark.parametrize(("drafts", "ahead"), [(16, 0), (-1, 0), (3, 4)])
+def test_a_row_that_would_outgrow_a_page_in_one_step_is_refused(drafts: int, ahead: int) -> None:
+    with pytest.raises(InternalError, match="outgrow a page"):
+        Drafting(drafts, ahead, None)
