@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from overlap.assemble import machine
 from overlap.cache.pages import PAGE
 from overlap.config import (
     EngineConfig,
@@ -143,6 +146,22 @@ def test_on_a_gpu_with_much_memory_steps_are_larger_still_and_the_reason_says_so
     assert reason(chosen, "max_rows") == "max_rows = 512: the default on this kind of device with 60 GiB or more"
     assert resolved(replace(HOPPER, cuda_bytes=48 << 30)).max_rows == 256
     assert resolved(replace(PLAIN, cuda_bytes=80 << 30), device="cpu").max_rows == 32
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "gib"),
+    [("auto", "GPU 0", 24), ("cuda", "GPU 0", 24), ("cuda:1", "GPU 1", 141), ("cuda:2", "", 0)],
+)
+def test_of_several_gpus_the_one_that_is_asked_for_is_looked_at(
+    asked: str, name: str, gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    sizes = [SimpleNamespace(total_memory=24 << 30), SimpleNamespace(total_memory=141 << 30)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: sizes[index])
+    found = machine(asked)
+    assert (found.cuda_devices, found.cuda_name, found.cuda_bytes) == (2, name, gib << 30)
 
 
 def test_what_is_asked_for_is_taken_as_it_is_and_needs_no_reason() -> None:

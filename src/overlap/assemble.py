@@ -96,15 +96,17 @@ class Parts:
     """Why attention is slower than it could be on this device, if it is: 1."""
 
 
-def machine() -> Machine:
-    """Look at this machine."""
+def machine(device: str = "auto") -> Machine:
+    """Look at this machine, and of its CUDA devices at the one that `device` (as `EngineConfig.device`) names."""
     cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    there = index < cuda_devices  # else `resolve` refuses it
     return Machine(
         cuda_devices=cuda_devices,
-        cuda_name=torch.cuda.get_device_name(0) if cuda_devices else "",
+        cuda_name=torch.cuda.get_device_name(index) if there else "",
         fast_cpu_bfloat16=_fast_cpu_bfloat16(),
         cores=torch.get_num_threads(),
-        cuda_bytes=torch.cuda.get_device_properties(0).total_memory if cuda_devices else 0,
+        cuda_bytes=torch.cuda.get_device_properties(index).total_memory if there else 0,
     )
 
 
@@ -125,7 +127,7 @@ def assemble(asked: EngineConfig) -> Parts:
         progress=show,
     )
     try:
-        resolved = resolve(asked, checkpoint.config, machine())
+        resolved = resolve(asked, checkpoint.config, machine(asked.device))
         text = _text(checkpoint)
         device = torch.device(resolved.device)
         if device.type == "cuda":
