@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -223,10 +224,10 @@ def parts_of(tokenizer: Path, rows: int, step_s: float) -> tuple[Parts, ClockRun
         max_rows=rows, num_pages=pages, token_budget=budget, prefill_chunk=budget, context=CONTEXT, prefix_cache=False
     )
     runner: Any = ClockRunner(step_s, rows, budget, pages)
+    resolved = replace(opened.resolved, device="cuda:0")  # whose steps need no interpreter
     parts = Parts(
-        resolved=opened.resolved, model=opened.model, text=opened.text, planner=planner, runner=runner, own=runner,
-        notes=(),
-    )  # fmt: skip
+        resolved=resolved, model=opened.model, text=opened.text, planner=planner, runner=runner, own=runner, notes=()
+    )
     return parts, runner
 
 

@@ -34,8 +34,8 @@ import torch
 
 from overlap.assemble import Parts, assemble
 from overlap.config import EngineConfig
-from overlap.front import Turns
 from overlap.schedule.request import Request
+from overlap.turns import Rest, Turns
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def computing() -> Iterator[None]:
     done = threading.Event()
 
     def compute() -> None:
-        turns, number = Turns(), 0
+        turns, number = Turns(Rest()), 0
         while not done.is_set():
             number += 1
             turns.take()

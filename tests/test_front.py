@@ -20,6 +20,7 @@ from overlap.schedule.shaping import TOLD_WORDS
 from overlap.serve.remote import RemoteCore
 from overlap.text import Tokenizer
 from overlap.text.answer import AnswerText
+from overlap.turns import Rest
 
 KINDS: dict[str, SamplingParams] = {
     "plain": SamplingParams(),
@@ -169,5 +170,5 @@ def test_without_a_tokenizer_the_text_stays_empty() -> None:
 
 async def test_only_readers_beside_an_engine_give_up_the_interpreter_for_it() -> None:
     loop = asyncio.get_running_loop()
-    assert Front(0, loop).turns is not None
+    assert Front(0, loop, Rest()).turns is not None
     assert RemoteCore(EngineConfig.from_options("remote", {}), "/nowhere").front(loop).turns is None

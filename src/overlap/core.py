@@ -24,6 +24,7 @@ from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.figures import Statistics, statistics_of
 from overlap.front import Front, dead
 from overlap.loop import Loop
+from overlap.turns import Rest
 
 if TYPE_CHECKING:
     from overlap.assemble import Parts, Text
@@ -75,6 +76,7 @@ class Core:
         self._runner: Runner | LeadingRunner | None = None
         self._masks: Masks | None = None
         self._fallbacks: Mapping[str, int] = {}
+        self._rest = Rest()
         self._fronts: dict[int, Front] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards the two below: who comes late must hear what those before heard
@@ -93,7 +95,7 @@ class Core:
 
     def front(self, loop: asyncio.AbstractEventLoop) -> Front:
         """Return a new front for an event loop of the user's."""
-        return self.add_front(lambda number: Front(number, loop))
+        return self.add_front(lambda number: Front(number, loop, self._rest))
 
     def add_front(self, make: Callable[[int], F]) -> F:
         """Take in a front of another kind; `make` gets its number."""
@@ -317,6 +319,7 @@ class Core:
             overlap=resolved.overlap,
             idle_work=parts.runner.warm_up_one,
             step_limit_s=resolved.step_limit,
+            rest=None if resolved.device == "cpu" else self._rest,  # steps on a CPU want the interpreter, too
         )
         self._runner = parts.runner
         self._masks = parts.masks

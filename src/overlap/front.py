@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Sequence
-from time import perf_counter, sleep
-from typing import TYPE_CHECKING, Final
+from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,33 +26,12 @@ from overlap.errors import (
 )
 from overlap.messages import FinishReason, Grows, Output, TokenLogprob
 from overlap.schedule.shaping import MOST_ALTERNATIVES
+from overlap.turns import Rest, Turns
 
 if TYPE_CHECKING:
     from overlap.cache.pages import Ints
     from overlap.schedule.settled import End, Settled
     from overlap.text.answer import AnswerText
-
-
-TURN_S: Final = 2e-4
-
-
-class Turns:
-    """Lets the engine's thread have the interpreter now and then; one for each thread that reads.
-
-    Python takes the interpreter's lock from a thread only every 5 ms, longer than most steps take: a reader of many
-    answers would hold up the engine that feeds it.
-    """
-
-    __slots__ = ("_last",)
-
-    def __init__(self) -> None:
-        self._last = 0.0
-
-    def take(self) -> None:
-        """Give up the lock for a moment, if this thread has had it for TURN_S. Sleeping for 0 s blocks no loop."""
-        if perf_counter() - self._last > TURN_S:
-            sleep(0)
-            self._last = perf_counter()
 
 
 class Answer:
@@ -229,11 +208,11 @@ class PromptScores:
 class Front:
     """All answers that are read on one event loop."""
 
-    def __init__(self, number: int, loop: asyncio.AbstractEventLoop, *, alone: bool = False) -> None:
-        """`alone`: there is no engine in this process that waits for the interpreter."""
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop, rest: Rest | None = None) -> None:
+        """`rest` is that of the engine in this process; None if there is none that waits for the interpreter."""
         self.number = number
         self.loop = loop
-        self.turns = None if alone else Turns()
+        self.turns = None if rest is None else Turns(rest)
         self._answers: dict[int, Answer] = {}
         self._lock = threading.Lock()  # guards the two below: the engine posts, the event loop reads
         self._mail: list[tuple[Callable[..., None], tuple[object, ...]]] = []

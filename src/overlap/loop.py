@@ -31,10 +31,15 @@ from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
 from overlap.streams.stream import Busy
+from overlap.turns import Rest
 from overlap.watchdog import Watchdog
 
 DEPTH: Final = 2
 """Steps of one lane in the air: one that runs, and one behind it."""
+SURE: Final = 0.9
+"""Of the time that a step took, what the next one of the same rows will take at least."""
+WAKING_S: Final = 1e-4
+"""What passes until the end of a step is seen, about."""
 
 
 class Flight(Protocol):
@@ -152,7 +157,9 @@ class Loop:
         overlap: bool = True,
         idle_work: Callable[[], bool] | None = None,
         step_limit_s: float = 60.0,
+        rest: Rest | None = None,
     ) -> None:
+        """`rest` is told until when a step of the main lane will run, where that is about known."""
         self._planner = planner
         self._runner = runner
         self._outbox = outbox
@@ -165,6 +172,8 @@ class Loop:
         self._busy_s = self._side_busy_s = self._bubble_s = 0.0
         self._slept = True  # no work waited, or the side lane had it: what the main lane then waits is no bubble
         self._untold: tuple[StepPlan, Settled] | None = None  # the last step's, until the next one is launched
+        self._rest = rest or Rest()
+        self._landed_at = self._step_s = 0.0  # of the main lane's last step: when that was seen, and what it took
         self._idle_waiters: list[Callable[[], None]] = []
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._watchdogs = (Watchdog(step_limit_s), Watchdog(step_limit_s))  # of the lanes
@@ -312,6 +321,8 @@ class Loop:
         watchdog = self._watchdogs[flight.plan.lane]
         watchdog.watch(flight.plan)
         slept, self._slept = self._slept, False
+        if flight.plan.again and flight.plan.lane == MAIN:
+            self._rest.until = self._landed_at + SURE * self._step_s - WAKING_S
         try:
             with self._timeline.span("land", flight.plan):
                 tokens = await flight.wait_landed()
@@ -319,9 +330,11 @@ class Loop:
             self._fail(flight.plan, failure)
             return
         finally:
+            self._rest.until = 0.0
             watchdog.rest()
             if lane:
                 watchdog.watch(lane[0].plan)
+        landed_at = time.perf_counter()
         with self._timeline.span("settle", flight.plan):
             settled = self._planner.settle(flight.plan, tokens, flight.scored())
             self._steps += 1
@@ -338,6 +351,7 @@ class Loop:
             self._slept = True
             bubble = 0.0
         else:
+            self._landed_at, self._step_s = landed_at, busy.end - busy.start
             bubble = 0.0 if slept or beside else busy.gap
             self._busy_s += busy.end - busy.start
             self._bubble_s += bubble

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from overlap.cache.pages import Ints
 from overlap.errors import DeadlineExceeded, EngineDead, InternalError, QueueFull, RequestError
 from overlap.loop import Loop
 from overlap.observe.timeline import NoTimeline
@@ -23,6 +24,7 @@ from overlap.schedule.settled import Settled
 from overlap.streams.stream import Mark
 from overlap.testing import EchoModel, SimDevice, SimRunner, SimTimeline
 from overlap.testing.echo import SimFlight
+from overlap.turns import Rest
 
 MODEL = EchoModel()
 
@@ -65,6 +67,7 @@ class Rig:
     fault: Callable[[StepPlan], None] | None = None
     max_waiting: int = 2**31
     step_limit_s: float = 60.0
+    rest: Rest | None = None
 
     def __post_init__(self) -> None:
         self.device = SimDevice(self.cost)
@@ -86,6 +89,7 @@ class Rig:
             timeline=timeline,
             overlap=self.overlap,
             step_limit_s=self.step_limit_s,
+            rest=self.rest,
         )
 
     async def serve(self, *requests: Request) -> None:
@@ -172,6 +176,25 @@ async def test_what_had_come_is_told_though_the_loop_fails_before_the_next_launc
         rig.loop.submit(request(0, [1, 2, 3], 9))
         await rig.loop.run()
     assert told == [1, 2, 3]
+
+
+async def test_readers_are_told_of_a_rest_only_while_a_step_runs_that_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    rest, said, wait = Rest(), dict[int, tuple[bool, float]](), SimFlight.wait_landed
+    rig = Rig(rest=rest)
+
+    async def wait_landed(flight: SimFlight) -> Ints:
+        said[flight.plan.number] = flight.plan.again, rest.until - time.perf_counter()
+        return await wait(flight)
+
+    monkeypatch.setattr(SimFlight, "wait_landed", wait_landed)
+    rig.readers.on_settled = lambda: told.append(rest.until)
+    told: list[float] = []
+    await rig.serve(request(0, [1, 2, 3], 9), request(1, [4] * 100, 3))
+    assert {again for again, _ in said.values()} == {False, True}
+    for again, left in said.values():
+        assert (left > 0) == again
+        assert left < 4.0, "it never rests for longer than the step before took"
+    assert set(told) == {0.0}, "with its own work to do it rests no more"
 
 
 async def test_no_step_is_launched_for_rows_that_are_known_to_end_by_length() -> None:

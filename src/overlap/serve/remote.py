@@ -82,7 +82,7 @@ class RemoteCore(Core):
 
     def front(self, loop: asyncio.AbstractEventLoop) -> Front:
         """Return a new front for an event loop."""
-        return self.add_front(lambda number: Front(number, loop, alone=True))
+        return self.add_front(lambda number: Front(number, loop))
 
     def start(self) -> Future[Opened]:
         """Connect. The future brings what the engine is, or why it could not be reached."""
