@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from overlap.loop import Loop
 from overlap.streams.stream import Busy
 
@@ -18,6 +20,7 @@ class Plan:
     num_tokens: int = 1
     num_rows: int = 1
     num_decode: int = 1
+    again: bool = False
 
 
 @dataclass
@@ -92,7 +95,7 @@ async def after_the_first_prompt(script: Script) -> list[str]:
     """Let steps 1 and 2 land at once, and return what the loop did then, while nothing else lands."""
     part: Any = script
     running = asyncio.create_task(Loop(part, part, part).run())
-    while 2 not in script.flights:
+    while 2 not in script.flights and not running.done():
         await asyncio.sleep(0)
     before = len(script.said)
     script.flights[1].over.set()
@@ -100,7 +103,8 @@ async def after_the_first_prompt(script: Script) -> list[str]:
     for _ in range(50):
         await asyncio.sleep(0)
     running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    with pytest.raises(asyncio.CancelledError):
+        await running
     return script.said[before:]
 
 
