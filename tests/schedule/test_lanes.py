@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from overlap.loop import Loop
+from overlap.observe.timeline import NoTimeline
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
@@ -115,6 +117,31 @@ def request(key: int, prompt: list[int], limit: int, **more: object) -> Request:
 
 def step_cost(work: str, tokens: int) -> float:
     return 64.0 if work == "prompts" else 4.0
+
+
+async def test_what_a_decode_step_brought_is_told_before_a_prompt_is_launched_beside_the_next() -> None:
+    said: list[tuple[str, int, int]] = []
+
+    class Verbs(NoTimeline):
+        def span(self, verb: str, plan: StepPlan | None = None) -> AbstractContextManager[None]:
+            if plan is not None:
+                said.append((verb, plan.number, plan.lane))
+            return super().span(verb, plan)
+
+    rig = Rig(Always("lanes"), cost=step_cost, side_blocks=8, block_cost=3.0)
+    rig.loop.watch(Verbs())
+    await rig.serve(request(0, [1, 2, 3], 200), request(1, [5] * 640, 4))
+    beside, untold = 0, set[int]()
+    for verb, number, lane in said:
+        if verb == "settle":
+            untold.add(number)
+        elif verb == "tell":
+            untold.remove(number)
+        elif verb == "launch" and lane == SIDE:
+            beside += 1
+            assert not untold, f"a block of step {number} was launched while {untold} had not been told"
+    assert beside > 8
+    assert not untold
 
 
 async def test_decode_steps_keep_their_pace_while_a_long_prompt_is_read() -> None:
