@@ -290,7 +290,7 @@ def main() -> None:
         line = {
             "bench": "beside_readers", "rows": rows, "read": "streamed" if streamed else "whole",
             "step_ms": asked.step_ms,
-            **{name: round(statistics.median(one[name] for one in each), 3) for name in each[0]},
+            **{name: round(statistics.median(o[name] for o in each if name in o), 3) for name in each[0]},
             "sums": [round(min(sums), 1), round(max(sums), 1)], "cpu": platform.processor() or platform.machine(),
             "python": platform.python_version(), "commit": commit.stdout.strip(),
         }  # fmt: skip

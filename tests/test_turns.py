@@ -33,3 +33,28 @@ async def test_an_engine_on_a_cpu_wants_the_interpreter_for_its_steps_and_never_
         loop = engine._core._loop
         assert loop is not None
         assert loop._rest is not engine._core._rest
+
+
+def test_a_rest_ends_before_the_step_does_however_late_the_one_before_was_seen() -> None:
+    rest, ahead = Rest(), 1000.0  # by how much the host's clock is ahead of the device's
+    rest.begin()
+    assert rest.until == 0.0, "of no step anything is known"
+    for step in range(200):
+        end = 2e-3 * (step + 1)
+        late = 8e-5 if step % 10 == 0 else 1.5e-3  # readers held the loop up most of the time
+        rest.note(end - 2e-3, end, ahead + end + late)
+        rest.begin()
+        next_end = ahead + end + 2e-3
+        assert next_end - 4e-4 < rest.until < next_end
+        rest.end()
+        assert rest.until == 0.0
+
+
+def test_a_rest_follows_a_device_whose_clock_is_slower_and_one_whose_clock_is_faster() -> None:
+    for rate in (1 - 5e-5, 1 + 5e-5):
+        rest = Rest()
+        for step in range(100_000):  # 200 seconds, in which the clocks go apart by ten milliseconds
+            end = 2e-3 * (step + 1)
+            rest.note((end - 2e-3) * rate, end * rate, end + 8e-5)
+        rest.begin()
+        assert end + 2e-3 - 4e-4 < rest.until < end + 2e-3

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
@@ -33,7 +32,7 @@ from overlap.models.config import ModelConfig
 from overlap.models.llama import Llama
 from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
-from overlap.ops.attention import Attention, TorchAttention, choose_attention
+from overlap.ops.attention import choose_attention, fallbacks_of
 from overlap.runner import Runner
 from overlap.schedule.pace import Pace
 from overlap.schedule.planner import Planner
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from overlap.parallel.team import Team
 
 T = TypeVar("T")
-
-_log: Final = logging.getLogger("overlap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +90,7 @@ class Parts:
     costs: Costs | None = None
     """What steps have taken, to be kept for the next engine of this kind."""
     fallbacks: Mapping[str, int] = field(default_factory=dict)
-    """Why attention is slower than it could be on this device, if it is: 1."""
+    """Why attention, or the drafter's, is slower than it could be on this device: 1 each."""
 
 
 def machine(device: str = "auto") -> Machine:
@@ -210,6 +207,7 @@ def _parts(
         side_attention, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
         side = side_attention, _stream(device, "prompts", side=True)
         shares, share_notes = _shares(resolved, device, (stream, side[1]))
+    fallbacks = fallbacks_of(device, attention, why)
     splitter, costs = _splitter(resolved, model, program.weight_bytes(), device, cache, shares)
     own = Runner(
         program,
@@ -221,7 +219,7 @@ def _parts(
         context=context,
         graphs=resolved.graphs,
         side=side,
-        speculate=speculation(resolved, program, head, attention, kv, context),
+        speculate=speculation(resolved, program, head, attention, kv, context, fallbacks),
     )
     runner: Runner | LeadingRunner = own
     if team is not None:
@@ -252,20 +250,11 @@ def _parts(
         planner=planner,
         runner=runner,
         own=own,
-        notes=(*notes, *share_notes, *drafter_notes(resolved, head)),
+        notes=(*notes, *share_notes, *drafter_notes(resolved, head), *(f"slower: {reason}" for reason in fallbacks)),
         team=team,
         costs=costs,
-        fallbacks=fallbacks_of(device, attention, why),
+        fallbacks=fallbacks,
     )
-
-
-def fallbacks_of(device: torch.device, attention: Attention, why: str) -> dict[str, int]:
-    """Return why attention is slower than it could be on a device, if it is, and warn of that: once an engine."""
-    if device.type != "cuda" or not isinstance(attention, TorchAttention):
-        return {}
-    reason = " ".join(f"attention: {attention.name}, since {why}".split())[:200]  # a build may say pages
-    _log.warning("slower than it could be: %s", reason)
-    return {reason: 1}
 
 
 def _notes(

@@ -21,7 +21,7 @@ class Statistics(PlannerStatistics, LoopStatistics):
     """An engine's figures at one moment. Counters count from the start. Plain values, which may cross processes."""
 
     fallbacks: Mapping[str, int] = field(default_factory=dict)
-    """Why attention is slower than it could be on this device, if it is: 1."""
+    """Why attention, or the drafter's, is slower than it could be on this device: 1 each."""
     graphs: Mapping[str, float] = field(default_factory=dict)
     """What CUDA graphs did, by the names of `GraphStatistics`."""
     graph_fallbacks: Mapping[str, int] = field(default_factory=dict)

@@ -36,10 +36,6 @@ from overlap.watchdog import Watchdog
 
 DEPTH: Final = 2
 """Steps of one lane in the air: one that runs, and one behind it."""
-SURE: Final = 0.9
-"""Of the time that a step took, what the next one of the same rows will take at least."""
-WAKING_S: Final = 1e-4
-"""What passes until the end of a step is seen, about."""
 
 
 class Flight(Protocol):
@@ -173,7 +169,6 @@ class Loop:
         self._slept = True  # no work waited, or the side lane had it: what the main lane then waits is no bubble
         self._untold: tuple[StepPlan, Settled] | None = None  # the last step's, until the next one is launched
         self._rest = rest or Rest()
-        self._landed_at = self._step_s = 0.0  # of the main lane's last step: when that was seen, and what it took
         self._idle_waiters: list[Callable[[], None]] = []
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._watchdogs = (Watchdog(step_limit_s), Watchdog(step_limit_s))  # of the lanes
@@ -322,7 +317,7 @@ class Loop:
         watchdog.watch(flight.plan)
         slept, self._slept = self._slept, False
         if flight.plan.again and flight.plan.lane == MAIN:
-            self._rest.until = self._landed_at + SURE * self._step_s - WAKING_S
+            self._rest.begin()
         try:
             with self._timeline.span("land", flight.plan):
                 tokens = await flight.wait_landed()
@@ -330,7 +325,7 @@ class Loop:
             self._fail(flight.plan, failure)
             return
         finally:
-            self._rest.until = 0.0
+            self._rest.end()
             watchdog.rest()
             if lane:
                 watchdog.watch(lane[0].plan)
@@ -351,7 +346,7 @@ class Loop:
             self._slept = True
             bubble = 0.0
         else:
-            self._landed_at, self._step_s = landed_at, busy.end - busy.start
+            self._rest.note(busy.start, busy.end, landed_at)
             bubble = 0.0 if slept or beside else busy.gap
             self._busy_s += busy.end - busy.start
             self._bubble_s += bubble

@@ -12,16 +12,43 @@ from time import perf_counter, sleep
 from typing import Final
 
 TURN_S: Final = 2e-4
+SURE: Final = 0.9
+"""Of the time that a step took, what the next one of the same rows will take at least."""
+WAKING_S: Final = 1e-4
+"""How long before the end of a step the rest is over."""
+DRIFT: Final = 1e-4
+"""By how much the device's clock may fall behind the host's, at most."""
 
 
 class Rest:
-    """Until when the engine's thread will not want the interpreter. Its loop writes it, readers on any thread read."""
+    """Until when the engine's thread will not want the interpreter. Its loop writes it, readers on any thread read.
 
-    __slots__ = ("until",)
+    When a step ends follows from the one before by the device's clock, not from when that was seen to have ended: a
+    loop that readers had held up would let them go on for longer still.
+    """
+
+    __slots__ = ("_end", "_late", "_step_s", "until")
 
     def __init__(self) -> None:
         self.until = 0.0
         """In seconds of `time.perf_counter`; 0 if it may want it at any time."""
+        self._end = self._step_s = 0.0
+        self._late = float(
+            "inf"
+        )  # the least that passes from a step's end until it is seen, and the clocks' difference
+
+    def begin(self) -> None:
+        """The loop waits for a step of the rows of the last one that was noted."""
+        self.until = self._end + self._late + SURE * self._step_s - WAKING_S if self._step_s else 0.0
+
+    def end(self) -> None:
+        """The loop waits no more."""
+        self.until = 0.0
+
+    def note(self, start: float, end: float, seen: float) -> None:
+        """A step ran from `start` to `end` by the device's clock, and was `seen` to have ended by the host's."""
+        self._late = min(self._late + DRIFT * (end - self._end), seen - end)
+        self._end, self._step_s = end, end - start
 
 
 class Turns:

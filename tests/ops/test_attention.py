@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from overlap.assemble import fallbacks_of
-from overlap.ops.attention import AttentionRows, TorchAttention, choose_attention
+from overlap.ops.attention import AttentionRows, TorchAttention, choose_attention, fallbacks_of
 
 
 def random_rows(chance: random.Random, num_pages: int, num_decode: int, num_chunks: int) -> AttentionRows:
@@ -83,4 +82,9 @@ def test_plain_attention_on_a_gpu_is_a_warning_and_a_figure_and_on_a_cpu_it_is_n
         assert not caplog.records
         reason = "attention: torch, since FlashInfer is not there"
         assert fallbacks_of(torch.device("cuda"), attention, "FlashInfer is not there") == {reason: 1}
-    assert [record.getMessage() for record in caplog.records] == [f"slower than it could be: {reason}"]
+        pages = "a build failed:\n" + "error: no such thing\n" * 500
+        (long,) = fallbacks_of(torch.device("cuda"), attention, pages, "the drafter's attention")
+    assert caplog.records[0].getMessage() == f"slower than it could be: {reason}"
+    assert long.startswith("the drafter's attention: torch, since a build failed: error: no such thing error:")
+    assert len(long) <= 200
+    assert "\n" not in long

@@ -162,10 +162,10 @@ class Timing:
             last = self._last
             if not self._tokens:
                 self._prompt_tokens = output.usage.prompt_tokens
-                last = output.first_token_at or now
+                last = now if output.first_token_at is None else output.first_token_at
                 meter.first_token.observe(last - self._began)
-            behind = count if self._tokens else count - 1 if last < now else 0
-            if behind:
+            behind = count if self._tokens else count - 1
+            if behind and (self._tokens or last < now):  # else nobody knows when they came
                 meter.between_tokens.observe((now - last) / behind, behind)
             self._tokens += count
             self._last = now

@@ -6,14 +6,18 @@ the widest row, W pages of the widest decode row of this step, L layers.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Protocol
+from textwrap import shorten
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from overlap.cache.pages import PAGE, Ints
+
+_log: Final = logging.getLogger("overlap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +229,15 @@ def choose_attention(
         else:
             return fast, "the fastest known on this device"
     return TorchAttention(kv, num_heads), unfit
+
+
+def fallbacks_of(device: torch.device, attention: Attention, why: str, whose: str = "attention") -> dict[str, int]:
+    """Return why attention is slower than it could be on a device, if it is, and warn of that: once an engine."""
+    if device.type != "cuda" or not isinstance(attention, TorchAttention):
+        return {}
+    reason = shorten(f"{whose}: {attention.name}, since {why}", 200, placeholder=" ...")  # a build may say pages
+    _log.warning("slower than it could be: %s", reason)
+    return {reason: 1}
 
 
 def _why_not_flashinfer(kv: Tensor, num_heads: int) -> str | None:

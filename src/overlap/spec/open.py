@@ -13,7 +13,7 @@ from overlap.config import Resolved, package_index
 from overlap.errors import ConfigError
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
-from overlap.ops.attention import Attention, choose_attention
+from overlap.ops.attention import Attention, choose_attention, fallbacks_of
 from overlap.spec.chain import ChainDrafter, ModelHead, head_kv
 from overlap.spec.drafter import Drafter, Head
 from overlap.spec.eagle import EagleHead, load_head
@@ -58,33 +58,41 @@ def head_page_bytes(head: Head, dtype: torch.dtype) -> int:
 
 
 def speculation(
-    resolved: Resolved, target: Llama, head: Head | None, attention: Attention, kv: Tensor, context: int
+    resolved: Resolved,
+    target: Llama,
+    head: Head | None,
+    attention: Attention,
+    kv: Tensor,
+    context: int,
+    fallbacks: dict[str, int],
 ) -> Callable[[SlotRows], Speculation] | None:
     """Return what makes an engine's Speculation over its slots' rows; None without a drafter.
 
-    `attention` and `kv` are the target's; `context` is the most tokens of a request.
+    `attention` and `kv` are the target's; `context` is the most tokens of a request. If the drafter's attention is
+    slower than it could be, `fallbacks` gets why, once it is made.
     """
     if resolved.speculative is None:
         return None
 
     def make(rows: SlotRows) -> Speculation:
-        drafter = _drafter(resolved, head, kv, context)
+        drafter = _drafter(resolved, head, kv, context, fallbacks)
         return Speculation(target, attention, kv, rows, drafter, context)
 
     return make
 
 
-def _drafter(resolved: Resolved, head: Head | None, kv: Tensor, context: int) -> Drafter:
+def _drafter(resolved: Resolved, head: Head | None, kv: Tensor, context: int, fallbacks: dict[str, int]) -> Drafter:
     if head is None:
         return NgramDrafter(resolved.max_rows, context, resolved.num_drafts, kv.device)
     own_kv = head_kv(head, kv.shape[0], kv.dtype, kv.device)
-    own_attention, _ = choose_attention(
+    own_attention, why = choose_attention(
         own_kv,
         head.num_heads,
         max_pages_per_row=pages_for(context),
         width=resolved.num_drafts + 1,
         max_rows=resolved.max_rows,
     )
+    fallbacks |= fallbacks_of(kv.device, own_attention, why, "the drafter's attention")
     return ChainDrafter(head, own_kv, own_attention, resolved.num_drafts, context)
 
 
