@@ -90,8 +90,8 @@ def linears(outputs: int, inputs: int, rows: int) -> None:
 def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden: int, tiles: Tiles | None) -> None:
     lines = (num_heads + 2 * num_kv_heads) * head_dim
     weight, index = torch.empty(lines, hidden, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int32)
-    tiles = tiles or guess("norm_rope", lines, hidden, bucket(rows))
-    assert tiles is not None
+    tiles = tiles or guess("norm_rope", lines, hidden, bucket(rows)) or guess("rope", lines, hidden, bucket(rows))
+    tiles = tiles or Tiles("gemv", 2, 1024, 4)
     head_norm = torch.empty(num_heads + num_kv_heads, head_dim) if tiles.owns_heads(head_dim) else None
     kv = torch.empty(2, 3, 2, 16, num_kv_heads, head_dim, dtype=torch.bfloat16)
     rotation = (index, torch.empty(9, head_dim), kv, 1, index, num_heads, num_kv_heads, head_norm)

@@ -21,19 +21,15 @@ def test_rows_are_rounded_up_to_a_power_of_two() -> None:
 def test_a_guess_is_a_cut_that_the_kernels_can_take(op: Op, shape: tuple[int, int]) -> None:
     for rows in (1, 2, 4, 8, 16):
         tiles = guess(op, *shape, rows)
-        if op == "rope":
-            assert tiles is None  # only where it was measured
-            continue
-        if tiles is None:
-            assert "norm" in op  # the norm apart, and then one of ours
-            assert rows > 2
-            assert shape[0] * shape[1] > 1 << 22  # a large weight
+        if tiles is None:  # a large weight, or the norm apart, and then one of ours
+            assert op == "rope" or "norm" in op
+            assert rows > 4 or shape[0] * shape[1] > 1 << 22
             continue
         for size in (tiles.block_o, tiles.block_i, tiles.warps):
             assert size & (size - 1) == 0
         assert takes(tiles, op, rows)
         if tiles.kernel == "gemv":  # a thread has 8 inputs side by side, and no two warps share a row's piece
-            assert tiles.block_i == 256 * tiles.warps
+            assert tiles.block_i in (256 * tiles.warps, 512 * tiles.warps)
             assert tiles.block_o >= 2  # a gate and its up
         elif tiles.kernel == "split":
             assert tiles.block_o >= 8  # the tensor cores' least
@@ -90,8 +86,8 @@ def test_the_table_names_only_what_can_be_asked() -> None:
 
 
 def test_a_product_that_lost_with_what_stands_around_it_is_the_librarys() -> None:
-    assert MEASURED["gated", 14336, 4096, 8] is None
-    assert choose("plain", 2 * 14336, 4096, 8) is None
+    assert MEASURED["gated", 14336, 4096, 4] is None
+    assert choose("plain", 2 * 14336, 4096, 4) is None
     assert MEASURED["add", 4096, 14336, 8] is None
     assert choose("plain", 4096, 14336, 8) is None
     assert choose("plain", 6144, 4096, 8) == MEASURED["plain", 6144, 4096, 8]

@@ -9,6 +9,8 @@ Dao et al. 2023; the counter in place of a second kernel: stream-K, Osama et al.
 At few rows all of this is waiting for one answer of the memory after another: how long the row is, which page, its
 keys. So a program asks for its first pages before it knows the length, for keys and values at once, and always for a
 block ahead, in registers, and the pages of the one behind that. (Triton does not pipeline loads whose place is loaded.)
+And it asks for its first block before it waits for the kernel in front (`launch_triton`): of all that it reads, only
+the queries and the keys and values of this step's own positions come from there, and it asks for those behind the wait.
 
 Legend: N rows, J positions of each, H query heads, K key/value heads, G = H / K, D head size, L = J * G padded,
 M = L padded for the tensor cores.
@@ -64,13 +66,13 @@ def cut_of(pairs: int, head_dim: int, queries: int) -> Cut:
 _Cuts: TypeAlias = tuple[tuple[int, Cut], ...]
 _ANY: Final = 1 << 31
 # Rows are of different lengths. Where each has one program, the longest would be read by it alone in the end: so long
-# rows get several, of which those of short rows end at once.
+# rows get several, of which those of short rows end at once. (`python bench/in_step.py --part attention`)
 _DECODE_64: Final[_Cuts] = (
-    (6, Cut(264, 128, 4)),
+    (6, Cut(264, 64, 2)),
     (36, Cut(132, 128, 8)),
-    (128, Cut(264, 128, 4)),
-    (512, Cut(_ANY, 64, 4, keys=256, splits=4)),
-    (_ANY, Cut(_ANY, 32, 2, keys=512, splits=4)),
+    (64, Cut(528, 64, 2)),
+    (256, Cut(528, 128, 4, ahead=False)),
+    (_ANY, Cut(_ANY, 128, 4, ahead=False, keys=1024, splits=4)),
 )
 _DECODE_128: Final[_Cuts] = (
     (16, Cut(264, 64, 4)),
@@ -78,7 +80,7 @@ _DECODE_128: Final[_Cuts] = (
     (256, Cut(_ANY, 64, 4, keys=512, splits=4)),
     (_ANY, Cut(_ANY, 64, 4, ahead=False, keys=512, splits=4)),
 )
-_VERIFY_64: Final[_Cuts] = ((6, Cut(264, 128, 4, queries=4)), *_DECODE_64[1:])
+_VERIFY_64: Final[_Cuts] = ((6, Cut(264, 64, 2, queries=4)), *_DECODE_64[1:])
 _VERIFY_128: Final[_Cuts] = (
     (16, Cut(264, 64, 4, queries=8)),
     (64, Cut(132, 128, 8)),
@@ -97,15 +99,20 @@ def _ask_page(table, token, most_pages, PAGE_TOKENS: tl.constexpr):
 
 @triton.jit
 def _ask_block(
-    kv, page, token, end, page_stride, side_stride, token_stride, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
+    kv, page, token, begin, end, page_stride, side_stride, token_stride, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """Return keys and values [BLOCK_N, D] of the tokens in front of `end`."""
+    """Return keys and values [BLOCK_N, D] of the tokens from `begin` on in front of `end`, zeros for others.
+
+    FRESH ones are fetched past the L1 cache, where a line of small heads may still be as it was before the wait.
+    """
+    CACHE: tl.constexpr = ".cg" if FRESH else ""
     column = tl.arange(0, BLOCK_D)
     place = page.to(tl.int64) * page_stride + (token % PAGE_TOKENS) * token_stride
-    inside = (token < end)[:, None] & (column < D)[None, :]
-    keys = tl.load(kv + place[:, None] + column[None, :], mask=inside, other=0.0)
-    values = tl.load(kv + (place + side_stride)[:, None] + column[None, :], mask=inside, other=0.0)
+    inside = ((token >= begin) & (token < end))[:, None] & (column < D)[None, :]
+    keys = tl.load(kv + place[:, None] + column[None, :], mask=inside, other=0.0, cache_modifier=CACHE)
+    source = kv + (place + side_stride)[:, None] + column[None, :]
+    values = tl.load(source, mask=inside, other=0.0, cache_modifier=CACHE)
     return keys, values
 
 
@@ -161,7 +168,8 @@ def _decode_kernel(
     """`width` is the positions of a row; a program takes WIDTH of them."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if not AHEAD:
+            tl.extra.cuda.gdc_wait()
     unit, split = tl.program_id(0), tl.program_id(1)
     turns = tl.cdiv(width, WIDTH)
     pair, first = unit // turns, unit % turns * WIDTH
@@ -171,34 +179,44 @@ def _decode_kernel(
     token = split * BLOCK_N + tl.arange(0, BLOCK_N)
     if AHEAD:
         page = _ask_page(table, token, most_pages, PAGE_TOKENS)
+    length = tl.minimum(told, most_pages * PAGE_TOKENS)
+    active = tl.maximum(tl.minimum(tl.cdiv(length, KEYS), SPLITS), 1)
+    stride = active * BLOCK_N
+    token_stride = KV_HEADS * D
+    side_stride = PAGE_TOKENS * token_stride
+    kv += layer.to(tl.int64) * (2 * side_stride) + kv_head * D
+    if AHEAD:
+        known = tl.where(split < active, tl.minimum(told - width, length), 0)  # in front of this step's own positions
+        old_keys, old_values = _ask_block(
+            kv, page, token, 0, known, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS, False
+        )
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+
     line, lines = tl.arange(0, M), tl.minimum(width - first, WIDTH) * GROUP
     column = tl.arange(0, BLOCK_D)
     first_head = (row * width + first).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP
     head = first_head + line // GROUP * (KV_HEADS * GROUP) + line % GROUP
     inside = (line < lines)[:, None] & (column < D)[None, :]
     query = tl.load(q + head[:, None] * D + column[None, :], mask=inside, other=0.0)
-    length = tl.minimum(told, most_pages * PAGE_TOKENS)
-    active = tl.maximum(tl.minimum(tl.cdiv(length, KEYS), SPLITS), 1)
-    stride = active * BLOCK_N
 
     if split < active:
         limit_M = tl.minimum(told - (width - 1) + first + line // GROUP, length)
-        token_stride = KV_HEADS * D
-        side_stride = PAGE_TOKENS * token_stride
-        kv += layer.to(tl.int64) * (2 * side_stride) + kv_head * D
         highest = tl.full((M,), float("-inf"), tl.float32)
         total = tl.zeros((M,), tl.float32)
         value = tl.zeros((M, BLOCK_D), tl.float32)
         if AHEAD:
             keys, values = _ask_block(
-                kv, page, token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
+                kv, page, token, known, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS, True
             )
+            keys, values = keys + old_keys, values + old_values  # one of the two is zero
             next_page = _ask_page(table, token + stride, most_pages, PAGE_TOKENS)
             for _ in tl.range(split * BLOCK_N, length, stride, num_stages=1):
                 next_token = token + stride
                 next_keys, next_values = _ask_block(
-                    kv, next_page, next_token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
-                )
+                    kv, next_page, next_token, 0, length, page_stride, side_stride, token_stride, D, BLOCK_D,
+                    PAGE_TOKENS, False,
+                )  # fmt: skip
                 next_page = _ask_page(table, next_token + stride, most_pages, PAGE_TOKENS)
                 value, highest, total = _take_block(value, highest, total, query, keys, values, token, limit_M, scale)
                 keys, values, token = next_keys, next_values, next_token
@@ -207,8 +225,9 @@ def _decode_kernel(
                 block_token = start + tl.arange(0, BLOCK_N)
                 block_page = tl.load(table + block_token // PAGE_TOKENS, mask=block_token < length, other=0)
                 keys, values = _ask_block(
-                    kv, block_page, block_token, length, page_stride, side_stride, token_stride, D, BLOCK_D, PAGE_TOKENS
-                )
+                    kv, block_page, block_token, 0, length, page_stride, side_stride, token_stride, D, BLOCK_D,
+                    PAGE_TOKENS, False,
+                )  # fmt: skip
                 value, highest, total = _take_block(
                     value, highest, total, query, keys, values, block_token, limit_M, scale
                 )

@@ -24,6 +24,9 @@ from overlap.ops.rope import rope_and_write
 
 Stream: TypeAlias = tuple[Tensor | None, Tensor]
 """(x [T, C] of the model's dtype or None, residual [T, C] in float32); their sum is the residual stream."""
+Where: TypeAlias = tuple[Tensor, Tensor, Tensor, int, Tensor, int, int]
+"""(positions [T], rope table, KV memory, layer, where keys and values go [T], query heads, key heads): see
+`ops.rope.rope_and_write`."""
 
 
 def norm_linear(linear: Linear, stream: Stream, norm_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,16 @@ def norm_qkv(
         return qkv_triton.qkv(normed_TC, None, eps, linear.weight, linear.bias, tiles, *rotation), residual_TC
     qkv_TX, residual_TC = norm_linear(linear, stream, norm_C, eps)
     return rope_and_write(qkv_TX, *rotation, eps), residual_TC
+
+
+def rotated(linear: Linear, x_TC: Tensor, *where: *Where) -> Tensor:
+    """Return the rotated q of x [T, C], [T, H, D]; k and v go into their pages. `linear` is that of `norm_qkv`."""
+    tiles = linear.tiles("rope", x_TC.shape[0])
+    if tiles is None:
+        return rope_and_write(linear(x_TC), *where)
+    from overlap.ops import qkv_triton
+
+    return qkv_triton.qkv(x_TC, None, 0.0, linear.weight, linear.bias, tiles, *where)
 
 
 def norm_gated(linear: Linear, stream: Stream, norm_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -127,11 +140,25 @@ def _norm(stream: Stream, norm_C: Tensor, eps: float, dtype: torch.dtype) -> tup
     return add_rms_norm(x_TC, residual_TC, norm_C, eps)
 
 
-def greedy_head(hidden_EC: Tensor, head: Linear) -> Tensor:
-    """Return `head.wide(hidden).argmax(-1)`, int32 [E], the lowest of equals. At few rows no logits are written."""
+def greedy_head(hidden_EC: Tensor, head: Linear, ids_V: Tensor | None = None) -> Tensor:
+    """Return `head.wide(hidden).argmax(-1)`, int32 [E], the lowest of equals. At few rows no logits are written.
+
+    With `ids_V` (int32) it is the token's id there.
+    """
     tiles = head.tiles("plain", hidden_EC.shape[0])
     if tiles is not None and hidden_EC.stride(1) == 1:
         from overlap.ops import linear_triton
 
-        return linear_triton.greedy(hidden_EC, head.weight, head.bias, tiles)
-    return head.wide(hidden_EC).argmax(-1).int()
+        return linear_triton.greedy(hidden_EC, head.weight, head.bias, tiles, ids_O=ids_V)
+    best_E = head.wide(hidden_EC).argmax(-1)
+    return best_E.int() if ids_V is None else ids_V.index_select(0, best_E)
+
+
+def norm_greedy_head(stream_EC: Tensor, norm_C: Tensor, eps: float, head: Linear, ids_V: Tensor | None) -> Tensor:
+    """Return `greedy_head` of the RMS-normed float32 stream."""
+    tiles = head.tiles("norm", stream_EC.shape[0])
+    if tiles is None:
+        return greedy_head(rms_norm(stream_EC, norm_C, eps, head.dtype), head, ids_V)
+    from overlap.ops import linear_triton
+
+    return linear_triton.greedy(stream_EC, head.weight, head.bias, tiles, norm=(norm_C, eps), ids_O=ids_V)

@@ -1,6 +1,7 @@
 """Which kernel multiplies some rows by a matrix: a table of what was measured, and a guess where rows are few.
 
-`python bench/kernels.py` measures and prints lines for `MEASURED`. Imports no torch.
+`python bench/in_step.py` measures and prints lines for `MEASURED`, in a step, where kernels wait for each other; most
+are still of `python bench/kernels.py`, which times each alone. Imports no torch.
 """
 
 from __future__ import annotations
@@ -64,24 +65,21 @@ def choose(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
 def guess(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
     """Return what should be good: every SM busy, whole rows of small matrices in flight before the wait.
 
-    For at most `FEW_ROWS`. A rotation without the norm before it is not guessed at: it is for more rows.
+    For at most `FEW_ROWS`. Past four rows the norm is better a kernel of its own, which runs once for all programs.
     """
-    if op == "rope":
-        return None
     weight_rows = 2 * outputs if "gated" in op else outputs
     large = weight_rows * inputs > _LARGE
+    if (rows > 4 and "norm" in op) or (large and (op == "rope" or (rows > 2 and "norm" in op))):
+        return None
+    block_i = 1024 if inputs <= 1024 or inputs > 2048 else 2048
     # Past two rows, x costs a program as much to read as its part of a large weight: the tensor cores share it more.
     if rows > 4 and not large:
-        block_i = 1024 if inputs <= 1024 or inputs > 2048 else 2048
-        return Tiles("split", 8 if weight_rows // 16 < _PROGRAMS else 16, block_i, 8)
+        return Tiles("split", 8 if weight_rows // 16 < _PROGRAMS else 16, block_i, block_i // 256)
     if rows > 2 and large:
-        if "norm" in op:
-            return None
         block_o = next((block for block in (64, 32) if weight_rows // block >= _PROGRAMS), 16)
         return Tiles("dot", block_o, 128 if block_o > 16 or inputs < 1024 else 256, 4 if block_o > 16 else 2, 4)
     block_o = next((block for block in (8, 4) if block * rows <= 16 and weight_rows // block >= _PROGRAMS), 2)
-    block_i = 1024 if inputs <= 1024 or inputs > 2048 else 2048
-    return Tiles("gemv", block_o, block_i, block_i // 256)
+    return Tiles("gemv", block_o, block_i, block_i // (256 if large else 512))
 
 
 _PROGRAMS: Final = 132
@@ -91,10 +89,10 @@ _LARGE: Final = 1 << 23
 """Numbers in a weight from which on reading it takes longer than starting to."""
 
 MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
-    ("norm_rope", 960, 576, 1): Tiles("gemv", 2, 1024, 4, 1),
+    ("norm_rope", 960, 576, 1): Tiles("gemv", 8, 1024, 2, 1),
     ("norm", 960, 576, 1): None,
     ("plain", 960, 576, 1): Tiles("gemv", 4, 1024, 4, 1),
-    ("add", 576, 576, 1): Tiles("gemv", 8, 1024, 4, 1),
+    ("add", 576, 576, 1): Tiles("gemv", 4, 1024, 2, 1),
     ("norm_gated", 1536, 576, 1): Tiles("gemv", 4, 1024, 4, 1),
     ("gated", 1536, 576, 1): Tiles("gemv", 4, 1024, 4, 1),
     ("add", 576, 1536, 1): Tiles("gemv", 8, 2048, 8, 1),
@@ -109,13 +107,14 @@ MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
     ("plain", 128256, 4096, 1): Tiles("gemv", 4, 2048, 8, 1),
     ("norm", 4096, 1024, 1): Tiles("gemv", 4, 1024, 4, 1),
     ("plain", 4096, 1024, 1): Tiles("gemv", 8, 1024, 4, 1),
-    ("add", 1024, 2048, 1): Tiles("gemv", 2, 2048, 8, 1),
+    ("add", 1024, 2048, 1): Tiles("gemv", 2, 2048, 4, 1),
     ("norm_gated", 3072, 1024, 1): Tiles("gemv", 8, 1024, 4, 1),
     ("gated", 3072, 1024, 1): Tiles("gemv", 4, 1024, 4, 1),
     ("add", 1024, 3072, 1): Tiles("gemv", 2, 2048, 8, 1),
-    ("plain", 151936, 1024, 1): Tiles("gemv", 2, 1024, 4, 1),
+    ("plain", 151936, 1024, 1): Tiles("gemv", 16, 1024, 2, 1),
     ("norm_rope", 4096, 1024, 1): None,
-    ("norm_rope", 960, 576, 2): Tiles("gemv", 2, 1024, 4, 1),
+    ("rope", 960, 1152, 1): Tiles("gemv", 2, 2048, 4, 1),
+    ("norm_rope", 960, 576, 2): Tiles("gemv", 2, 1024, 2, 1),
     ("norm", 960, 576, 2): None,
     ("plain", 960, 576, 2): Tiles("gemv", 4, 1024, 4, 1),
     ("add", 576, 576, 2): Tiles("gemv", 4, 1024, 4, 1),
@@ -161,22 +160,23 @@ MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
     ("gated", 3072, 1024, 4): Tiles("dot", 16, 256, 2, 5),
     ("add", 1024, 3072, 4): Tiles("gemv", 4, 2048, 8, 1),
     ("plain", 151936, 1024, 4): Tiles("gemv", 8, 1024, 4, 1),
-    ("norm_rope", 960, 576, 8): Tiles("gemv", 4, 1024, 4, 1),
+    ("norm_rope", 960, 576, 8): None,
+    ("rope", 960, 576, 8): Tiles("split", 8, 1024, 4, 1, 16),
     ("norm", 960, 576, 8): None,
     ("plain", 960, 576, 8): Tiles("split", 8, 1024, 4, 1, 16),
     ("add", 576, 576, 8): Tiles("split", 8, 1024, 4, 1, 16),
     ("norm_gated", 1536, 576, 8): None,
     ("gated", 1536, 576, 8): Tiles("split", 16, 1024, 4, 1, 16),
-    ("add", 576, 1536, 8): Tiles("split", 8, 2048, 8, 1, 16),
+    ("add", 576, 1536, 8): Tiles("split", 16, 2048, 8, 1, 16),
     ("plain", 49152, 576, 8): Tiles("dot", 128, 128, 8, 3),
     ("norm_rope", 6144, 4096, 8): None,
     ("norm", 6144, 4096, 8): None,
     ("plain", 6144, 4096, 8): None,
-    ("add", 4096, 4096, 8): None,
+    ("add", 4096, 4096, 8): Tiles("dot", 16, 256, 2, 5),
     ("norm_gated", 14336, 4096, 8): None,
-    ("gated", 14336, 4096, 8): None,
+    ("gated", 14336, 4096, 8): Tiles("dot", 64, 128, 4, 4),
     ("add", 4096, 14336, 8): None,
-    ("plain", 128256, 4096, 8): None,
+    ("plain", 128256, 4096, 8): Tiles("dot", 128, 128, 8, 3),
     ("norm", 4096, 1024, 8): None,
     ("plain", 4096, 1024, 8): Tiles("split", 16, 1024, 4, 1, 16),
     ("add", 1024, 2048, 8): Tiles("split", 16, 2048, 8, 1, 16),
@@ -187,7 +187,11 @@ MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
     ("rope", 6144, 4096, 8): Tiles("split", 16, 512, 4, 1, 16),
     ("norm_rope", 4096, 1024, 8): None,
     ("rope", 4096, 1024, 8): None,
-    ("norm_rope", 960, 576, 16): Tiles("split", 8, 1024, 8, 1, 16),
+    ("rope", 960, 1152, 8): Tiles("split", 16, 2048, 8, 1, 16),
+    ("norm_gated", 640, 576, 8): Tiles("gemv", 2, 1024, 2, 1),
+    ("add", 576, 640, 8): Tiles("split", 8, 1024, 4, 1, 16),
+    ("norm_rope", 960, 576, 16): None,
+    ("rope", 960, 576, 16): Tiles("split", 16, 1024, 4, 1, 16),
     ("norm", 960, 576, 16): None,
     ("plain", 960, 576, 16): Tiles("split", 32, 1024, 4, 1, 16),
     ("add", 576, 576, 16): Tiles("split", 16, 1024, 4, 1, 16),
@@ -220,7 +224,7 @@ MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
     ("add", 576, 1536, 32): Tiles("split", 16, 2048, 8, 1, 16),
     ("plain", 49152, 576, 32): Tiles("blocks", 128, 64, 4, 4, 32),
     ("norm_rope", 960, 576, 64): None,
-    ("rope", 960, 576, 64): Tiles("blocks", 32, 64, 4, 6, 64),
+    ("rope", 960, 576, 64): Tiles("blocks", 16, 64, 4, 6, 64),
     ("norm", 960, 576, 64): None,
     ("plain", 960, 576, 64): Tiles("blocks", 16, 64, 4, 6, 64),
     ("add", 576, 576, 64): Tiles("blocks", 16, 64, 4, 6, 64),
@@ -252,7 +256,7 @@ MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
     ("add", 576, 1536, 256): None,
     ("plain", 49152, 576, 256): Tiles("blocks", 64, 64, 8, 4, 128),
 }
-"""(op, outputs, inputs, bucket of rows) -> the fastest found, None for the library. Lines from bench/kernels.py."""
+"""(op, outputs, inputs, bucket of rows) -> the fastest found, None for the library. Lines of both benches."""
 
 _LIBRARY: Final = frozenset(
     ("plain", outputs * (2 if op == "gated" else 1), inputs, rows)

@@ -186,7 +186,7 @@ def _dot_kernel(
 
 
 @triton.jit
-def _best_kernel(highest, best, tokens, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _best_kernel(highest, best, ids, tokens, parts, BLOCK: tl.constexpr, HAS_IDS: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -194,7 +194,10 @@ def _best_kernel(highest, best, tokens, parts, BLOCK: tl.constexpr, PDL: tl.cons
     part = tl.arange(0, BLOCK)
     value = tl.load(highest + row * parts + part, mask=part < parts, other=float("-inf"))
     token = tl.load(best + row * parts + part, mask=part < parts, other=2147483647)
-    tl.store(tokens + row, tl.min(tl.where(value == tl.max(value, axis=0), token, 2147483647), axis=0))
+    token = tl.min(tl.where(value == tl.max(value, axis=0), token, 2147483647), axis=0)
+    if HAS_IDS:
+        token = tl.load(ids + token)
+    tl.store(tokens + row, token)
 
 
 def linear(
@@ -221,16 +224,28 @@ def linear(
     return out_TO
 
 
-def greedy(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiles: Tiles) -> Tensor:
-    """Return the arg max of each row of x W^T + b in float32, the lowest of equals: int32 [T]. T as for `linear`."""
+def greedy(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    tiles: Tiles,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    ids_O: Tensor | None = None,
+) -> Tensor:
+    """Return the arg max of each row of x W^T + b in float32, the lowest of equals: int32 [T]. T as for `linear`.
+
+    `norm` is as for `linear`. With `ids_O` (int32) it is the id of the output in place of its place.
+    """
     rows, parts = x_TI.shape[0], triton.cdiv(weight_OI.shape[0], tiles.block_o)
     highest = torch.empty((rows, parts), dtype=torch.float32, device=x_TI.device)
     best = torch.empty((rows, parts), dtype=torch.int32, device=x_TI.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=x_TI.device)
-    _launch(x_TI, weight_OI, bias_O, tiles, None, None, highest, best, GATED=False, GREEDY=True)
+    _launch(x_TI, weight_OI, bias_O, tiles, norm, None, highest, best, GATED=False, GREEDY=True)
     block = triton.next_power_of_2(parts)
     options: dict[str, Any] = launch_triton.early(x_TI.device)
-    _best_kernel[(rows,)](highest, best, tokens, parts, BLOCK=block, num_warps=max(1, min(block // 256, 16)), **options)
+    options |= {"BLOCK": block, "HAS_IDS": ids_O is not None, "num_warps": max(1, min(block // 256, 16))}
+    _best_kernel[(rows,)](highest, best, best if ids_O is None else ids_O, tokens, parts, **options)
     return tokens
 
 

@@ -66,8 +66,6 @@ def _qkv_kernel(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     row, block = owned(ROWS, WAY)
     half = tl.arange(0, BLOCK_O)
     pair = block * (BLOCK_O // 2) + half // 2
@@ -76,6 +74,7 @@ def _qkv_kernel(
     tile = first_tile(weight, line, line_inside, INPUTS, BLOCK_I, PARTS, WAY, PDL)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # only now: attention reads old keys before it waits (`launch_triton`)
 
     # The turn of each pair, on its way while the product is computed.
     pair = block * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)

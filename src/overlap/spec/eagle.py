@@ -24,7 +24,7 @@ from overlap.models.program import Attend, Forward, Joint
 from overlap.ops import fused
 from overlap.ops.linear import Linear
 from overlap.ops.norm import rms_norm
-from overlap.ops.rope import rope_and_write, rope_table
+from overlap.ops.rope import rope_table
 from overlap.spec.drafter import Entry
 from overlap.spec.head_files import HeadConfig, read_head
 from overlap.spec.pair import normed_pair
@@ -60,6 +60,7 @@ class EagleHead:
             self._head = self._linear("lm_head")
             offsets_N = tensors.get("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64)).long()
             self._target_ids_N = (torch.arange(config.draft_vocab_size) + offsets_N).to(self.device)
+            self._short_ids_N = self._target_ids_N.int()
         del self._tensors
 
     def forward(self, entry: Entry, kv: Tensor) -> Forward:
@@ -87,7 +88,8 @@ class EagleHead:
         """Return float32 [E, V]; -inf for tokens out of the draft vocabulary."""
         if not self._eagle3:
             return self._target.logits(state_EC.to(self.dtype))
-        own_EN = self._head.wide(self._normed(state_EC))
+        normed_EC = rms_norm(state_EC.float(), self._norm_C, self.config.rms_norm_eps, self.dtype)
+        own_EN = self._head.wide(normed_EC)
         wide_EV = own_EN.new_full((own_EN.shape[0], self.vocab_size), -torch.inf)
         return wide_EV.index_copy_(1, self._target_ids_N, own_EN)
 
@@ -95,11 +97,8 @@ class EagleHead:
         """Return the likeliest tokens, int32 [E]."""
         if not self._eagle3:
             return self._target.greedy(state_EC.to(self.dtype))
-        own_E = fused.greedy_head(self._normed(state_EC), self._head)
-        return self._target_ids_N.index_select(0, own_E).int()
-
-    def _normed(self, state_EC: Tensor) -> Tensor:
-        return rms_norm(state_EC.float(), self._norm_C, self.config.rms_norm_eps, self.dtype)
+        eps = self.config.rms_norm_eps
+        return fused.norm_greedy_head(state_EC.float(), self._norm_C, eps, self._head, self._short_ids_N)
 
     def weight_bytes(self) -> int:
         """Bytes that the head takes on the device beside its target."""
@@ -113,7 +112,7 @@ class EagleHead:
         """Run a decoder layer behind its first norm."""
         layer = self._layers[index]
         where = (entry.positions, self._rope_table, kv, index, entry.kv_index, self.num_heads, self.num_kv_heads)
-        q_THD = rope_and_write(layer.qkv(x_TX), *where)
+        q_THD = fused.rotated(layer.qkv, x_TX, *where)
         attended_TX = yield Attend(index, q_THD)
         stream = fused.linear_add(layer.o, attended_TX, residual_TC)
         gated_TI, residual_TC = fused.norm_gated(layer.gate_up, stream, layer.mlp_norm_C, self.config.rms_norm_eps)
