@@ -7,7 +7,8 @@ over its steps, so the steps in which rows get a new page (one in 16 for each ro
 it; what is shown is the median of the rounds, each with a planner of its own. The limit it is set against: while
 plan + launch + settle take less than a step takes on the device, the device never waits.
 
-    python bench/host_step.py           (half a minute; no device and no model; the last line is JSON)
+    python bench/host_step.py               (half a minute; no device and no model; the last line is JSON)
+    python bench/host_step.py --drafts 4    wide steps: each row's run has two refused drafts of four
 
 Reasons to doubt it: it leaves out what launching calls on a real device, the event loop, and the message to the reader;
 nothing else wants the CPU or the GIL meanwhile, and one planner's columns stay in the cache, which in a running engine
@@ -28,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from overlap.cache.pages import Ints
-from overlap.schedule.plan import StepPlan
+from overlap.schedule.plan import REFUSED, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.state.packing import capacity, goes_over, pack, pack_again
@@ -48,12 +49,13 @@ STOP_ID = 10**6
 class Rig:
     """A planner whose rows all decode from the next plan on, and what launches its plans."""
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, drafts: int) -> None:
         max_rows = num_rows + num_rows // 50 + 2  # who has ended keeps a slot until its last step has landed
         num_pages, budget = max_rows * (CONTEXT // 16 + 1), max_rows * max(PROMPTS) + 1
         self.planner = Planner(
-            max_rows=max_rows, num_pages=num_pages, token_budget=budget, prefill_chunk=budget, context=CONTEXT
-        )
+            max_rows=max_rows, num_pages=num_pages, token_budget=budget, prefill_chunk=budget, context=CONTEXT,
+            drafts=drafts, drafts_ahead=max(0, drafts - 1),
+        )  # fmt: skip
         self.running: deque[int] = deque()
         self._next_key = 0
         self._stream = SimDevice(0.0).stream("compute")
@@ -87,9 +89,9 @@ class Rig:
         self._stream.spans.clear()
 
 
-def measure(num_rows: int, steps: int, churn: float) -> dict[str, float]:
+def measure(num_rows: int, steps: int, churn: float, drafts: int) -> dict[str, float]:
     """Return the mean microseconds of each verb, and of all together, over one round."""
-    rig = Rig(num_rows)
+    rig = Rig(num_rows, drafts)
     planner, flight = rig.planner, rig.planner.plan()
     assert flight is not None
     clock, seed = time.perf_counter, np.random.default_rng(0)
@@ -105,7 +107,10 @@ def measure(num_rows: int, steps: int, churn: float) -> dict[str, float]:
         assert plan is not None
         rig.launch(plan)
         launched = clock()
-        tokens: Ints = seed.integers(0, STOP_ID, len(flight.emits), dtype=np.int32)
+        tokens: Ints = seed.integers(0, STOP_ID, flight.num_landing, dtype=np.int32)
+        if flight.width > 1:
+            runs = tokens[: flight.num_decode * flight.width].reshape(-1, flight.width)
+            runs[:, flight.width // 2 + 1 :] = REFUSED
         landed = clock()
         planner.settle(flight, tokens)
         settled = clock()
@@ -121,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Microseconds of plan, pack and settle, by the number of rows.")
     parser.add_argument("--steps", type=int, default=800, help="steps of a round (1 to 900)")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--drafts", type=int, default=0, help="drafts that each row verifies in each step")
     asked = parser.parse_args()
     if not 1 <= asked.steps <= 900:
         parser.error(f"--steps is {asked.steps}; it must be from 1 to 900, as an answer is not longer")
@@ -128,7 +134,7 @@ def main() -> None:
     for _ in tqdm(range(asked.rounds), unit="round"):
         for state, churn in STATES.items():
             for rows in ROWS:  # in turns, so that a noisy moment is no one's alone
-                rounds.setdefault((state, rows), []).append(measure(rows, asked.steps, churn))
+                rounds.setdefault((state, rows), []).append(measure(rows, asked.steps, churn, asked.drafts))
     table: dict[str, dict[int, dict[str, object]]] = {state: {} for state in STATES}
     for state in STATES:
         print(f"{state:>8}" + "".join(f"{name + ' us':>12}" for name in (*VERBS, "sum")) + "   the rounds' sums")

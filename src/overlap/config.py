@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, Type
 
 from overlap.cache.pages import PAGE, pages_for
 from overlap.errors import ConfigError, nearest
+from overlap.schedule.plan import FEW_ROWS
 
 if TYPE_CHECKING:
     from overlap.models.config import ModelConfig
@@ -105,8 +106,8 @@ class EngineConfig:
     """With "eagle" the directory of the head, None for the one that comes with overlap; with "draft" the small model,
     named as `model` is."""
     num_drafts: int | Literal["auto"] = "auto"
-    """How many tokens are drafted for a row at most, 1 to 15. "auto": 4, and none while plain steps bring more tokens a
-    second at this load."""
+    """How many tokens are drafted for a row at most, 1 to 15. "auto": 7 on a GPU, 4 where more than 16 rows
+    decode, and 4 on a CPU; none while plain steps bring more tokens a second at this load."""
     overlap: bool = True
     """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
 
@@ -267,7 +268,9 @@ class Resolved:
     speculative: str | None = None
     draft_model: str | None = None
     num_drafts: int = 0
-    """0 without a drafter."""
+    """Drafts that a decode row verifies at most; 0 without a drafter."""
+    many_drafts: int = 0
+    """The same in steps of many rows: see `schedule.plan.width_for`."""
     decode_sms: int = 0
     """0 lets two lanes compete for SMs."""
     paces_drafts: bool = False
@@ -286,6 +289,7 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
     dtype = _dtype(asked, model, machine, chose, on_cuda=device.startswith("cuda"))
     max_rows, token_budget = _step_size(asked, chose, machine, on_cuda=device.startswith("cuda"))
     chunk = token_budget if asked.prefill_chunk == "auto" else min(asked.prefill_chunk, token_budget)
+    drafts = _num_drafts(asked, chose, on_cuda=device.startswith("cuda"))
     context = model.context
     if asked.context != "auto":
         if asked.context > model.context:
@@ -312,7 +316,8 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         tensor_parallel=asked.tensor_parallel,
         speculative=asked.speculative,
         draft_model=asked.draft_model,
-        num_drafts=_num_drafts(asked, chose),
+        num_drafts=drafts[0],
+        many_drafts=drafts[1],
         decode_sms=_decode_sms(asked, device),
         paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
     )
@@ -324,12 +329,16 @@ def _decode_sms(asked: EngineConfig, device: str) -> int:
     return asked.decode_sms or 0
 
 
-def _num_drafts(asked: EngineConfig, chose: _Chose) -> int:
+def _num_drafts(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> tuple[int, int]:
+    """Return how many drafts a row of few verifies, and one of many."""
     if asked.speculative is None:
-        return 0
+        return 0, 0
     if asked.num_drafts != "auto":
-        return asked.num_drafts
-    return chose("num_drafts", 4, "past four, few drafts are confirmed; none while plain steps bring more")
+        return asked.num_drafts, asked.num_drafts
+    if on_cuda and asked.speculative != "draft":
+        why = f"a draft costs a GPU little; four with more than {FEW_ROWS} rows, none while plain steps bring more"
+        return chose("num_drafts", 7, why), 4
+    return chose("num_drafts", 4, "past four, few drafts are worth it; none while plain steps bring more"), 4
 
 
 def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:

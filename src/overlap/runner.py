@@ -281,7 +281,8 @@ class _LaneRunner:
         tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
         wide_rows: tuple[int, ...] = ()
         if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
-            wide_rows = row_buckets(max(1, min(max_rows, (token_budget - 1) // speculation.width)))
+            fitting = (rows for rows in range(1, max_rows + 1) if rows * speculation.width_for(rows) < token_budget)
+            wide_rows = row_buckets(max(fitting, default=1))
 
         def make(_share: int) -> GraphDriver:
             policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows)

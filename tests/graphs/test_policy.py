@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from overlap.cache.pages import Ints
+from overlap.graphs.buckets import row_buckets
 from overlap.graphs.policy import GIVE_UP, PATIENCE, Decision, Policy, Shape, decode_kind
-from overlap.schedule.plan import Admission, StepPlan
+from overlap.schedule.plan import FEW_ROWS, Admission, StepPlan
 
 NOTHING = Decision(None, None)
 ADMISSION = Admission(slot=0, start=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
@@ -75,6 +76,18 @@ def test_a_larger_graph_serves_meanwhile_and_only_within_twice_the_size() -> Non
     assert [policy.decide(plan(4)) for _ in range(PATIENCE - 1)] == [Decision(None, large)] * (PATIENCE - 1)
     assert policy.decide(plan(4)) == Decision(Shape("greedy", 4), Shape("greedy", 4))
     assert policy.decide(plan(2)) == NOTHING
+
+
+def test_a_wide_step_of_few_rows_and_one_of_many_never_run_each_others_graph() -> None:
+    """Their rows have other numbers of positions: see `schedule.plan.width_for`."""
+    policy = Policy((), (), (8, FEW_ROWS, 24, 32))
+    few, many = (Shape("wide greedy", size) for size in (FEW_ROWS, 24))
+    policy.captured(many)
+    assert policy.decide(replace(plan(FEW_ROWS - 2), width=8)) == NOTHING
+    assert policy.decide(replace(plan(FEW_ROWS + 1), width=5)) == Decision(None, many)
+    policy.captured(few)
+    assert policy.decide(replace(plan(FEW_ROWS - 2), width=8)) == Decision(None, few)
+    assert all(FEW_ROWS in row_buckets(most) for most in (FEW_ROWS, 64, 256))
 
 
 def test_greedy_rows_may_run_in_a_graph_that_samples_but_not_the_other_way() -> None:

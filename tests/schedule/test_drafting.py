@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from overlap.errors import InternalError
-from overlap.schedule.drafting import Drafting
+from overlap.schedule.drafting import MOST_LATE, Drafting
 from overlap.schedule.pace import Pace
 from overlap.schedule.plan import REFUSED, UNUSED
 
@@ -31,13 +31,16 @@ def test_a_row_may_write_to_all_drafts_and_to_what_the_drafter_reads_ahead_but_n
 
 
 def test_drafts_are_counted_by_their_place_in_a_run() -> None:
-    drafting = Drafting(3, 0, None)
-    drafting.note_runs(
-        np.array([[8, 9, REFUSED, UNUSED], [8, 9, 7, 6], [8, REFUSED, REFUSED, UNUSED], [8, UNUSED, UNUSED, UNUSED]])
-    )
-    assert drafting.drafted == 2 + 3 + 2
-    assert drafting.tried_at.tolist() == [3, 2, 1]
-    assert drafting.accepted_at.tolist() == [2, 1, 1]
+    drafting, noted = Drafting(3, 0, None), 0
+    runs = [[8, 9, REFUSED, UNUSED], [8, 9, 7, 6], [8, REFUSED, REFUSED, UNUSED], [8, UNUSED, UNUSED, UNUSED]]
+    for times in (1, 2, 2 + MOST_LATE):  # counted when somebody asks, and when many have gathered
+        while noted < times:
+            drafting.note_runs(np.array(runs), 8)
+            noted += 1
+        counts = drafting.counts()
+        assert counts.drafted == (2 + 3 + 2) * times
+        assert counts.tried_at.tolist() == [3 * times, 2 * times, times]
+        assert counts.accepted_at.tolist() == [2 * times, times, times]
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
@@ -53,9 +56,9 @@ def test_the_pace_hears_of_runs_with_drafts_and_of_those_without_only_from_a_dra
     pace.note_emitted = note_emitted  # type: ignore[method-assign]
     drafting = Drafting(3, ahead, pace)
     assert drafting.paced
-    drafting.note_runs(np.array([[8, UNUSED, UNUSED, UNUSED]] * 2))
-    drafting.note_runs(np.array([[8, 9, 7, REFUSED], [8, REFUSED, UNUSED, UNUSED]]))
-    drafting.note_runs(np.empty((0, 4), np.int32))
+    drafting.note_runs(np.array([[8, UNUSED, UNUSED, UNUSED]] * 2), 2)
+    drafting.note_runs(np.array([[8, 9, 7, REFUSED], [8, REFUSED, UNUSED, UNUSED]]), 4)
+    drafting.note_runs(np.empty((0, 4), np.int32), 0)
     assert heard == ([] if ahead else [1.0]) + [2.0]
 
 

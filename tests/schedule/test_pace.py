@@ -40,7 +40,7 @@ def test_other_numbers_of_rows_are_judged_by_their_own_steps_and_a_change_is_not
     assert share_of_wide(pace, 100, 64, 4.0, 3.0) < 0.1
     share_of_wide(pace, 20 * EVERY, 64, 1.1, 3.0)  # the text has become easy
     assert share_of_wide(pace, 100, 64, 1.1, 3.0) > 0.8
-    assert "under 4 rows it brings 3.00 tokens a row and step, and 2.73 times" in pace.explain()[0]
+    assert "up to 2 rows it brings 3.00 tokens a row and step, and 2.73 times" in pace.explain()[0]
 
 
 def test_a_few_slow_steps_without_their_graphs_do_not_decide() -> None:

@@ -123,6 +123,21 @@ async def test_a_drafter_changes_no_token_in_any_way_of_running(tiny_llama_dir: 
         assert (figures.preemptions > 0) == (way == "short of pages")
 
 
+@pytest.mark.parametrize("name", ["ngram", "itself", "near", "eagle3"])
+async def test_many_rows_verify_fewer_drafts_each_and_no_token_changes(
+    tiny_llama_dir: Path, drafters: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(31, 12)
+    want, _ = await answers(tiny_llama_dir, jobs)
+    monkeypatch.setattr("overlap.schedule.plan.FEW_ROWS", 3)
+    monkeypatch.setattr("overlap.config._num_drafts", lambda *_, **__: (6, 2))
+    got, figures = await answers(tiny_llama_dir, jobs, **FOUR, **drafters[name])
+    assert same(got, want)
+    if name == "itself":  # some answers are longer: at the end few rows are left
+        assert figures.tried_at[1] > 2 * figures.tried_at[2] > 0
+        assert figures.tried_at[5] > 0
+
+
 @pytest.mark.parametrize("name", ["itself", "eagle3", "eagle"])
 async def test_every_kind_of_drafter_changes_no_token(tiny_llama_dir: Path, drafters: Any, name: str) -> None:
     jobs = jobs_of(99, 12)

@@ -189,7 +189,7 @@ class GraphDriver:
         """Make the calls of a whole decode step one by one: those that its graph replays."""
         speculation, (kind, width) = self._lane.speculation, width_of(shape.kind)
         if speculation is not None:
-            speculation.decode(self._lane.mail, shape.size, width or speculation.width, kind)
+            speculation.decode(self._lane.mail, shape.size, width or speculation.width_for(shape.size), kind)
             return
         inputs = part(self._inputs, shape.size, shape.size, shape.size)
         decode_step(self._lane, inputs, kind)

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeAlias
 
 from overlap.errors import InternalError
 from overlap.graphs.buckets import bucket_for
-from overlap.schedule.plan import SampleKind, StepPlan
+from overlap.schedule.plan import FEW_ROWS, SampleKind, StepPlan
 
 Kind: TypeAlias = Literal[
     "greedy", "sampled", "truncated", "shaped", "pieces",
@@ -164,9 +164,15 @@ class Policy:
         return None, _FIRST_USE if self._may_capture(wanted) else "its capture failed"
 
     def _ready(self, kind: Kind, count: int) -> Shape | None:
-        sizes = [(bucket_for(count, self._captured[own]), own) for own in _SERVES[kind]]
+        sizes = [(bucket_for(count, self._captured_like(own, count)), own) for own in _SERVES[kind]]
         fitting = [Shape(own, size) for size, own in sizes if size is not None]
         return min(fitting, key=lambda shape: shape.size, default=None)
+
+    def _captured_like(self, kind: Kind, count: int) -> list[int]:
+        """Return the sizes that are captured; of wide steps those whose rows have as many positions (`width_for`)."""
+        if kind not in _WIDE.values():
+            return self._captured[kind]
+        return [size for size in self._captured[kind] if (size <= FEW_ROWS) == (count <= FEW_ROWS)]
 
     def _may_capture(self, shape: Shape) -> bool:
         return shape not in self._failed and sum(failed.kind == shape.kind for failed in self._failed) < GIVE_UP

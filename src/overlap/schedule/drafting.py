@@ -5,23 +5,28 @@ Legend: N rows, J numbers of a row's run (see `schedule.runs`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from overlap.cache.pages import PAGE, Ints
 from overlap.errors import InternalError
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import StepPlan
-from overlap.schedule.runs import count_drafts
+from overlap.schedule.plan import REFUSED, StepPlan, width_for
+from overlap.schedule.runs import DraftCounts, count_drafts
+
+MOST_LATE: Final = 32
+"""Steps whose runs are counted at once at most."""
 
 
 class Drafting:
     """Says how many positions a decode row runs, and counts what became of its drafts. False without a drafter."""
 
-    def __init__(self, drafts: int, ahead: int, pace: Pace | None) -> None:
+    def __init__(self, drafts: int, ahead: int, pace: Pace | None, many_drafts: int | None = None) -> None:
         """`drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter.
+
+        `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many.
 
         The drafter writes to up to `ahead` positions behind the last token of a row. `pace` says when drafting pays;
         None always drafts.
@@ -29,14 +34,11 @@ class Drafting:
         if not 0 <= drafts < PAGE or ahead > drafts:
             raise InternalError(f"{drafts} drafts, {ahead} ahead: a row would outgrow a page in one step")
         self.most: Final = drafts
+        self._many: Final = drafts if many_drafts is None else many_drafts
         self.ahead: Final = max(1, ahead)
         """Positions behind a row's last token that are written to, one of which is the next token's."""
-        self.drafted = 0
-        """Drafted tokens that were verified."""
-        self.tried_at: npt.NDArray[np.int64] = np.zeros(drafts, dtype=np.int64)
-        """Of each place in a run: drafts behind confirmed ones only."""
-        self.accepted_at: npt.NDArray[np.int64] = np.zeros(drafts, dtype=np.int64)
-        """Of those, the confirmed ones."""
+        self._counts = DraftCounts(0, np.zeros(drafts, dtype=np.int64), np.zeros(drafts, dtype=np.int64))
+        self._late: list[Ints] = []  # runs that are not counted yet
         self._first_has_none = ahead > 0  # the first wide step behind a plain one verifies no draft: it makes the first
         self._pace = pace
 
@@ -52,7 +54,7 @@ class Drafting:
         """Return how many positions each decode row of the next step runs, with a budget of tokens for all."""
         if not (self.most and num_decode):
             return 1
-        wide = self.most + 1
+        wide = width_for(num_decode, self.most, self._many)
         fits = num_decode * wide < budget
         return wide if fits and (self._pace is None or self._pace.choose(num_decode)) else 1
 
@@ -61,14 +63,32 @@ class Drafting:
         needed = starts + (self.most + 1 + self.ahead)
         return np.minimum(needed, context) if self.most else needed
 
-    def note_runs(self, runs: Ints) -> None:
-        """Take in what became of the drafts of decode rows' runs [N, J]."""
-        outcome = count_drafts(runs)
-        self.tried_at += outcome.tried_at
-        self.accepted_at += outcome.accepted_at
-        self.drafted += outcome.drafted
-        if self._pace is not None and len(runs) and (outcome.drafted or not self._first_has_none):
-            self._pace.note_emitted(1 + int(outcome.accepted_at.sum()) / len(runs))
+    def note_runs(self, runs: Ints, num_emitted: int) -> None:
+        """Take in what became of the drafts of decode rows' runs [N, J], which emitted so many tokens together."""
+        if not len(runs):
+            return
+        if self._late and self._late[-1].shape[1] != runs.shape[1]:
+            self._count()
+        self._late.append(runs)
+        if len(self._late) == MOST_LATE:
+            self._count()
+        had_some = num_emitted > len(runs) or not self._first_has_none or bool((runs == REFUSED).any())
+        if self._pace is not None and had_some:
+            self._pace.note_emitted(num_emitted / len(runs))
+
+    def counts(self) -> DraftCounts:
+        """Return what became of all drafts so far."""
+        self._count()
+        return self._counts
+
+    def _count(self) -> None:
+        """Count the runs that are not counted yet, all at once."""
+        if self._late:
+            new, counts = count_drafts(np.concatenate(self._late)), self._counts
+            self._late.clear()
+            counts.tried_at[: len(new.tried_at)] += new.tried_at
+            counts.accepted_at[: len(new.accepted_at)] += new.accepted_at
+            self._counts = replace(counts, drafted=counts.drafted + new.drafted)
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Take in what a step took, with what the device waited for it."""

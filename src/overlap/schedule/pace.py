@@ -105,10 +105,10 @@ class Pace:
         for bucket, own in sorted(self._buckets.items()):
             if own.plain.tried and own.wide.tried:
                 lines.append(
-                    f"speculation: under {1 << bucket} rows it brings {own.wide.mean_emitted:.2f} tokens a row and "
+                    f"speculation: up to {1 << bucket} rows it brings {own.wide.mean_emitted:.2f} tokens a row and "
                     f"step, and {own.wide.rate / own.plain.rate:.2f} times the tokens a second of plain steps"
                 )
         return tuple(lines)
 
     def _bucket(self, num_rows: int) -> _Bucket:
-        return self._buckets.setdefault(num_rows.bit_length(), _Bucket())
+        return self._buckets.setdefault((num_rows - 1).bit_length(), _Bucket())

@@ -49,6 +49,8 @@ from overlap.schedule.split import Splitter
 
 NONE: Final = np.empty(0, dtype=np.int32)
 NO_UPDATES: Final[Update] = (NONE, NONE, NONE)
+NO_TOKEN: Final = -9
+"""Neither a token nor a mark in a run."""
 
 
 class _Known:
@@ -58,12 +60,13 @@ class _Known:
 
     def __init__(self, at: Slots, slots: Ints, departures: int) -> None:
         self.slots = slots
-        self.keys, self.fronts, self.stops = at.keys[slots], at.fronts[slots], at.stops[slots]
+        self.keys, self.fronts, stops = at.keys[slots], at.fronts[slots], at.stops[slots]
+        self.stops = np.where(stops < 0, NO_TOKEN, stops)  # the marks of runs are below 0, too
         self.only_front = int(self.fronts[0]) if (self.fronts == self.fronts[0]).all() else None
         self.departures = departures
         """How often a request had left its slot by then: the rows are all read while that stays so."""
         self.until_limit = int((at.limit[slots] - at.made[slots]).min())
-        """Steps until the first of them has as many tokens as it may have."""
+        """New tokens until the first of them may have as many as it may have, if it got the most of each step."""
 
 
 class Planner:
@@ -86,6 +89,7 @@ class Planner:
         drafts: int = 0,
         drafts_ahead: int = 0,
         pace: Pace | None = None,
+        many_drafts: int | None = None,
     ) -> None:
         """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always.
 
@@ -93,7 +97,7 @@ class Planner:
         writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
         always drafts.
         """
-        self._drafting = Drafting(drafts, drafts_ahead, pace)
+        self._drafting = Drafting(drafts, drafts_ahead, pace, many_drafts)
         if token_budget < max_rows + 1:
             raise InternalError(f"a budget of {token_budget} tokens leaves nothing beside {max_rows} decode rows")
         self._token_budget = token_budget
@@ -231,7 +235,7 @@ class Planner:
 
     def statistics(self) -> PlannerStatistics:
         """Return the figures of this moment."""
-        pages = self._store.statistics()
+        pages, drafts = self._store.statistics(), self._drafting.counts()
         return PlannerStatistics(
             waiting=len(self._queue),
             running=self._slots.num_running,
@@ -247,10 +251,10 @@ class Planner:
             evicted_pages=pages.evicted_pages,
             prompt_tokens=self._desk.prompt_tokens,
             cached_tokens=self._desk.cached_tokens,
-            drafted_tokens=self._drafting.drafted,
-            accepted_tokens=int(self._drafting.accepted_at.sum()),
-            tried_at=tuple(self._drafting.tried_at.tolist()),
-            accepted_at=tuple(self._drafting.accepted_at.tolist()),
+            drafted_tokens=drafts.drafted,
+            accepted_tokens=int(drafts.accepted_at.sum()),
+            tried_at=tuple(drafts.tried_at.tolist()),
+            accepted_at=tuple(drafts.accepted_at.tolist()),
             structured_requests=self._forms.requests,
             masked_steps=self._forms.steps,
         )
@@ -570,12 +574,7 @@ class Planner:
         Of a wide plan `num_landing` numbers land. Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each
         token, then what is told with it. Of a plan with `scores` their `words` [S, TOLD_WORDS] land, too.
         """
-        if (
-            plan.again
-            and plan.width == 1
-            and not plan.logprobs
-            and (again := self._settle_again(plan, tokens)) is not None
-        ):
+        if plan.again and not plan.logprobs and (again := self._settle_again(plan, tokens)) is not None:
             return again
         self._slots.catch_up()
         self._known = None
@@ -615,12 +614,33 @@ class Planner:
                 return None
             at.catch_up()
             known = self._known = _Known(at, plan.slots, self._departures)
+        if plan.width > 1:
+            return self._settle_runs_again(plan, tokens, known)
         if known.until_limit <= 1 or (known.stops == tokens[:, None]).any():
             return None
         known.until_limit -= 1
         at.note_again(plan.slots, tokens)
         self.pass_step(plan)
         return Settled(known.keys, known.fronts, tokens, (), only_front=known.only_front)
+
+    def _settle_runs_again(self, plan: StepPlan, landed: Ints, known: _Known) -> Settled | None:
+        """Do the same for a wide step."""
+        at, slots, width = self._slots, plan.slots, plan.width
+        runs = landed[: plan.num_landing].reshape(-1, width)
+        if known.until_limit <= width or (runs[:, None, :] == known.stops[:, :, None]).any():
+            return None
+        there = runs >= 0
+        emitted = there.sum(axis=1, dtype=np.int32)
+        known.until_limit -= int(emitted.max())
+        at.note_again(slots, runs)
+        at.next[slots] -= width - emitted  # what was hoped for and did not come
+        at.left[slots] = left = at.left[slots] - (emitted - 1)
+        self._leaving = self._leaving or int(left.min()) <= 0
+        tokens = runs[there]
+        self._drafting.note_runs(runs, len(tokens))
+        self.pass_step(plan)
+        keys, fronts = known.keys.repeat(emitted), known.fronts.repeat(emitted)
+        return Settled(keys, fronts, tokens, (), only_front=known.only_front)
 
     def _settle_scores(self, plan: StepPlan, words: Ints) -> tuple[Scored, ...]:
         """Take in the scores of prompts that are still read."""
@@ -643,8 +663,8 @@ class Planner:
         reading = at.reading[slots]
         num_decode = int(reading[: plan.num_decode].sum())
         slots, runs, firsts = slots[reading], runs[reading], firsts[reading]
-        self._drafting.note_runs(runs[:num_decode])
         cut = cut_runs(runs, at.stops[slots], at.limit[slots] - at.made[slots])
+        self._drafting.note_runs(runs[:num_decode], int(cut.emitted[:num_decode].sum()))
         at.note_runs(slots, runs, cut.kept)
         at.next[slots[:num_decode]] -= plan.width - cut.emitted[:num_decode]  # what was hoped for and did not come
         at.left[slots] -= cut.emitted - 1

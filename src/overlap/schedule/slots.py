@@ -85,7 +85,7 @@ class Slots:
         self._page_tokens: Ints = np.zeros(
             (store.num_pages, PAGE), dtype=np.int32
         )  # the host's copy of what pages hold
-        self._late: list[Ints] = []  # tokens of `_late_slots`, a column a step, that are not written down yet
+        self._late: list[Ints] = []  # tokens of `_late_slots`, or runs, an array a step, that are not written down yet
         self._late_slots: Ints = np.empty(0, dtype=np.int32)
 
     def take(self, request: Request, hit: Hit) -> Update:
@@ -148,8 +148,11 @@ class Slots:
         self.made[slots] += 1
 
     def note_again(self, slots: Ints, tokens: Ints) -> None:
-        """Take in the same as `note_tokens`, soon: see `catch_up`. Cheap while `slots` stays the same object."""
-        if slots is not self._late_slots:
+        """Take in the same as `note_tokens`, soon: see `catch_up`. Cheap while `slots` stays the same object.
+
+        For a wide step `tokens` are runs [N, J], of which all count that are none of `schedule.plan`'s marks.
+        """
+        if slots is not self._late_slots or (self._late and tokens.shape != self._late[0].shape):
             self.catch_up()
             self._late_slots = slots
         self._late.append(tokens)
@@ -161,9 +164,22 @@ class Slots:
         if not self._late:
             return
         slots, tokens, self._late = self._late_slots, np.stack(self._late), []
+        if tokens.ndim == 3:
+            self._note_all_runs(slots, tokens)
+            return
         positions = self.base[slots] + self.made[slots] + np.arange(len(tokens), dtype=np.int32)[:, None]
         self._page_tokens[self.table[slots, positions // PAGE], positions % PAGE] = tokens
         self.made[slots] += len(tokens)
+
+    def _note_all_runs(self, slots: Ints, runs: Ints) -> None:
+        """Write down the runs [S, N, J] of S steps, one behind the other."""
+        there = runs >= 0
+        emitted = there.sum(axis=2, dtype=np.int32)
+        begins = self.base[slots] + self.made[slots] + np.cumsum(emitted, axis=0, dtype=np.int32) - emitted
+        steps, rows, places = there.nonzero()
+        positions = begins[steps, rows] + places
+        self._page_tokens[self.table[slots[rows], positions // PAGE], positions % PAGE] = runs[there]
+        self.made[slots] += emitted.sum(axis=0, dtype=np.int32)
 
     def note_runs(self, slots: Ints, runs: Ints, kept: Ints) -> None:
         """Take in the first `kept` [N] tokens of each row of `runs` [N, J] for each of `slots` [N]."""

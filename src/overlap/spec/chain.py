@@ -51,10 +51,11 @@ class ChainDrafter:
         forward.close()
 
     def draft(self, read: Read, slots: SlotRows, kind: SampleKind) -> Drafts:
-        """Read the block, then draft K tokens, one forward each; with `Head.ahead` 2 the block says the first."""
+        """Read the block, then draft, one forward each token; with `Head.ahead` 2 the block says the first."""
+        most = self.max_drafts if read.most is None else read.most
         state_TC = drive(self._begin(read), self._attention)
         tokens: list[Tensor] = []
-        steps = self.max_drafts - (self._head.ahead == 2)
+        steps = most - (self._head.ahead == 2)
         places = chain_places(read, steps, self._context, self._head.ahead)
         if self._head.ahead == 2:
             state_RC = state_TC.index_select(0, read.last)
@@ -66,7 +67,7 @@ class ChainDrafter:
             state_RC = self._step(read, token_R, state_RC, places, step)
             token_R = self._choose(state_RC, read.slots, places.says_SR[step], slots, kind)
             tokens.append(token_R)
-        return Drafts(tokens_RK=torch.stack(tokens, dim=1), num_R=torch.full_like(read.slots, self.max_drafts))
+        return Drafts(tokens_RK=torch.stack(tokens, dim=1), num_R=torch.full_like(read.slots, most))
 
     def _begin(self, read: Read) -> Forward:
         """Return a forward over the block, its attention planned."""

@@ -46,6 +46,8 @@ class Read:
     """int32 [R, P]: has pages for K positions past each row's last true token."""
     longest: int
     """Host: no row's last true token has a position past this."""
+    most: int | None = None
+    """Host: how many tokens to draft for each row at most, 1 to K; None for K."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +55,13 @@ class Drafts:
     """What a drafter proposes."""
 
     tokens_RK: Tensor
-    """int32 [R, K]: for the K positions behind the next token of each row's last true one."""
+    """int32 [R, k]: for the k positions behind the next token of each row's last true one; k is `Read.most`."""
     num_R: Tensor
-    """int32 [R]: how many of them are meant, 0 to K."""
+    """int32 [R]: how many of them are meant, 0 to k."""
 
 
 class Drafter(Protocol):
-    """Proposes K tokens a row. Enqueues only, and never waits for the device."""
+    """Proposes up to K tokens a row. Enqueues only, and never waits for the device."""
 
     max_drafts: int
     """K"""

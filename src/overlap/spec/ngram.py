@@ -51,17 +51,18 @@ class NgramDrafter:
         """Keep what was read, then look the end of each row up. Rows without a match get no drafts."""
         self.take_in(read)
         lengths_R = read.positions.index_select(0, read.last) + 2  # the next token of the last is known, too
-        return self.lookup(read.slots, lengths_R)
+        return self.lookup(read.slots, lengths_R, read.most)
 
     def _keep(self, slots_T: Tensor, positions_T: Tensor, tokens_T: Tensor) -> None:
         width = self.history_SL.shape[1]
         index_T = slots_T.long() * width + positions_T.clamp(max=width - 1)
         self.history_SL.view(-1).index_copy_(0, index_T, tokens_T)
 
-    def lookup(self, slots_R: Tensor, lengths_R: Tensor) -> Drafts:
-        """Draft for rows that have `lengths` (int32 [R]) known tokens each. A match near the end goes round.
+    def lookup(self, slots_R: Tensor, lengths_R: Tensor, most: int | None = None) -> Drafts:
+        """Draft up to `most` tokens (None: K) for rows that have `lengths` (int32 [R]) known ones.
 
-        Text that repeats itself every p tokens matches itself p tokens ago, and drafts the period again and again.
+        A match near the end goes round: text that repeats itself every p tokens matches itself p tokens ago, and drafts
+        the period again and again.
         """
         text_RL = self.history_SL.index_select(0, slots_R)[:, :-1]
         width = text_RL.shape[1]
@@ -79,8 +80,9 @@ class NgramDrafter:
         end_R1 = score_RL.argmax(dim=1, keepdim=True)
         found_R = matched_RL.gather(1, end_R1)[:, 0] >= self._shortest
         period_R1 = (lengths_R1 - 1 - end_R1).clamp(min=1)
-        ahead_K = torch.arange(self.max_drafts, device=text_RL.device)[None, :]
+        most = self.max_drafts if most is None else most
+        ahead_K = torch.arange(most, device=text_RL.device)[None, :]
         tokens_RK = text_RL.gather(1, (end_R1 + 1 + ahead_K % period_R1).clamp(max=width - 1)).clamp(
             min=0
         )  # always a token
-        return Drafts(tokens_RK=tokens_RK, num_R=found_R.int() * self.max_drafts)
+        return Drafts(tokens_RK=tokens_RK, num_R=found_R.int() * most)

@@ -14,6 +14,7 @@ from overlap.errors import ConfigError
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
 from overlap.ops.attention import Attention, choose_attention, fallbacks_of
+from overlap.schedule.plan import FEW_ROWS
 from overlap.spec.chain import ChainDrafter, ModelHead, head_kv
 from overlap.spec.drafter import Drafter, Head
 from overlap.spec.eagle import EagleHead, load_head
@@ -76,7 +77,7 @@ def speculation(
 
     def make(rows: SlotRows) -> Speculation:
         drafter = _drafter(resolved, head, kv, context, fallbacks)
-        return Speculation(target, attention, kv, rows, drafter, context)
+        return Speculation(target, attention, kv, rows, drafter, context, resolved.many_drafts)
 
     return make
 
@@ -101,6 +102,8 @@ def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
     if resolved.speculative is None:
         return ()
     most = f"up to {resolved.num_drafts} tokens a row, verified and accepted on the device"
+    if resolved.many_drafts != resolved.num_drafts:
+        most = most.replace(" a row,", f" a row, {resolved.many_drafts} of more than {FEW_ROWS} rows,")
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)
     kind = f"an {head.config.kind} head" if isinstance(head, EagleHead) else "a smaller model"

@@ -121,14 +121,14 @@ def settle_runs(runs: Runs, choices_N: Tensor, rows: SlotRows, drafts: DraftRows
 
 
 def keep_drafts(slots_R: Tensor, proposed: Drafts, most_R: Tensor, drafts: DraftRows) -> None:
-    """Keep what was proposed for these slots, `most` of it meant at most."""
+    """Keep what was proposed for these slots, `most` of it meant at most. Behind fewer than K the old ones stay."""
     if slots_R.is_cuda:
         from overlap.spec import runs_triton
 
         runs_triton.keep_drafts(slots_R, proposed, most_R, drafts)
         return
     index_R = slots_R.long()
-    drafts.tokens_SK.index_copy_(0, index_R, proposed.tokens_RK)
+    drafts.tokens_SK[:, : proposed.tokens_RK.shape[1]].index_copy_(0, index_R, proposed.tokens_RK)
     drafts.num_S.index_copy_(0, index_R, torch.minimum(proposed.num_R, most_R))
 
 

@@ -156,16 +156,17 @@ def _settle_runs_kernel(
 
 @triton.jit
 def _keep_drafts_kernel(
-    slots, proposed, num, most, tokens, num_S, MOST: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr
-):
+    slots, proposed, num, most, tokens, num_S, COUNT: tl.constexpr, MOST: tl.constexpr, LANES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
     place = tl.arange(0, LANES)
-    token = tl.load(proposed + row * MOST + place, mask=place < MOST, other=0)
-    tl.store(tokens + slot * MOST + place, token, mask=place < MOST)
+    token = tl.load(proposed + row * COUNT + place, mask=place < COUNT, other=0)
+    tl.store(tokens + slot * MOST + place, token, mask=place < COUNT)
     tl.store(num_S + slot, tl.minimum(tl.load(num + row), tl.load(most + row)))
 
 
@@ -297,8 +298,9 @@ def keep_drafts(slots_R: Tensor, proposed: Drafts, most_R: Tensor, drafts: Draft
         most_R,
         drafts.tokens_SK,
         drafts.num_S,
+        COUNT=proposed.tokens_RK.shape[1],
         MOST=drafts.max_drafts,
-        LANES=triton.next_power_of_2(drafts.max_drafts),
+        LANES=triton.next_power_of_2(proposed.tokens_RK.shape[1]),
         num_warps=1,
         **launch_triton.early(slots_R.device),
     )

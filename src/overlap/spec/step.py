@@ -32,7 +32,7 @@ from overlap.models.program import Batch, Forward
 from overlap.ops.attention import Attention
 from overlap.sample.sampler import sample, sample_all
 from overlap.sample.shaping import mask_logits, shape_logits
-from overlap.schedule.plan import Admission, SampleKind, StepPlan
+from overlap.schedule.plan import Admission, SampleKind, StepPlan, width_for
 from overlap.spec.drafter import Drafter, Read
 from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs
 from overlap.spec.rows import DraftRows
@@ -71,21 +71,37 @@ class Speculation:
     """Owns the drafts of all slots. One lane's; used inside its stream only."""
 
     def __init__(
-        self, program: Llama, attention: Attention, kv: Tensor, rows: SlotRows, drafter: Drafter, context: int
+        self,
+        program: Llama,
+        attention: Attention,
+        kv: Tensor,
+        rows: SlotRows,
+        drafter: Drafter,
+        context: int,
+        many_drafts: int | None = None,
     ) -> None:
-        """`kv` is the target's memory, which `attention` is bound to; `context` the most tokens of a request."""
+        """`kv` is the target's memory, which `attention` is bound to; `context` the most tokens of a request.
+
+        `many_drafts` is how many drafts a row verifies in a wide step of many rows (`schedule.plan.width_for`); None
+        for as many as of few.
+        """
         self._program = program
         self._attention = attention
         self._kv = kv
         self._rows = rows
         self._drafter = drafter
         self._context = context
+        self._many_drafts = drafter.max_drafts if many_drafts is None else many_drafts
         self._drafts = DraftRows(rows.scratch, drafter.max_drafts, kv.device)
 
     @property
     def width(self) -> int:
         """The most positions of a decode row: K + 1."""
         return self._drafter.max_drafts + 1
+
+    def width_for(self, num_rows: int) -> int:
+        """Return the positions of each decode row in a wide step of so many."""
+        return width_for(num_rows, self._drafter.max_drafts, self._many_drafts)
 
     @property
     def captures(self) -> bool:
@@ -111,7 +127,7 @@ class Speculation:
         outcome = settle_runs(runs, choices_N, self._rows, self._drafts, DRAFT_COST)
         if kind == "shaped":
             self._note(runs, outcome)
-        read = self._told(inputs, choices_N.int(), outcome.last_D, taps_NX, self._context - 1)
+        read = self._told(inputs, choices_N.int(), outcome.last_D, taps_NX, self._context - 1, width)
         if width > 1:
             keep_drafts(runs.slots_D, self._drafter.draft(read, self._rows, kind), outcome.most_D, self._drafts)
         else:
@@ -171,8 +187,8 @@ class Speculation:
     def _drive(self, batch: Batch) -> Tensor:
         return drive(self.forward(batch), self._attention)
 
-    def _told(self, inputs: Inputs, next_T: Tensor, last_R: Tensor, taps_TX: Tensor, longest: int) -> Read:
-        """Return what the drafter is told of a step."""
+    def _told(self, inputs: Inputs, next_T: Tensor, last_R: Tensor, taps_TX: Tensor, longest: int, width: int) -> Read:
+        """Return what the drafter is told of a step. The next is taken to be as wide; behind prompts, the widest."""
         return Read(
             token_ids=inputs.token_ids_T,
             next_tokens=next_T,
@@ -185,6 +201,7 @@ class Speculation:
             token_slots=inputs.token_slots_T,
             page_table=inputs.page_table,
             longest=longest,
+            most=width - 1 if width > 1 else None,
         )
 
     def _note(self, runs: Runs, outcome: Outcome) -> None:
@@ -299,7 +316,7 @@ class Speculation:
             chunks_C = inputs.slots_R[plan.num_decode :]
             most_R = torch.cat((most_R, self._drafts.control.choose(chunks_C, DRAFT_COST)))
         longest = int((plan.starts + plan.counts).max()) - 1
-        read = self._told(inputs, next_T, last_R, taps_TX, longest)
+        read = self._told(inputs, next_T, last_R, taps_TX, longest, plan.width)
         if plan.drafts:
             keep_drafts(inputs.slots_R, self._drafter.draft(read, self._rows, _kind(plan)), most_R, self._drafts)
         else:
