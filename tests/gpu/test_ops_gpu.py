@@ -120,9 +120,10 @@ def check_attention(attention: Attention, kv: Tensor, num_heads: int, tolerance:
         steps.append((rows, q, q.cuda()))
     got = []
     with no_sync():
-        for rows, _, q in steps:
+        for number, (rows, _, q) in enumerate(steps):
             attention.plan(rows)
-            got.append([attention.attend(layer, q) for layer in range(kv.shape[1])])
+            out = torch.empty(len(q), q[0].numel(), dtype=q.dtype, device="cuda") if number % 2 else None
+            got.append([attention.attend(layer, q, out).clone() for layer in range(kv.shape[1])])
     for (rows, host_q, _), layers in zip(steps, got, strict=True):
         reference.plan(
             AttentionRows(
@@ -148,6 +149,20 @@ def test_flashinfer_agrees_with_float32_and_never_waits(shape: tuple[int, int, i
     attention, why = choose_attention(kv, num_heads, max_pages_per_row=40)
     assert "kernel of our own" in attention.name, why
     check_attention(attention, kv, num_heads, 2e-2)
+
+
+def test_the_launch_of_a_prompts_attention_keeps_the_interpreters_lock_and_nobody_elses_does() -> None:
+    pytest.importorskip("flashinfer")
+    from overlap.ops.attention_flashinfer import FlashInferAttention, compiled_run, keeping_the_lock
+
+    kv = torch.zeros(40, 2, 2, 16, 3, 64, dtype=torch.bfloat16, device="cuda")
+    attention = FlashInferAttention(kv, 9, 40)
+    functions = [compiled_run(wrapper) for wrapper in attention._wrappers]
+    assert all(function.release_gil for function in functions), "found where FlashInfer keeps it, and as it was"
+    with pytest.raises(ZeroDivisionError), keeping_the_lock(functions[0]):
+        assert not functions[0].release_gil
+        _ = 1 / 0
+    assert functions[0].release_gil
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -153,6 +153,17 @@ class Place:
         self._address, self._shape, self._strides = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
         self._dtype, self._device = tensor.dtype, tensor.device
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same memory, seen the same way."""
+        return isinstance(other, Place) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return self._address, self._shape, self._strides, self._dtype, self._device
+
     def tensor(self) -> Tensor:
         """Return the place as a tensor that owns nothing. What it holds is the graph's until another one runs."""
         array = _Array(self._address, self._shape, self._strides, self._dtype.itemsize)

@@ -3,6 +3,10 @@
 Attention is planned on the host for every step, so it can not be part of a graph; all the rest is. While a forward is
 recorded nothing runs, so the joints need no answer that is right: the model is sent the buffer in which the answer
 will be. Two such buffers take turns, for attention may start to write while the piece before it still ends.
+
+Launching them is calls of Python, one behind the other, beside readers who want the interpreter. torch gives it up in
+each of its calls, if only to cut a tensor. So layers share the tensors that name the same memory, and what is cut, or
+cut up by attention, is so once a step.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ class Pieces:
     graphs: tuple[Graph, ...]
     """One more than joints."""
     joints: tuple[tuple[int, Tensor, Tensor], ...]
-    """(layer, queries [T, H, D], answer [T, H * D]) of each joint; the queries are the pool's."""
+    """(layer, queries [T, H, D], answer [T, H * D]) of each joint, few different ones; the queries are the pool's."""
     hidden_TC: Tensor
     """Where the hidden states come out; the pool's too, so theirs only until the next graph runs."""
 
@@ -41,11 +45,21 @@ class Pieces:
         Pauses behind each `block` joints but the last; None for no pause.
         """
         last = len(self.joints)
+        cut: dict[int, Tensor] = {}
+
+        def real(tensor: Tensor) -> Tensor:
+            """Return its first `num_tokens` rows, the same object for the same tensor."""
+            if num_tokens == len(tensor):
+                return tensor
+            if id(tensor) not in cut:
+                cut[id(tensor)] = tensor[:num_tokens]
+            return cut[id(tensor)]
+
         for number, (graph, (layer, q_THD, answer_TX)) in enumerate(zip(self.graphs[:last], self.joints, strict=True)):
             if block is not None and number and number % block == 0:
                 yield
             graph.launch()
-            attention.attend(layer, q_THD[:num_tokens], answer_TX[:num_tokens])
+            attention.attend(layer, real(q_THD), real(answer_TX))
         self.graphs[last].launch()
         return self.hidden_TC[:num_tokens]
 
@@ -83,7 +97,8 @@ def rehearse(forward: Forward, batch: Batch, answers: tuple[Tensor, Tensor]) -> 
 def record(forward: Forward, batch: Batch, answers: tuple[Tensor, Tensor], recorder: Recorder) -> Pieces:
     """Record a forward over `batch`, whose tensors must stay; nothing runs. Raises what capture raises."""
     graphs: list[Graph] = []
-    joints: list[tuple[int, Place, Tensor]] = []
+    joints: list[tuple[int, Place, int]] = []
+    answers_TX = [answer[: len(batch.token_ids)] for answer in answers]
     try:
         with recorder.recording():
             recorder.begin()
@@ -91,11 +106,11 @@ def record(forward: Forward, batch: Batch, answers: tuple[Tensor, Tensor], recor
                 attend = next_attend(forward, next(forward))
                 while True:
                     graphs.append(recorder.end())
-                    answer_TX = answers[len(joints) % 2][: len(batch.token_ids)]
-                    joints.append((attend.layer, Place(attend.q_THD), answer_TX))
+                    turn = len(joints) % 2
+                    joints.append((attend.layer, Place(attend.q_THD), turn))
                     del attend  # the queries' memory is to serve the next layers
                     recorder.begin()
-                    attend = next_attend(forward, forward.send(answer_TX))
+                    attend = next_attend(forward, forward.send(answers_TX[turn]))
             except StopIteration as end:
                 graphs.append(recorder.end())
                 hidden = Place(end.value)
@@ -105,8 +120,9 @@ def record(forward: Forward, batch: Batch, answers: tuple[Tensor, Tensor], recor
         raise
     finally:
         forward.close()
+    queries = {place: place.tensor() for place in dict.fromkeys(place for _, place, _ in joints)}
     return Pieces(
         graphs=tuple(graphs),
-        joints=tuple((layer, place.tensor(), answer_TX) for layer, place, answer_TX in joints),
+        joints=tuple((layer, queries[place], answers_TX[turn]) for layer, place, turn in joints),
         hidden_TC=hidden.tensor(),
     )

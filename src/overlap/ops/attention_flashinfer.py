@@ -10,6 +10,9 @@ Legend: T tokens, N decode rows, H query heads, K key/value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -65,6 +68,8 @@ class FlashInferAttention:
         self._columns = [_Columns(kv.device) for _ in range(_WRAPPERS)]
         self._turn = 0
         self._prefill: Any = None
+        self._compiled: Any = None
+        self._parts: dict[tuple[int, int, int], _Parts] = {}  # of this plan's static buffers
         for each in dict.fromkeys((1, width)):
             self._warm_up(max_pages_per_row, each)
 
@@ -74,6 +79,7 @@ class FlashInferAttention:
         self._num_decode, self._width, self._sms = num_decode, rows.width, rows.sms
         self._seq_lens, self._page_table = rows.seq_lens[:num_decode], rows.page_table[:num_decode]
         self._prefill = None
+        self._parts.clear()
         if num_decode == len(rows.counts):
             return
         counts = rows.counts[num_decode:]
@@ -97,18 +103,30 @@ class FlashInferAttention:
             kv_data_type=self._dtype,
             non_blocking=True,
         )
+        self._compiled = compiled_run(self._prefill)
 
     def attend(self, layer: int, q_THD: Tensor, out: Tensor | None = None) -> Tensor:
         """Return [T, H * D]."""
-        tokens, decoded = q_THD.shape[0], self._num_decode * self._width
-        shape = (tokens, self._num_heads, self._head_dim)
-        out_THD = torch.empty(shape, dtype=self._dtype, device=self._device) if out is None else out.view(shape)
-        if decoded:
-            q_NHD, out_NHD = q_THD[:decoded], out_THD[:decoded]
-            self._decode.attend(layer, q_NHD, self._page_table, self._seq_lens, out_NHD, self._width, self._sms)
+        if out is None:
+            parts = self._cut(q_THD, torch.empty(q_THD.shape, dtype=self._dtype, device=self._device))
+        else:
+            place = q_THD.data_ptr(), out.data_ptr(), q_THD.shape[0]
+            found = self._parts.get(place)
+            parts = self._parts[place] = found or self._cut(q_THD, out)
+        if self._num_decode:
+            out_NHD = parts.decoded_NHD
+            self._decode.attend(layer, parts.q_NHD, self._page_table, self._seq_lens, out_NHD, self._width, self._sms)
         if self._prefill is not None:
-            self._prefill.run(q_THD[decoded:], self._sides[layer], out=out_THD[decoded:])
-        return out_THD.view(tokens, -1)
+            with keeping_the_lock(self._compiled):
+                self._prefill.run(parts.q_PHD, self._sides[layer], out=parts.read_PHD)
+        return parts.out_TX
+
+    def _cut(self, q_THD: Tensor, out: Tensor) -> _Parts:
+        tokens, decoded = q_THD.shape[0], self._num_decode * self._width
+        out_THD = out.view(tokens, self._num_heads, self._head_dim)
+        return _Parts(
+            q_THD[:decoded], out_THD[:decoded], q_THD[decoded:], out_THD[decoded:], out_THD.view(tokens, -1)
+        )  # fmt: skip
 
     def _prefill_backend(self) -> str:
         """Return "fa3" where it is the faster and is built already (building it takes ten minutes), else "fa2"."""
@@ -138,6 +156,43 @@ class FlashInferAttention:
             self.plan(rows)
             q_THD = torch.zeros((tokens, self._num_heads, self._head_dim), dtype=self._dtype, device=self._device)
             self.attend(0, q_THD)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Queries and answers of a step, cut into those of decode rows and those of prompt chunks (P tokens)."""
+
+    q_NHD: Tensor
+    decoded_NHD: Tensor
+    q_PHD: Tensor
+    read_PHD: Tensor
+    out_TX: Tensor
+    """All answers, [T, H * D]."""
+
+
+def compiled_run(wrapper: Any) -> Any:
+    """Return the compiled function behind a planned wrapper's `run`; None if FlashInfer keeps it in another place."""
+    run = getattr(getattr(wrapper, "_cached_module", None), "paged_run", None)
+    cells = getattr(run, "__closure__", None) or ()
+    held = (cell.cell_contents for cell in cells)
+    return next((one for one in held if type(one).__name__ == "Function" and hasattr(one, "release_gil")), None)
+
+
+@contextmanager
+def keeping_the_lock(function: Any) -> Iterator[None]:
+    """Have a compiled function of FlashInfer's keep the interpreter's lock; None does nothing.
+
+    It gives it up for the microseconds of a launch, and beside a thread that computes in Python waits for it afterwards
+    for as long as a layer takes on the device. Set for the block alone, since the function is the process's.
+    """
+    if function is None:
+        yield
+        return
+    given_up, function.release_gil = function.release_gil, False
+    try:
+        yield
+    finally:
+        function.release_gil = given_up
 
 
 def _offsets(counts: Ints) -> Ints:
