@@ -289,11 +289,17 @@ def test_a_graph_does_bit_for_bit_what_its_calls_do_when_they_are_made_one_by_on
             print(f"\n{name}, {kind}: nodes { ({str(s): n for s, n in graphs.num_nodes.items()}) }")
 
 
-@pytest.mark.parametrize("name", ["ngram", "eagle", "itself"])
+@pytest.mark.parametrize(
+    ("name", "drafts"), [("ngram", (4, 4)), ("eagle", (4, 4)), ("itself", (4, 4)), ("ngram", (6, 2)), ("eagle", (7, 4))]
+)
 def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requests_come_and_go(
-    small: Path, drafters: dict[str, dict[str, Any]], name: str
+    small: Path, drafters: dict[str, dict[str, Any]], name: str, drafts: tuple[int, int], monkeypatch: Any
 ) -> None:
-    """bfloat16, and equal to the bit: in the other run each replay is the same calls at the same padded size."""
+    """bfloat16, and equal to the bit: in the other run each replay is the same calls at the same padded size.
+
+    `drafts` is how many drafts a row verifies where rows are few, and where they are many.
+    """
+    monkeypatch.setattr("overlap.config._num_drafts", lambda asked, *_, **__: drafts if asked.speculative else (0, 0))
     aborts = {3: 20, 7: 33, 11: 40, 12: 41}
     answers, statistics = [], []
     for replays in (True, False):
