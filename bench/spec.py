@@ -113,7 +113,7 @@ async def run(arguments: argparse.Namespace) -> list[Line]:
     ways += [(kind, overlap) for kind in arguments.speculative for overlap in (True, False)]
     for kind, overlap in ways:
         options: Line = {"overlap": overlap, "context": arguments.context, "max_rows": max(arguments.rows)}
-        options |= {"device": arguments.device, "dtype": arguments.dtype}
+        options |= {"device": arguments.device, "dtype": arguments.dtype, "kv_cache": arguments.kv_cache}
         if kind is not None:
             options |= {"speculative": kind, "num_drafts": arguments.num_drafts}
             options |= {"draft_model": arguments.draft_model} if kind != "ngram" else {}
@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of each answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="the median counts (default: %(default)s)")
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--kv-cache", default="auto", help="as EngineConfig.kv_cache (default: %(default)s)")
     parser.add_argument("--settle", type=float, default=40, help="seconds to wait for captures (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
