@@ -53,7 +53,7 @@ class Fickle(Pace):
         super().__init__()
         self._chance = chance
 
-    def choose(self, num_rows: int) -> bool:
+    def choose(self, num_rows: int, width: int) -> bool:
         return self._chance.random() < 0.8
 
 

@@ -56,7 +56,7 @@ class Drafting:
             return 1
         wide = width_for(num_decode, self.most, self._many)
         fits = num_decode * wide < budget
-        return wide if fits and (self._pace is None or self._pace.choose(num_decode)) else 1
+        return wide if fits and (self._pace is None or self._pace.choose(num_decode, wide)) else 1
 
     def needed(self, starts: Ints, context: int) -> Ints:
         """Return up to which position [N] each row that goes on at `starts` [N] may write in a step."""
