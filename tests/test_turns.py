@@ -28,6 +28,20 @@ def test_a_reader_gives_up_the_interpreter_every_turn_but_not_while_the_engine_r
     assert len(slept) == 6
 
 
+def test_a_reader_gives_it_up_each_time_while_the_engine_launches_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [100.0], list[float]()
+    monkeypatch.setattr(turns, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(turns, "sleep", lambda _: slept.append(now[0]))
+    rest = Rest()
+    reader = Turns(rest)
+    times = [100.0 + 0.01 * TURN_S * number for number in range(30)]
+    for now[0] in times:
+        rest.wanted = times[10] <= now[0] < times[20]
+        rest.until = times[-1] + 1.0 if now[0] > times[0] else 0.0
+        reader.take()
+    assert slept == [times[0], *times[10:20]]
+
+
 async def test_an_engine_on_a_cpu_wants_the_interpreter_for_its_steps_and_never_rests(tiny_llama_dir: Path) -> None:
     async with AsyncEngine(tiny_llama_dir, device="cpu", kv_cache=1024) as engine:
         loop = engine._core._loop

@@ -18,8 +18,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -256,9 +256,18 @@ class Loop:
         """Enqueue the next block of the lane's last step; return whether one was left."""
         if not lane or not lane[-1].blocks_left:
             return False
-        with self._timeline.span("launch", lane[-1].plan):
+        with self._timeline.span("launch", lane[-1].plan), self._wanting():
             lane[-1].launch_block()
         return True
+
+    @contextmanager
+    def _wanting(self) -> Iterator[None]:
+        """Ask readers for the interpreter all the while: what is launched in there are many calls."""
+        self._rest.wanted = True
+        try:
+            yield
+        finally:
+            self._rest.wanted = False
 
     def _launch_next(self, lane: deque[Flight], number: int, *, beside: deque[Flight]) -> bool:
         """Plan and launch the lane's next step; return whether there was one, and room for it."""
@@ -273,9 +282,10 @@ class Loop:
             if number == MAIN and not lane and not beside and not self._planner.wants_side:
                 self._check_why_not()
             return False
-        if plan.num_rows > plan.num_decode and number == MAIN:
+        reads = plan.num_rows > plan.num_decode
+        if reads and number == MAIN:
             self._tell()
-        with self._timeline.span("launch", plan):
+        with self._timeline.span("launch", plan), self._wanting() if reads else nullcontext():
             lane.append(self._launch(plan, alone=not lane))
         return True
 

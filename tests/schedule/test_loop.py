@@ -197,6 +197,27 @@ async def test_readers_are_told_of_a_rest_only_while_a_step_runs_that_repeats(mo
     assert set(told) == {0.0}, "with its own work to do it rests no more"
 
 
+async def test_readers_are_asked_for_the_interpreter_while_steps_with_prompts_are_launched_and_not_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rest, wanted = Rest(), dict[int, tuple[bool, bool]]()
+    rig = Rig(rest=rest)
+    launch = rig.runner.launch
+
+    def launched(plan: StepPlan) -> SimFlight:
+        wanted[plan.number] = plan.num_rows > plan.num_decode, rest.wanted
+        if len(wanted) == 3:
+            raise ValueError("a launch that fails")
+        return launch(plan)
+
+    monkeypatch.setattr(rig.runner, "launch", launched)
+    rig.readers.on_settled = lambda: wanted.update({-1: (False, rest.wanted)})
+    await rig.serve(request(0, [1, 2, 3], 9), request(1, [4] * 100, 3))
+    assert {asked for _, asked in wanted.values()} == {False, True}
+    assert all(reads == asked for reads, asked in wanted.values())
+    assert not rest.wanted
+
+
 async def test_no_step_is_launched_for_rows_that_are_known_to_end_by_length() -> None:
     rig = Rig()
     await rig.serve(request(0, [1, 2, 3], 5), request(1, [4], 5))
