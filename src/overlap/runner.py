@@ -343,7 +343,8 @@ class _LaneRunner:
             landings.append(self._mail.told_words[place][:num_landing])
         scores = None if plan.scores is None else self._mail.scored_words[place][: len(plan.scores)]
         if plan.lane == SIDE:
-            num_blocks = -(-self._program.num_layers // BLOCK_LAYERS)
+            tail = layout.num_emits > 0 or plan.scores is not None
+            num_blocks = 1 + -(-self._program.num_layers // BLOCK_LAYERS) + tail
             blocks = self._step(plan, layout, place, masks, BLOCK_LAYERS)
             return TorchFlight(plan, self._stream, landings, scores, blocks, num_blocks, self._is_usual)
         blocks = self._step(plan, layout, place, masks, None)
@@ -440,7 +441,11 @@ class _LaneRunner:
     def _run(
         self, plan: StepPlan, layout: Layout, place: int, pieces: Shape | None, masks: Tensor | None, block: int | None
     ) -> Generator[None, None, None]:
-        """Run a step whose parts the host launches: its forward in `pieces`, or eagerly."""
+        """Run a step whose parts the host launches: its forward in `pieces`, or eagerly.
+
+        With `block` it pauses in front of the first layer and behind the last, too: what stands there takes the host as
+        long as several blocks.
+        """
         graphs = self._graphs if pieces is not None else None
         packed = self._mail.plans[place][: layout.used]
         if self._kv.is_cuda:
@@ -459,11 +464,15 @@ class _LaneRunner:
                 sms=self._lane.sms,
             )
         )
+        if block is not None:
+            yield
         if graphs is None or pieces is None:
             forward = self._program.forward(self._lane.batch(inputs))
             hidden_TC = yield from drive_in_blocks(forward, self._attention, block)
         else:
             hidden_TC = yield from graphs.run_pieces(pieces, layout.num_tokens, block)
+        if block is not None and (layout.num_emits or plan.scores is not None):
+            yield
         self._score(plan, hidden_TC, place)
         if not layout.num_emits:
             return
