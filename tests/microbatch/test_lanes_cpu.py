@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from overlap import AsyncEngine, RequestAborted, SamplingParams
+from overlap.runner import TorchFlight
+from overlap.schedule.plan import SIDE, StepPlan
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_rows": 6, "kv_cache": 2048, "token_budget": 48}
 PARAMS = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
@@ -95,3 +97,31 @@ async def test_what_steps_have_taken_is_kept_for_the_next_engine(tiny_llama_dir:
         async with AsyncEngine(tiny_llama_dir, **options) as engine:
             assert said in engine.explain()
             await asyncio.gather(tokens(engine, [5, 6, 7]), tokens(engine, list(range(3, 150))))
+
+
+async def test_a_prompt_is_launched_in_as_many_blocks_as_it_pauses_and_nothing_is_left_behind_the_last(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in front of the layers, one for every few of them, and one behind them where a token is asked for."""
+    made, wait, found = TorchFlight.__init__, TorchFlight.wait_landed, list[tuple[bool, int, object]]()
+    planned: dict[int, int] = {}
+
+    def make(flight: TorchFlight, plan: StepPlan, *rest: Any) -> None:
+        made(flight, plan, *rest)
+        planned[plan.number] = flight.blocks_left
+
+    async def wait_landed(flight: TorchFlight) -> Any:
+        landed = await wait(flight)
+        if flight.plan.lane == SIDE:
+            blocks = planned[flight.plan.number]
+            found.append((len(flight.plan.emits) > 0, blocks, next(flight._blocks, "nothing")))
+        return landed
+
+    monkeypatch.setattr(TorchFlight, "__init__", make)
+    monkeypatch.setattr(TorchFlight, "wait_landed", wait_landed)
+    async with AsyncEngine(tiny_llama_dir, lanes="streams", **OPTIONS) as engine:
+        short = asyncio.create_task(tokens(engine, [5, 6, 7]))
+        await asyncio.sleep(0.05)
+        await tokens(engine, list(range(3, 100)), SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        await short
+    assert set(found) == {(False, 2, "nothing"), (True, 3, "nothing")}
