@@ -110,7 +110,7 @@ def measure(num_rows: int, steps: int, churn: float, drafts: int) -> dict[str, f
         tokens: Ints = seed.integers(0, STOP_ID, flight.num_landing, dtype=np.int32)
         if flight.width > 1:
             runs = tokens[: flight.num_decode * flight.width].reshape(-1, flight.width)
-            runs[:, flight.width // 2 + 1 :] = REFUSED
+            runs[:, 1 + (flight.width - 1) // 2 :] = REFUSED
         landed = clock()
         planner.settle(flight, tokens)
         settled = clock()
@@ -124,12 +124,14 @@ def measure(num_rows: int, steps: int, churn: float, drafts: int) -> dict[str, f
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Microseconds of plan, pack and settle, by the number of rows.")
-    parser.add_argument("--steps", type=int, default=800, help="steps of a round (1 to 900)")
+    parser.add_argument("--steps", type=int, help="steps of a round (default: 800, or as many as answers last)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--drafts", type=int, default=0, help="drafts that each row verifies in each step")
     asked = parser.parse_args()
-    if not 1 <= asked.steps <= 900:
-        parser.error(f"--steps is {asked.steps}; it must be from 1 to 900, as an answer is not longer")
+    most = min(900, (CONTEXT - 64) // (1 + asked.drafts // 2) - WARM_UP)  # a row gets half of its drafts and one
+    asked.steps = min(800, most) if asked.steps is None else asked.steps
+    if not 1 <= asked.steps <= most:
+        parser.error(f"--steps is {asked.steps}; it must be from 1 to {most}, as an answer is not longer")
     rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in tqdm(range(asked.rounds), unit="round"):
         for state, churn in STATES.items():

@@ -52,7 +52,10 @@ Way: TypeAlias = tuple[Op | None, Tiles | None]
 CONTEXTS = (256, 1024)
 BETTER = 0.995
 WRONG = 0.05
-"""Relative error of the final states from which on a cut computes something else."""
+"""Relative error of the final states from which on a cut computes something else, and..."""
+CLOSE = 0.2
+"""...by how many standard deviations of the logits its tokens may be short of the best: weights are random, and close
+calls many."""
 
 
 class Step:
@@ -105,10 +108,15 @@ class Step:
             states: Tensor = ended.value
         return states
 
-    def states(self) -> Tensor:
-        """Return the final states, run kernel by kernel."""
+    def answer(self) -> tuple[Tensor, Tensor]:
+        """Return the final states and the tokens, run kernel by kernel."""
         self.at(CONTEXTS[0])
-        return self.run(self.kernel())[0].float()
+        states, tokens = self.run(self.kernel())
+        return states.float(), tokens
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return what the tokens are the best of."""
+        return self.model.logits(states.to(self.model.dtype))
 
     def kernel(self) -> DecodeKernel:
         """Return attention as it is cut now."""
@@ -156,6 +164,10 @@ class Drafts(Step):
             states = self._driven(self._head.forward(entry, self.kv), kernel)
             tokens = self._head.greedy(states)
         return states, tokens
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return what the tokens of the last draft are the best of."""
+        return self._head.logits(states)
 
 
 def drafter_questions() -> list[Question]:
@@ -249,7 +261,18 @@ class Tuning:
 
     def __init__(self, step: Step, shape: str) -> None:
         self._step, self._shape = step, shape
-        self._want = step.states()
+        self._states, _ = step.answer()
+        self._logits = step.logits(self._states)
+
+    def _fault(self) -> str | None:
+        """Return what is wrong with what the step computes now; None if nothing is."""
+        states, tokens = self._step.answer()
+        error = float((states - self._states).norm() / self._states.norm())
+        if error > WRONG:
+            return f"relative error {error:.3g}"
+        short = float((self._logits.amax(-1) - self._logits.gather(-1, tokens.long()[:, None])[:, 0]).max())
+        spread = float(self._logits[self._logits.isfinite()].std())
+        return None if short < CLOSE * spread else f"a token is {short:.3g} short of the best"
 
     def attempt(self, name: str, tries: list[tuple[str, Callable[[], None]]]) -> int:
         """Time each, print a line, return the place of the one kept: the first, the engine's, unless one is better."""
@@ -258,16 +281,16 @@ class Tuning:
         for place, (label, put_it) in enumerate(tries):
             put_it()
             try:
-                error = float((self._step.states() - self._want).norm() / self._want.norm())
-                if error > WRONG:
-                    dropped.append((label, f"relative error {error:.3g}"))
-                else:
+                fault = self._fault()
+                if fault is None:
                     took.append((self._step.time_us(), place))
+                else:
+                    dropped.append((label, fault))
             except Exception as failure:
                 dropped.append((label, f"{type(failure).__name__}: {str(failure)[:160]}"))
         tries[0][1]()
         before = best = self._step.time_us(8)
-        place = min(took)[1]
+        place = min(took, default=(before, 0))[1]
         if place:
             tries[place][1]()
             best = self._step.time_us(8)

@@ -285,7 +285,8 @@ class _LaneRunner:
             wide_rows = row_buckets(max(fitting, default=1))
 
         def make(_share: int) -> GraphDriver:
-            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows)
+            width_for = None if speculation is None else speculation.width_for
+            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows, width_for)
             return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows)
 
         note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"

@@ -90,6 +90,16 @@ def test_a_wide_step_of_few_rows_and_one_of_many_never_run_each_others_graph() -
     assert all(FEW_ROWS in row_buckets(most) for most in (FEW_ROWS, 64, 256))
 
 
+def test_a_wide_step_of_another_width_than_its_graphs_has_none_and_it_is_said() -> None:
+    """No plan should be one. If it was, the graph would bring other rows' tokens."""
+    policy = Policy((), (), (8, FEW_ROWS, 24), lambda rows: 8 if rows <= FEW_ROWS else 5)
+    for size in (8, FEW_ROWS, 24):
+        policy.captured(Shape("wide greedy", size))
+    assert policy.decide(replace(plan(7), width=8)) == Decision(None, Shape("wide greedy", 8))
+    assert policy.decide(replace(plan(7), width=5)) == NOTHING
+    assert any("another number of drafts" in line for line in policy.explain())
+
+
 def test_greedy_rows_may_run_in_a_graph_that_samples_but_not_the_other_way() -> None:
     policy = Policy((1, 2), ())
     policy.captured(Shape("sampled", 2))

@@ -85,6 +85,9 @@ def linears(outputs: int, inputs: int, rows: int) -> None:
     tiles = MORE_ROWS if rows > FEW_ROWS else guess("plain", outputs, inputs, bucket(rows))
     assert tiles is not None
     linear_triton.greedy(x, weight[:outputs], torch.empty(outputs, dtype=torch.bfloat16), tiles)
+    if (tiles := guess("norm", outputs, inputs, bucket(rows))) is not None and rows <= FEW_ROWS:
+        norm, ids = (torch.empty(inputs), 1e-5), torch.empty(outputs, dtype=torch.int32)
+        linear_triton.greedy(x.float(), weight[:outputs], None, tiles, norm=norm, ids_O=ids)
 
 
 def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden: int, tiles: Tiles | None) -> None:

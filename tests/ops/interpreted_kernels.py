@@ -216,7 +216,11 @@ def check_fused(chance: random.Random) -> None:
         stream = fused.linear_add(down, gated, total)
         again, total = fused.norm_gated(gate_up, stream, factor, 1e-5)
         normed = fused.norm(stream, factor, 1e-5, torch.float32)
-        found.append((q, kv, gated, again, total, normed, fused.greedy_head(normed, head), head.wide(normed)))
+        turned_kv, ids = torch.zeros_like(kv), torch.arange(99, dtype=torch.int32).flip(0) * 3
+        turned = fused.rotated(qkv, normed, index, table, turned_kv, 0, index, num_heads, num_kv_heads)
+        heads = fused.greedy_head(normed, head), fused.greedy_head(normed, head, ids), head.wide(normed)
+        from_stream = fused.norm_greedy_head(total, factor, 1e-5, head, ids)
+        found.append((q, kv, gated, again, total, normed, turned, turned_kv, *heads, from_stream))
     for expected, got in zip(*found, strict=True):
         close(got, expected)
 
@@ -231,7 +235,10 @@ def check_greedy(chance: random.Random) -> None:
         weight[chance.randrange(size) :] = weight[0]
         tiles = random_tiles(chance, kernel)
         got = linear_triton.greedy(x, weight, None, tiles)
-        assert torch.equal(got, (x.double() @ weight.double().T).argmax(-1).int())
+        best = (x.double() @ weight.double().T).argmax(-1)
+        assert torch.equal(got, best.int())
+        ids = torch.randperm(5000)[:size].int()
+        assert torch.equal(linear_triton.greedy(x, weight, None, tiles, ids_O=ids), ids[best])
         logits = linear_triton.linear(x, weight, None, tiles, dtype=torch.float32)
         assert torch.equal(logits.double(), x.double() @ weight.double().T)
 

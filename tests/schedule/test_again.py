@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import REFUSED, SIDE, UNUSED, StepPlan
+from overlap.schedule.plan import FEW_ROWS, REFUSED, SIDE, UNUSED, StepPlan, width_for
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
@@ -61,7 +61,7 @@ def landed(plan: StepPlan, drafts: int, chance: random.Random) -> np.ndarray[Any
     """Return what a device might bring for a plan."""
     tokens: list[int] = []
     for _ in range(plan.num_decode):
-        tried = chance.randint(0, drafts) if plan.width > 1 else 0
+        tried = chance.randint(0, min(drafts, plan.width - 1)) if plan.width > 1 else 0
         kept = chance.randint(0, tried)
         own = [chance.randrange(400) for _ in range(kept + 1)]
         tokens += [*own, *[REFUSED] * (tried - kept), *[UNUSED] * (plan.width - 1 - tried)]
@@ -128,6 +128,37 @@ def test_steps_that_repeat_are_those_that_would_have_been_planned_anyway(drafts:
         assert all(same(*pair) for pair in zip(settled, careful_settled, strict=True)), seed
         repeated += sum(plan.again for plan in plans)
     assert repeated > (500 if drafts else 2000)
+
+
+def test_a_wide_step_is_as_wide_as_its_rows_are_many_though_pages_did_not_suffice_for_all_of_them() -> None:
+    """A graph of so many rows brings so many numbers for each: read as others they would be other rows' tokens."""
+    widths: set[tuple[bool, int]] = set()
+    short = 0
+    for seed in range(10):
+        chance = random.Random(seed)
+        planner = Planner(
+            max_rows=24, num_pages=chance.choice([90, 110, 130]), token_budget=4096, prefill_chunk=4096, context=512,
+            drafts=7, drafts_ahead=7, many_drafts=4,
+        )  # fmt: skip
+        for key in range(20):
+            prompt = np.array([chance.randrange(400) for _ in range(20)], dtype=np.int32)
+            planner.submit(Request(key=key, front=0, prompt=prompt, limit=300))
+        flights: deque[StepPlan] = deque()
+        before = 0
+        while planner.has_work:
+            plan = planner.plan()
+            if plan is not None:
+                flights.append(plan)
+                if plan.num_decode and plan.width > 1:
+                    assert plan.width == width_for(plan.num_decode, 7, 4)
+                    widths.add((plan.num_decode <= FEW_ROWS, plan.width))
+                    short += plan.num_decode <= FEW_ROWS < before
+                    before = plan.num_decode
+            if flights and (plan is None or len(flights) == 2):
+                flight = flights.popleft()
+                planner.settle(flight, landed(flight, 7, chance))
+    assert widths == {(True, 8), (False, 5)}
+    assert short, "rows that were many were too many for the pages"
 
 
 class Wandering(Always):

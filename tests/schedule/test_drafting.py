@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
 from overlap.errors import InternalError
 from overlap.schedule.drafting import MOST_LATE, Drafting
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import REFUSED, UNUSED
+from overlap.schedule.plan import FEW_ROWS, REFUSED, UNUSED
 
 
 def test_without_a_drafter_steps_are_plain_and_a_row_needs_its_token_and_the_next() -> None:
@@ -33,7 +35,7 @@ def test_a_row_may_write_to_all_drafts_and_to_what_the_drafter_reads_ahead_but_n
 def test_drafts_are_counted_by_their_place_in_a_run() -> None:
     drafting, noted = Drafting(3, 0, None), 0
     runs = [[8, 9, REFUSED, UNUSED], [8, 9, 7, 6], [8, REFUSED, REFUSED, UNUSED], [8, UNUSED, UNUSED, UNUSED]]
-    for times in (1, 2, 2 + MOST_LATE):  # counted when somebody asks, and when many have gathered
+    for times in (1, 2, 2 + MOST_LATE, 5 + 2 * MOST_LATE):  # counted when many have gathered, or somebody asks
         while noted < times:
             drafting.note_runs(np.array(runs), 8)
             noted += 1
@@ -66,3 +68,34 @@ def test_the_pace_hears_of_runs_with_drafts_and_of_those_without_only_from_a_dra
 def test_a_row_that_would_outgrow_a_page_in_one_step_is_refused(drafts: int, ahead: int) -> None:
     with pytest.raises(InternalError, match="outgrow a page"):
         Drafting(drafts, ahead, None)
+
+
+def test_drafts_of_steps_that_verify_fewer_are_counted_at_their_places() -> None:
+    drafting = Drafting(3, 0, None, many_drafts=1)
+    assert [drafting.width(rows, 999) for rows in (1, FEW_ROWS, FEW_ROWS + 1)] == [4, 4, 2]
+    for _ in range(3):
+        drafting.note_runs(np.array([[8, 9, 7, REFUSED]]), 3)
+        drafting.note_runs(np.array([[8, 9], [8, REFUSED]]), 3)
+    counts = drafting.counts()
+    assert counts.drafted == 3 * (3 + 2)
+    assert counts.tried_at.tolist() == [9, 3, 3]
+    assert counts.accepted_at.tolist() == [6, 3, 0]
+
+
+def test_whoever_asks_for_counts_meanwhile_changes_none() -> None:
+    drafting, stop = Drafting(7, 7, None, many_drafts=4), threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            drafting.counts()
+
+    reader = threading.Thread(target=ask)
+    reader.start()
+    runs, noted = [np.full((4, width), 5, np.int32) for width in (8, 5)], 0
+    for step in range(20_000):
+        some = runs[step // 50 % 2]
+        drafting.note_runs(some, some.size)
+        noted += 4 * (some.shape[1] - 1)
+    stop.set()
+    reader.join()
+    assert drafting.counts().drafted == noted

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -37,6 +37,7 @@ GIVE_UP: Final = 3
 """Failed captures of a kind after which no more of it are tried."""
 _FIRST_USE: Final = "first use of its size"
 _NO_GRAPHS: Final = "no graphs of this kind here"
+_OTHER_WIDTH: Final = "its rows verify another number of drafts than captured steps of so many rows"
 _SERVES: Final[dict[Kind, tuple[Kind, ...]]] = {
     "greedy": ("greedy", "sampled"),
     "sampled": ("sampled",),
@@ -106,9 +107,17 @@ def _apart(plan: StepPlan) -> str | None:
 class Policy:
     """Keeps what is captured, what was missed, and what failed. One a lane."""
 
-    def __init__(self, rows: Sequence[int], tokens: Sequence[int], wide_rows: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        wide_rows: Sequence[int] = (),
+        width_for: Callable[[int], int] | None = None,
+    ) -> None:
         """`rows`, `wide_rows` and `tokens` are the buckets of whole decode steps, of those that verify drafts, and of
-        pieces; empty for none of the kind."""
+        pieces; empty for none of the kind. `width_for` says with how many positions a row wide steps are captured.
+        """
+        self._width_for = width_for
         self._buckets: dict[Kind, Sequence[int]] = {
             "wide sampled": wide_rows,
             "wide greedy": wide_rows,
@@ -130,6 +139,8 @@ class Policy:
         """Return what to capture for a plan, if now is the time, and what to run it with."""
         kind = decode_kind(plan)
         reason = _NO_GRAPHS
+        if plan.width > 1 and self._width_for is not None and plan.width != self._width_for(plan.num_decode):
+            kind, reason = None, _OTHER_WIDTH  # its graph would read other positions, and bring other tokens
         if plan.num_decode == plan.num_rows and (apart := _apart(plan)) is not None and self._buckets["greedy"]:
             self._not_whole[apart] += 1
         if kind is not None and self._buckets[kind]:

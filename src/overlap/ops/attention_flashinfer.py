@@ -11,7 +11,7 @@ Legend: T tokens, N decode rows, H query heads, K key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -173,9 +173,16 @@ class _Parts:
 def compiled_run(wrapper: Any) -> Any:
     """Return the compiled function behind a planned wrapper's `run`; None if FlashInfer keeps it in another place."""
     run = getattr(getattr(wrapper, "_cached_module", None), "paged_run", None)
-    cells = getattr(run, "__closure__", None) or ()
-    held = (cell.cell_contents for cell in cells)
-    return next((one for one in held if type(one).__name__ == "Function" and hasattr(one, "release_gil")), None)
+    for cell in getattr(run, "__closure__", None) or ():
+        with suppress(ValueError):  # a cell may be empty
+            held = cell.cell_contents
+            if type(held).__name__ == "Function" and hasattr(held, "release_gil"):
+                return held
+    return None
+
+
+_GIVE_UP: Final[dict[int, bool]] = {}
+"""Whether a function of FlashInfer's gave up the lock when it was first met here, by its identity."""
 
 
 @contextmanager
@@ -188,11 +195,12 @@ def keeping_the_lock(function: Any) -> Iterator[None]:
     if function is None:
         yield
         return
-    given_up, function.release_gil = function.release_gil, False
+    gives_up = _GIVE_UP.setdefault(id(function), function.release_gil)  # another engine may be in here, too
+    function.release_gil = False
     try:
         yield
     finally:
-        function.release_gil = given_up
+        function.release_gil = gives_up
 
 
 def _offsets(counts: Ints) -> Ints:

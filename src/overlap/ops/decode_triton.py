@@ -87,6 +87,7 @@ _VERIFY_128: Final[_Cuts] = (
     (_ANY, Cut(_ANY, 64, 4, ahead=False, keys=512, splits=4)),
 )
 """(Rows times key heads up to which a cut is the best, the cut), for up to 8 queries of each and for more."""
+_LINE_BYTES: Final = 128
 _SCRATCH: Final = 1 << 24
 """Numbers of all parts at most."""
 
@@ -104,7 +105,7 @@ def _ask_block(
 ):  # fmt: skip
     """Return keys and values [BLOCK_N, D] of the tokens from `begin` on in front of `end`, zeros for others.
 
-    FRESH ones are fetched past the L1 cache, where a line of small heads may still be as it was before the wait.
+    FRESH ones are fetched past the L1 cache, whose lines may be older than the wait.
     """
     CACHE: tl.constexpr = ".cg" if FRESH else ""
     column = tl.arange(0, BLOCK_D)
@@ -256,6 +257,7 @@ class DecodeKernel:
         self._kv = kv
         self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
         self._group = num_heads // self._num_kv_heads
+        self._whole_lines = kv.stride(3) * kv.element_size() % _LINE_BYTES == 0  # a token's keys are
         self._block_d = max(16, triton.next_power_of_2(self._head_dim))
         self._most = max_rows, max_width
         self._sms = torch.cuda.get_device_properties(kv.device).multi_processor_count if kv.is_cuda else _SMS
@@ -292,12 +294,14 @@ class DecodeKernel:
         assert width <= self._most[1]
         cut, at_once, splits, lines = self._cut_for(num_rows, width, sms or self._sms)
         options: dict[str, Any] = launch_triton.early(kv.device)
+        # Behind an early start old keys are read before new ones are there: no cache line must have both.
+        ahead = cut.ahead and (self._whole_lines or not options["PDL"])
         _decode_kernel[(num_rows * self._num_kv_heads * -(-width // at_once), splits)](
             q_THD, kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters, layer,
             page_table.shape[1], page_table.stride(0), kv.stride(0), self._head_dim**-0.5 * 1.4426950408889634, width,
             GROUP=self._group, WIDTH=at_once, KV_HEADS=self._num_kv_heads, D=self._head_dim, BLOCK_D=self._block_d,
             L=lines, M=max(16, lines), BLOCK_N=cut.block_n, KEYS=cut.keys or cut.block_n, SPLITS=splits,
-            PAGE_TOKENS=PAGE, AHEAD=cut.ahead, num_warps=cut.warps, **options,
+            PAGE_TOKENS=PAGE, AHEAD=ahead, num_warps=cut.warps, **options,
         )  # fmt: skip
 
     def _cut_for(self, num_rows: int, width: int, sms: int) -> tuple[Cut, int, int, int]:

@@ -5,7 +5,6 @@ Legend: N rows, J numbers of a row's run (see `schedule.runs`).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -37,8 +36,8 @@ class Drafting:
         self._many: Final = drafts if many_drafts is None else many_drafts
         self.ahead: Final = max(1, ahead)
         """Positions behind a row's last token that are written to, one of which is the next token's."""
-        self._counts = DraftCounts(0, np.zeros(drafts, dtype=np.int64), np.zeros(drafts, dtype=np.int64))
-        self._late: list[Ints] = []  # runs that are not counted yet
+        nothing = DraftCounts(0, np.zeros(drafts, dtype=np.int64), np.zeros(drafts, dtype=np.int64))
+        self._counted: tuple[DraftCounts, list[Ints]] = nothing, []  # and the runs, of one width, that are not yet
         self._first_has_none = ahead > 0  # the first wide step behind a plain one verifies no draft: it makes the first
         self._pace = pace
 
@@ -67,28 +66,26 @@ class Drafting:
         """Take in what became of the drafts of decode rows' runs [N, J], which emitted so many tokens together."""
         if not len(runs):
             return
-        if self._late and self._late[-1].shape[1] != runs.shape[1]:
-            self._count()
-        self._late.append(runs)
-        if len(self._late) == MOST_LATE:
-            self._count()
+        _, late = self._counted
+        if len(late) == MOST_LATE or (late and late[-1].shape[1] != runs.shape[1]):
+            self._counted = self.counts(), []
+        self._counted[1].append(runs)
         had_some = num_emitted > len(runs) or not self._first_has_none or bool((runs == REFUSED).any())
         if self._pace is not None and had_some:
             self._pace.note_emitted(num_emitted / len(runs))
 
     def counts(self) -> DraftCounts:
-        """Return what became of all drafts so far."""
-        self._count()
-        return self._counts
-
-    def _count(self) -> None:
-        """Count the runs that are not counted yet, all at once."""
-        if self._late:
-            new, counts = count_drafts(np.concatenate(self._late)), self._counts
-            self._late.clear()
-            counts.tried_at[: len(new.tried_at)] += new.tried_at
-            counts.accepted_at[: len(new.accepted_at)] += new.accepted_at
-            self._counts = replace(counts, drafted=counts.drafted + new.drafted)
+        """Return what became of all drafts so far. From any thread: it changes nothing."""
+        counts, late = self._counted
+        late = list(late)
+        if not late:
+            return counts
+        new, missing = count_drafts(np.concatenate(late)), self.most - (late[0].shape[1] - 1)
+        return DraftCounts(
+            counts.drafted + new.drafted,
+            counts.tried_at + np.pad(new.tried_at, (0, missing)),
+            counts.accepted_at + np.pad(new.accepted_at, (0, missing)),
+        )
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Take in what a step took, with what the device waited for it."""

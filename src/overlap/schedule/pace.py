@@ -46,11 +46,14 @@ class _Brought:
 
     tokens: float = FIRST_GUESS * FIRST_ROWS
     rows: float = FIRST_ROWS
+    any: bool = False
+    """Whether any run has come."""
 
     def note(self, mean: float, num_rows: int) -> None:
         kept = 0.5 ** min(num_rows / HALF_ROWS, 1 / HALF_STEPS)
         self.tokens = self.tokens * kept + mean * num_rows
         self.rows = self.rows * kept + num_rows
+        self.any = True
 
     def doubt(self, num_rows: float) -> None:
         """Let all so far count for no more than so many rows."""
@@ -93,8 +96,8 @@ class _Bucket:
     @property
     def cost(self) -> float:
         """What a wide step takes, in plain ones."""
-        plain = _quartile(self.plain)
-        return _quartile(self.wide) / plain if plain > 0 else 1.0
+        plain, wide = _quartile(self.plain), _quartile(self.wide)
+        return wide / plain if plain > 0 and wide > 0 else 1.0
 
 
 class Pace:
@@ -131,7 +134,7 @@ class Pace:
         own.left = max(LEAST, int(own.trial * loses / PRICE)) << own.lost
 
     def note_emitted(self, tokens: float) -> None:
-        """A step with drafts has brought so many tokens a row, and its time is told next."""
+        """A step with drafts has brought so many tokens a row. It counts once the step's time is told, if it is."""
         self._emitted = tokens
 
     def note_time(self, num_rows: int, width: int, seconds: float) -> None:
@@ -143,10 +146,11 @@ class Pace:
             self._brought.setdefault(width, _Brought()).note(emitted, num_rows)
 
     def explain(self) -> tuple[str, ...]:
-        """Return what was measured, a sentence for each number of rows."""
+        """Return what was measured, a sentence for each width, and one for each number of rows."""
         lines = [
             f"speculation: a row and step of {width - 1} drafts brings {brought.mean:.2f} tokens"
             for width, brought in sorted(self._brought.items())
+            if brought.any
         ]
         for bucket, own in sorted(self._buckets.items()):
             if own.known:

@@ -276,7 +276,8 @@ class Planner:
         self._refresh_decoding()
         free = self._forms.free(self._decoding)
         decode = self._grow(free, updates) if len(free) else NONE
-        width = width or self._drafting.width(len(decode), self._token_budget)
+        if not width or before is None or len(decode) != before.num_decode:  # pages may not have sufficed for all
+            width = self._drafting.width(len(decode), self._token_budget)
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
         stalled = max(0, len(free) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
