@@ -9,8 +9,9 @@ without it a decode step on CUDA is one graph, captured before the clock starts 
 prompt runs in pieces. The last line is JSON.
 
 `beside_us` (with `--prompt`) is the same launch while another thread of the program computes in Python, and gives up
-the interpreter every 200 us, as readers do: what is more is waiting for the interpreter, once for each call on the way
-that gives it up. `beside_kept_us`: FlashInfer's own calls keep it.
+the interpreter every 200 us: what is more is waiting for it, once for each call on the way that gives it up.
+`beside_wanted_us`: it gives it up every few microseconds, as readers do while such a step is launched.
+`beside_kept_us`: and all calls of FlashInfer's keep it.
 
 Reasons to doubt it: one thread that never rests is more than most programs' readers.
 """
@@ -39,20 +40,21 @@ from overlap.turns import Rest, Turns
 
 
 @contextmanager
-def computing() -> Iterator[None]:
-    """Let another thread compute as readers do."""
-    done = threading.Event()
+def computing() -> Iterator[Rest]:
+    """Let another thread compute as readers do, some microseconds for each Output; yield what it looks at."""
+    done, rest = threading.Event(), Rest()
 
     def compute() -> None:
-        turns, number = Turns(Rest()), 0
+        turns, number = Turns(rest), 0
         while not done.is_set():
-            number += 1
+            for each in range(150):
+                number += each
             turns.take()
 
     thread = threading.Thread(target=compute)
     thread.start()
     try:
-        yield
+        yield rest
     finally:
         done.set()
         thread.join()
@@ -97,13 +99,16 @@ async def measure_prompts(model: str, length: int, *, graphs: bool) -> dict[str,
         pass
     await prompts(parts, length, 10)
     alone = await prompts(parts, length, 40)
-    with computing():
+    with computing() as rest:
         beside = await prompts(parts, length, 40)
+        rest.wanted = True  # as the loop says while it launches such a step
+        wanted = await prompts(parts, length, 40)
         with keeping_the_lock() as functions:
             kept = await prompts(parts, length, 40)
     runner.close()
     return {
         "bench": "launch", "model": model, "prompt": length, "launch_us": alone, "beside_us": beside,
+        "beside_wanted_us": wanted,
         **({"beside_kept_us": kept, "functions": functions} if functions else {}), "graphs": graphs,
         "device": torch.cuda.get_device_name() if parts.resolved.device != "cpu" else "cpu",
     }  # fmt: skip

@@ -28,9 +28,6 @@ class Careful(Planner):
     def _plan_again(self, before: StepPlan) -> StepPlan | None:
         return None
 
-    def _settle_again(self, plan: StepPlan, tokens: Any) -> Settled | None:
-        return None
-
 
 def same(one: Any, other: Any) -> bool:
     """Whether two plans, or what was settled, say the same."""

@@ -39,6 +39,7 @@ from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
+from overlap.schedule.repeats import Repeats
 from overlap.schedule.request import Request
 from overlap.schedule.runs import cut_runs, runs_of
 from overlap.schedule.scores import Scored, cut_scores, scores_of
@@ -49,24 +50,6 @@ from overlap.schedule.split import Splitter
 
 NONE: Final = np.empty(0, dtype=np.int32)
 NO_UPDATES: Final[Update] = (NONE, NONE, NONE)
-NO_TOKEN: Final = -9
-"""Neither a token nor a mark in a run."""
-
-
-class _Known:
-    """What is found out once about rows that are settled again and again."""
-
-    __slots__ = ("departures", "fronts", "keys", "only_front", "slots", "stops", "until_limit")
-
-    def __init__(self, at: Slots, slots: Ints, departures: int) -> None:
-        self.slots = slots
-        self.keys, self.fronts, stops = at.keys[slots], at.fronts[slots], at.stops[slots]
-        self.stops = np.where(stops < 0, NO_TOKEN, stops)  # the marks of runs are below 0, too
-        self.only_front = int(self.fronts[0]) if (self.fronts == self.fronts[0]).all() else None
-        self.departures = departures
-        """How often a request had left its slot by then: the rows are all read while that stays so."""
-        self.until_limit = int((at.limit[slots] - at.made[slots]).min())
-        """New tokens until the first of them may have as many as it may have, if it got the most of each step."""
 
 
 class Planner:
@@ -105,6 +88,7 @@ class Planner:
         self._context = min(context, num_pages * PAGE)
         self._store = PageStore(num_pages, prefix_cache=prefix_cache)
         self._slots = Slots(max_rows, self._context, self._store, self._drafting.ahead)
+        self._repeats = Repeats(self._slots, self._drafting)
         self._forms = Forms(max_rows)
         self._desk = Desk(self._slots, self._store, max_waiting=max_waiting)
         self._queue = self._desk.queue
@@ -119,8 +103,6 @@ class Planner:
         self._joining: list[int] = []  # slots that decode from the next plan on
         self._leaving = False  # a slot in _decoding has no more to run
         self._before: StepPlan | None = None  # the last plan, if its rows may simply go on
-        self._known: _Known | None = None
-        self._seen: Ints = NONE  # the rows of the last step that repeated and was settled at length
         self._departures = 0  # how often a request has left its slot
         self._all_rows: Ints = np.arange(max_rows, dtype=np.int32)
         self._ones: Ints = np.ones(max_rows, dtype=np.int32)
@@ -575,10 +557,15 @@ class Planner:
         Of a wide plan `num_landing` numbers land. Of a plan with `logprobs` what lands is [E, 1 + TOLD_WORDS]: each
         token, then what is told with it. Of a plan with `scores` their `words` [S, TOLD_WORDS] land, too.
         """
-        if plan.again and not plan.logprobs and (again := self._settle_again(plan, tokens)) is not None:
-            return again
+        if plan.again and not plan.logprobs:
+            again = self._repeats.settle(plan, tokens, self._departures)
+            if again is not None:
+                if plan.width > 1:
+                    self._leaving = self._leaving or int(self._slots.left[plan.slots].min()) <= 0
+                self.pass_step(plan)
+                return again
         self._slots.catch_up()
-        self._known = None
+        self._repeats.forget()
         scored = self._settle_scores(plan, words) if words is not None else ()
         told = tokens[:, 1:] if plan.logprobs else None
         tokens = tokens[:, 0] if plan.logprobs else tokens
@@ -605,43 +592,6 @@ class Planner:
             self._forms.note(plan, slots, tokens[:, None], None, draft_words)
         self.pass_step(plan)
         return Settled(keys, fronts, tokens, ends, cached, told, scored)
-
-    def _settle_again(self, plan: StepPlan, tokens: Ints) -> Settled | None:
-        """Take in a step of rows that all go on; None, and nothing is done, if one may end here or has left."""
-        at, known = self._slots, self._known
-        if known is None or known.slots is not plan.slots or known.departures != self._departures:
-            first, self._seen = self._seen is not plan.slots, plan.slots
-            if first or not at.reading[plan.slots].all():  # what comes once is not worth finding out about
-                return None
-            at.catch_up()
-            known = self._known = _Known(at, plan.slots, self._departures)
-        if plan.width > 1:
-            return self._settle_runs_again(plan, tokens, known)
-        if known.until_limit <= 1 or (known.stops == tokens[:, None]).any():
-            return None
-        known.until_limit -= 1
-        at.note_again(plan.slots, tokens)
-        self.pass_step(plan)
-        return Settled(known.keys, known.fronts, tokens, (), only_front=known.only_front)
-
-    def _settle_runs_again(self, plan: StepPlan, landed: Ints, known: _Known) -> Settled | None:
-        """Do the same for a wide step."""
-        at, slots, width = self._slots, plan.slots, plan.width
-        runs = landed[: plan.num_landing].reshape(-1, width)
-        if known.until_limit <= width or (runs[:, None, :] == known.stops[:, :, None]).any():
-            return None
-        there = runs >= 0
-        emitted = there.sum(axis=1, dtype=np.int32)
-        known.until_limit -= int(emitted.max())
-        at.note_again(slots, runs)
-        at.next[slots] -= width - emitted  # what was hoped for and did not come
-        at.left[slots] = left = at.left[slots] - (emitted - 1)
-        self._leaving = self._leaving or int(left.min()) <= 0
-        tokens = runs[there]
-        self._drafting.note_runs(runs, len(tokens))
-        self.pass_step(plan)
-        keys, fronts = known.keys.repeat(emitted), known.fronts.repeat(emitted)
-        return Settled(keys, fronts, tokens, (), only_front=known.only_front)
 
     def _settle_scores(self, plan: StepPlan, words: Ints) -> tuple[Scored, ...]:
         """Take in the scores of prompts that are still read."""
