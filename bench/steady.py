@@ -136,6 +136,8 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
             await settled(engine)
             tasks = await keep_busy(engine, rows, min(asked.tokens, engine.config.context - 80), vocabulary)
             await asyncio.sleep(WINDOW_S / 4)
+            # first: an answer that is drafted may end before the last window does
+            found = await kernels(engine) if asked.kernels and torch.cuda.is_available() else []
             plain, traced, records = [], [], []
             for number in range(asked.rounds):  # answers grow, so steps do: the two take turns in being first
                 plain += [await window(engine, rows)] if number % 2 == 0 else []
@@ -145,7 +147,6 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
                         traced.append(await window(engine, rows))
                     records.append(trace.record())
                 plain += [await window(engine, rows)] if number % 2 else []
-            found = await kernels(engine) if asked.kernels and torch.cuda.is_available() else []
             ended = sum(task.done() for task in tasks)
             for task in tasks:
                 task.cancel()
