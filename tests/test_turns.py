@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
 from overlap import AsyncEngine, turns
 from overlap.turns import TURN_S, Rest, Turns
 
+Clock: TypeAlias = tuple[list[float], list[float]]
+"""What time it is, and when the reader gave it up."""
 
-def test_a_reader_gives_up_the_interpreter_every_turn_but_not_while_the_engine_rests(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     now, slept = [100.0], list[float]()
     monkeypatch.setattr(turns, "perf_counter", lambda: now[0])
     monkeypatch.setattr(turns, "sleep", lambda _: slept.append(now[0]))
+    return now, slept
+
+
+def test_a_reader_gives_up_the_interpreter_every_turn_but_not_while_the_engine_rests(clock: Clock) -> None:
+    now, slept = clock
     rest = Rest()
     reader = Turns(rest)
     times = [100.0 + 0.4 * TURN_S * number for number in range(30)]
@@ -28,10 +36,8 @@ def test_a_reader_gives_up_the_interpreter_every_turn_but_not_while_the_engine_r
     assert len(slept) == 6
 
 
-def test_a_reader_gives_it_up_each_time_while_the_engine_launches_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, slept = [100.0], list[float]()
-    monkeypatch.setattr(turns, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(turns, "sleep", lambda _: slept.append(now[0]))
+def test_a_reader_gives_it_up_each_time_while_the_engine_launches_many_calls(clock: Clock) -> None:
+    now, slept = clock
     rest = Rest()
     reader = Turns(rest)
     times = [100.0 + 0.01 * TURN_S * number for number in range(30)]

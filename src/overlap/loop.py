@@ -34,6 +34,7 @@ from overlap.streams.stream import Busy
 from overlap.turns import Rest
 from overlap.watchdog import Watchdog
 
+_NOTHING: Final = nullcontext()
 DEPTH: Final = 2
 """Steps of one lane in the air: one that runs, and one behind it."""
 
@@ -155,7 +156,7 @@ class Loop:
         step_limit_s: float = 60.0,
         rest: Rest | None = None,
     ) -> None:
-        """`rest` is told until when a step of the main lane will run, where that is about known."""
+        """`rest` is told when the interpreter is wanted, and until when it is not, where that is about known."""
         self._planner = planner
         self._runner = runner
         self._outbox = outbox
@@ -285,7 +286,7 @@ class Loop:
         reads = plan.num_rows > plan.num_decode
         if reads and number == MAIN:
             self._tell()
-        with self._timeline.span("launch", plan), self._wanting() if reads else nullcontext():
+        with self._timeline.span("launch", plan), self._wanting() if reads else _NOTHING:
             lane.append(self._launch(plan, alone=not lane))
         return True
 

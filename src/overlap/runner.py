@@ -59,6 +59,11 @@ host time while readers in the same process hold the interpreter (docs/log.md), 
 together, and more read prompts sooner."""
 
 
+def _has_tail(plan: StepPlan, layout: Layout) -> bool:
+    """Whether anything comes of a step's hidden states: a token, or a score."""
+    return layout.num_emits > 0 or plan.scores is not None
+
+
 LONG_LAUNCH_S: Final = 0.03
 """A launch that keeps the host for longer has built or loaded a kernel."""
 
@@ -344,8 +349,7 @@ class _LaneRunner:
             landings.append(self._mail.told_words[place][:num_landing])
         scores = None if plan.scores is None else self._mail.scored_words[place][: len(plan.scores)]
         if plan.lane == SIDE:
-            tail = layout.num_emits > 0 or plan.scores is not None
-            num_blocks = 1 + -(-self._program.num_layers // BLOCK_LAYERS) + tail
+            num_blocks = 1 + -(-self._program.num_layers // BLOCK_LAYERS) + _has_tail(plan, layout)
             blocks = self._step(plan, layout, place, masks, BLOCK_LAYERS)
             return TorchFlight(plan, self._stream, landings, scores, blocks, num_blocks, self._is_usual)
         blocks = self._step(plan, layout, place, masks, None)
@@ -472,7 +476,7 @@ class _LaneRunner:
             hidden_TC = yield from drive_in_blocks(forward, self._attention, block)
         else:
             hidden_TC = yield from graphs.run_pieces(pieces, layout.num_tokens, block)
-        if block is not None and (layout.num_emits or plan.scores is not None):
+        if block is not None and _has_tail(plan, layout):
             yield
         self._score(plan, hidden_TC, place)
         if not layout.num_emits:

@@ -80,7 +80,7 @@ def test_a_larger_graph_serves_meanwhile_and_only_within_twice_the_size() -> Non
 
 def test_a_wide_step_of_few_rows_and_one_of_many_never_run_each_others_graph() -> None:
     """Their rows have other numbers of positions: see `schedule.plan.width_for`."""
-    policy = Policy((), (), (8, FEW_ROWS, 24, 32))
+    policy = Policy((), (), (8, FEW_ROWS, 24, 32), lambda rows: 8 if rows <= FEW_ROWS else 5)
     few, many = (Shape("wide greedy", size) for size in (FEW_ROWS, 24))
     policy.captured(many)
     assert policy.decide(replace(plan(FEW_ROWS - 2), width=8)) == NOTHING
@@ -97,6 +97,7 @@ def test_a_wide_step_of_another_width_than_its_graphs_has_none_and_it_is_said() 
         policy.captured(Shape("wide greedy", size))
     assert policy.decide(replace(plan(7), width=8)) == Decision(None, Shape("wide greedy", 8))
     assert policy.decide(replace(plan(7), width=5)) == NOTHING
+    assert sum(policy.not_whole.values()) == 1
     assert any("another number of drafts" in line for line in policy.explain())
 
 

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeAlias
 
 from overlap.errors import InternalError
 from overlap.graphs.buckets import bucket_for
-from overlap.schedule.plan import FEW_ROWS, SampleKind, StepPlan
+from overlap.schedule.plan import SampleKind, StepPlan
 
 Kind: TypeAlias = Literal[
     "greedy", "sampled", "truncated", "shaped", "pieces",
@@ -139,8 +139,9 @@ class Policy:
         """Return what to capture for a plan, if now is the time, and what to run it with."""
         kind = decode_kind(plan)
         reason = _NO_GRAPHS
-        if plan.width > 1 and self._width_for is not None and plan.width != self._width_for(plan.num_decode):
-            kind, reason = None, _OTHER_WIDTH  # its graph would read other positions, and bring other tokens
+        if kind in _WIDE.values() and self._width_for is not None and plan.width != self._width_for(plan.num_decode):
+            kind = None  # its graph would read other positions, and bring other tokens
+            self._not_whole[_OTHER_WIDTH] += 1
         if plan.num_decode == plan.num_rows and (apart := _apart(plan)) is not None and self._buckets["greedy"]:
             self._not_whole[apart] += 1
         if kind is not None and self._buckets[kind]:
@@ -180,10 +181,11 @@ class Policy:
         return min(fitting, key=lambda shape: shape.size, default=None)
 
     def _captured_like(self, kind: Kind, count: int) -> list[int]:
-        """Return the sizes that are captured; of wide steps those whose rows have as many positions (`width_for`)."""
-        if kind not in _WIDE.values():
-            return self._captured[kind]
-        return [size for size in self._captured[kind] if (size <= FEW_ROWS) == (count <= FEW_ROWS)]
+        """Return the sizes that are captured; of wide steps those whose rows have as many positions."""
+        captured, width_for = self._captured[kind], self._width_for
+        if width_for is None or kind not in _WIDE.values():
+            return captured
+        return [size for size in captured if width_for(size) == width_for(count)]
 
     def _may_capture(self, shape: Shape) -> bool:
         return shape not in self._failed and sum(failed.kind == shape.kind for failed in self._failed) < GIVE_UP

@@ -72,6 +72,8 @@ class FlashInferAttention:
         self._parts: dict[tuple[int, int, int], _Parts] = {}  # of this plan's static buffers
         for each in dict.fromkeys((1, width)):
             self._warm_up(max_pages_per_row, each)
+        if self._compiled is None:
+            self.name += ", whose launches give up the interpreter"
 
     def plan(self, rows: AttentionRows) -> None:
         """Keep the decode rows' columns, and plan the chunks from what the host knows."""

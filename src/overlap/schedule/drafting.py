@@ -25,10 +25,8 @@ class Drafting:
     def __init__(self, drafts: int, ahead: int, pace: Pace | None, many_drafts: int | None = None) -> None:
         """`drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter.
 
-        `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many.
-
-        The drafter writes to up to `ahead` positions behind the last token of a row. `pace` says when drafting pays;
-        None always drafts.
+        `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many. The drafter writes to up to
+        `ahead` positions behind the last token of a row. `pace` says when drafting pays; None always drafts.
         """
         if not 0 <= drafts < PAGE or ahead > drafts:
             raise InternalError(f"{drafts} drafts, {ahead} ahead: a row would outgrow a page in one step")

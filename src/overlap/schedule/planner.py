@@ -78,7 +78,7 @@ class Planner:
 
         `drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter. The drafter
         writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
-        always drafts.
+        always drafts. `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many.
         """
         self._drafting = Drafting(drafts, drafts_ahead, pace, many_drafts)
         if token_budget < max_rows + 1:
@@ -249,8 +249,9 @@ class Planner:
         if lane == SIDE:
             return self._plan_side(updates)
         self._preempt_for_pressing()
-        before, width = self._before, 0
+        before, width, for_rows = self._before, 0, -1
         if before is not None and self._goes_on(before):
+            for_rows = before.num_decode
             width = self._drafting.width(before.num_decode, self._token_budget)
             if width == before.width and (again := self._plan_again(before)) is not None:
                 self._before = again
@@ -258,7 +259,7 @@ class Planner:
         self._refresh_decoding()
         free = self._forms.free(self._decoding)
         decode = self._grow(free, updates) if len(free) else NONE
-        if not width or before is None or len(decode) != before.num_decode:  # pages may not have sufficed for all
+        if len(decode) != for_rows:  # that of as many rows: pages may not have sufficed for all
             width = self._drafting.width(len(decode), self._token_budget)
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
         stalled = max(0, len(free) - len(decode)) * width

@@ -25,6 +25,7 @@ from overlap.cache.pages import PAGE, Fence, Ints, pages_for
 from overlap.cache.store import Hit, PageStore
 from overlap.errors import InternalError
 from overlap.schedule.life import Change, Life
+from overlap.schedule.plan import UNUSED
 from overlap.schedule.request import Request
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
@@ -184,11 +185,7 @@ class Slots:
     def note_runs(self, slots: Ints, runs: Ints, kept: Ints) -> None:
         """Take in the first `kept` [N] tokens of each row of `runs` [N, J] for each of `slots` [N]."""
         self.catch_up()
-        rows, places = np.where(np.arange(runs.shape[1]) < kept[:, None])
-        slots_n = slots[rows]
-        positions = self.base[slots_n] + self.made[slots_n] + places
-        self._page_tokens[self.table[slots_n, positions // PAGE], positions % PAGE] = runs[rows, places]
-        self.made[slots] += kept
+        self._note_all_runs(slots, np.where(np.arange(runs.shape[1]) < kept[:, None], runs, UNUSED)[None])
 
     def note_chunk(self, slot: int, end: int) -> None:
         """Take in a settled prompt chunk that ends at position `end`: its full pages can be shared from now on."""

@@ -101,9 +101,9 @@ def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
     """Return a sentence on what drafts; none without a drafter."""
     if resolved.speculative is None:
         return ()
-    most = f"up to {resolved.num_drafts} tokens a row, verified and accepted on the device"
-    if resolved.many_drafts != resolved.num_drafts:
-        most = most.replace(" a row,", f" a row, {resolved.many_drafts} of more than {FEW_ROWS} rows,")
+    few, many = resolved.num_drafts, resolved.many_drafts
+    fewer = "" if many == few else f", {many} of more than {FEW_ROWS} rows"
+    most = f"up to {few} tokens a row{fewer}, verified and accepted on the device"
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)
     kind = f"an {head.config.kind} head" if isinstance(head, EagleHead) else "a smaller model"
