@@ -230,7 +230,7 @@ def _many_rows_cuts(head_dim: int, queries: int) -> Iterator[Cut]:
         for ahead in (False, True) if queries <= 8 and (block_n, warps) == (64, 4) else (False,):
             for programs in (264, 528):
                 yield Cut(programs, block_n, warps, ahead)
-            for keys in (256, 512, 1024):
+            for keys in (512, 1024, 4096):
                 for splits in (2, 4, 8):
                     yield Cut(1 << 31, block_n, warps, ahead, keys=keys, splits=splits)
 

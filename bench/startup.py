@@ -5,7 +5,7 @@
 The first process of a model finds what the caches hold already: kernels that FlashInfer and Triton have built before,
 the model's file in the page cache. A later one finds all that the first one built, so "warm" is what a machine whose
 kernels are prebuilt takes (targets: 8 s for SmolLM2, 15 s for a Llama-8B of random weights). A JSON line a process,
-with what the seconds went to: import, open (load, memory, attention), first token (eager: graphs come later), and the
+with what the seconds went to: import, open and its stages, first token (eager: graphs come later), and the
 answer's other 15 tokens. Doubt the first line of a model: what it finds depends on what ran on the machine before.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 
-async def first_token(model: str, options: dict[str, Any], imported_s: float) -> dict[str, float]:
+async def first_token(model: str, options: dict[str, Any], imported_s: float) -> dict[str, Any]:
     """Open an engine, answer, and return the seconds of each part."""
     from overlap import AsyncEngine, SamplingParams
 
@@ -34,8 +34,10 @@ async def first_token(model: str, options: dict[str, Any], imported_s: float) ->
         async for _ in engine.generate([1, 2, 3, 4, 5, 6, 7, 8], params):
             first = first or time.perf_counter()
         ended = time.perf_counter()
+        stages = engine._opened.opening if engine._opened is not None else {}
     parts = {"import_s": imported_s, "open_s": opened - began, "first_token_s": first - opened, "rest_s": ended - first}
-    return {"total_s": imported_s + first - began, **parts}
+    told = {name: round(seconds, 2) for name, seconds in {"total_s": imported_s + first - began, **parts}.items()}
+    return {**told, "opening": {stage: round(seconds, 2) for stage, seconds in stages.items()}}
 
 
 def child(model: str, options: dict[str, Any], line: dict[str, Any]) -> None:
@@ -48,7 +50,7 @@ def child(model: str, options: dict[str, Any], line: dict[str, Any]) -> None:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(json.dumps({**line, **{name: round(each, 2) for name, each in parts.items()}, "device": device}), flush=True)
+    print(json.dumps({**line, **parts, "device": device}), flush=True)
 
 
 def main() -> None:

@@ -48,8 +48,10 @@ from offline import SHAPES, settled  # type: ignore[import-not-found]
 WINDOW_S = 0.4
 
 
-async def keep_busy(engine: AsyncEngine, rows: int, tokens: int, vocabulary: int) -> list[asyncio.Task[None]]:
-    """Start `rows` answers and return once all of them decode."""
+async def keep_busy(
+    engine: AsyncEngine, rows: int, tokens: int, vocabulary: int, *, again: bool = False
+) -> list[asyncio.Task[None]]:
+    """Start `rows` answers and return once all of them decode; with `again` each that ends begins anew."""
     decoding = asyncio.Event()
     missing = rows
 
@@ -57,11 +59,12 @@ async def keep_busy(engine: AsyncEngine, rows: int, tokens: int, vocabulary: int
         nonlocal missing
         prompt = [(row * 7919 + at * 31) % (vocabulary - 3) + 3 for at in range(64)]
         first = True
-        async for _ in engine.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)):
-            if first:
-                first, missing = False, missing - 1
-                if not missing:
-                    decoding.set()
+        while first or again:
+            async for _ in engine.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)):
+                if first:
+                    first, missing = False, missing - 1
+                    if not missing:
+                        decoding.set()
 
     tasks = [asyncio.create_task(answer(row)) for row in range(rows)]
     await decoding.wait()
@@ -134,9 +137,9 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
             for task in await keep_busy(engine, rows, 40, vocabulary):
                 await task
             await settled(engine)
-            tasks = await keep_busy(engine, rows, min(asked.tokens, engine.config.context - 80), vocabulary)
+            tokens = min(asked.tokens, engine.config.context - 80)
+            tasks = await keep_busy(engine, rows, tokens, vocabulary, again=True)
             await asyncio.sleep(WINDOW_S / 4)
-            # first: an answer that is drafted may end before the last window does
             found = await kernels(engine) if asked.kernels and torch.cuda.is_available() else []
             plain, traced, records = [], [], []
             for number in range(asked.rounds):  # answers grow, so steps do: the two take turns in being first
@@ -147,7 +150,6 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
                         traced.append(await window(engine, rows))
                     records.append(trace.record())
                 plain += [await window(engine, rows)] if number % 2 else []
-            ended = sum(task.done() for task in tasks)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -159,7 +161,7 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
                 "step_ms": round(1e3 * step_s, 4), "tokens_per_s": round(rate, 1),
                 "bubble": [round(one["bubble"], 5) for one in plain], "host_us": host_us(records[-1]),
                 "trace_costs": round(statistics.median(one["step_s"] for one in traced) / step_s - 1, 4),
-                "ended_early": ended, "device": name_of(asked.device), "torch": torch.__version__, "kernels": found,
+                "device": name_of(asked.device), "torch": torch.__version__, "kernels": found,
             }  # fmt: skip
             print(json.dumps(line), flush=True)
 

@@ -32,6 +32,7 @@ from overlap.models.config import ModelConfig
 from overlap.models.llama import Llama
 from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
+from overlap.observe.stages import Stages
 from overlap.ops.attention import choose_attention, fallbacks_of
 from overlap.runner import Runner
 from overlap.schedule.pace import Pace
@@ -89,6 +90,8 @@ class Parts:
     """What holds answers to a form; None without a tokenizer or an end token."""
     costs: Costs | None = None
     """What steps have taken, to be kept for the next engine of this kind."""
+    opening: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that opening took, by stage."""
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     """Why attention, or the drafter's, is slower than it could be on this device: 1 each."""
 
@@ -112,9 +115,12 @@ def _fast_cpu_bfloat16() -> bool:
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 
-def assemble(asked: EngineConfig) -> Parts:
-    """Open the model, choose, load, and set up memory. Raises ConfigError (ModelError) and leaves nothing behind."""
-    show = wanted(asked.progress)
+def assemble(asked: EngineConfig, stages: Stages | None = None) -> Parts:
+    """Open the model, choose, load, and set up memory. Raises ConfigError (ModelError) and leaves nothing behind.
+
+    `stages` is the clock of opening, if that began before.
+    """
+    show, stages = wanted(asked.progress), stages or Stages()
     checkpoint = open_checkpoint(
         asked.model,
         load_format=asked.load_format,
@@ -124,18 +130,24 @@ def assemble(asked: EngineConfig) -> Parts:
         progress=show,
     )
     try:
+        stages.end("files")
         resolved = resolve(asked, checkpoint.config, machine(asked.device))
-        text = _text(checkpoint)
         device = torch.device(resolved.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of the engine's thread, which nobody else sees
+            torch.zeros(1, device=device)  # starts the driver
+        stages.end("device")
+        text = _text(checkpoint)
+        stages.end("tokenizer")
         team = _team(asked, resolved, checkpoint.config)
         stream = _stream(device)
         masks = _masks(text, checkpoint.config)
         try:
             cache = cache_directory(asked.cache_dir)
-            parts = _on(stream, lambda: _parts(resolved, checkpoint, text, stream, device, team, cache, show=show))
-            return replace(parts, masks=masks)
+            parts = _on(
+                stream, lambda: _parts(resolved, checkpoint, text, stream, device, team, cache, stages, show=show)
+            )
+            return replace(parts, masks=masks, notes=(*parts.notes, str(stages)), opening=stages.seconds)
         except BaseException:
             if team is not None:
                 team.give_up()  # before the stream is waited for, which may wait for the other ranks
@@ -177,12 +189,14 @@ def _parts(
     device: torch.device,
     team: Team | None,
     cache: Path,
+    stages: Stages,
     *,
     show: bool,
 ) -> Parts:
     """Load and set up memory; with a `team`, this rank's part."""
     model, dtype = shard_config(checkpoint.config, resolved.tensor_parallel), getattr(torch, resolved.dtype)
     program = build(checkpoint, device=device, dtype=dtype, progress=show, ranks=None if team is None else team.group)
+    stages.end("weights")
     head = open_head(resolved, program, device=device, dtype=dtype, cache=cache, progress=show)
     free = _free_bytes(device)
     least = free if team is None else team.least_free_bytes(free)
@@ -195,6 +209,7 @@ def _parts(
         dtype=getattr(torch, resolved.dtype),
         device=device,
     )
+    stages.end("memory")
     attention, why = choose_attention(
         kv,
         model.num_heads,
@@ -202,12 +217,14 @@ def _parts(
         width=resolved.num_drafts + 1,
         max_rows=resolved.max_rows,
     )
+    stages.end("attention")
     side, shares, share_notes = None, tuple[int, ...](), tuple[str, ...]()
     if resolved.lanes in ("auto", "streams"):
         side_attention, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
         side = side_attention, _stream(device, "prompts", side=True)
         shares, share_notes = _shares(resolved, device, (stream, side[1]))
     fallbacks = fallbacks_of(device, attention, why)
+    stages.end("lanes")
     splitter, costs = _splitter(resolved, model, program.weight_bytes(), device, cache, shares)
     own = Runner(
         program,
@@ -238,9 +255,11 @@ def _parts(
         splitter=splitter,
         drafts=resolved.num_drafts,
         many_drafts=resolved.many_drafts,
+        drafts_with_prompts=resolved.drafts_with_prompts,
         drafts_ahead=resolved.num_drafts if head is not None else 0,
         pace=Pace() if resolved.paces_drafts else None,
     )
+    stages.end("runner")
     size = num_pages * page_bytes(model, resolved.dtype)
     memory = f"kv cache: {num_pages} pages of {PAGE} tokens, {size / 2**20:.0f} MiB"
     notes = _notes(resolved, program, memory, context, f"{attention.name}: {why}", team)
@@ -377,7 +396,7 @@ def _splitter(
     costs = Costs(cost, cost_path(cache, machine))
     cost.load(costs.path)
     target_s = resolved.target_itl_s
-    # For throughput two lanes brought 1.05 times the better of the others at best (H100, bench/two_lanes.py).
+    # With prompts near the device's peak two lanes brought no throughput (Llama-8B, bench/two_lanes.py).
     patience = 256 if cuda and target_s is None else 0
     budget = resolved.token_budget
     policy = SplitPolicy(cost, token_budget=budget, target_itl_s=target_s, shares=shares, patience=patience)

@@ -273,6 +273,8 @@ class Resolved:
     """The same in steps of many rows: see `schedule.plan.width_for`."""
     decode_sms: int = 0
     """0 lets two lanes compete for SMs."""
+    drafts_with_prompts: bool = True
+    """Whether steps that read prompts draft, too."""
     paces_drafts: bool = False
     """Drafts only while that pays."""
 
@@ -318,6 +320,7 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         draft_model=asked.draft_model,
         num_drafts=drafts[0],
         many_drafts=drafts[1],
+        drafts_with_prompts=_drafts_with_prompts(asked, device),
         decode_sms=_decode_sms(asked, device),
         paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
     )
@@ -339,6 +342,12 @@ def _num_drafts(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> tuple[i
         why = f"a draft costs a GPU little; four with more than {FEW_ROWS} rows, none while plain steps bring more"
         return chose("num_drafts", 7, why), 4
     return chose("num_drafts", 4, "past four, few drafts are worth it; none while plain steps bring more"), 4
+
+
+def _drafts_with_prompts(asked: EngineConfig, device: str) -> bool:
+    """Return whether steps that read prompts draft: on a GPU no graph holds them, and drafting takes longer to launch
+    than the one wide step without drafts behind them."""
+    return asked.speculative not in ("eagle", "draft") or not device.startswith("cuda")
 
 
 def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:

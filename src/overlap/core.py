@@ -24,6 +24,8 @@ from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.figures import Statistics, statistics_of
 from overlap.front import Front, dead
 from overlap.loop import Loop
+from overlap.observe.stages import Stages
+from overlap.streams.ahead import start_driver
 from overlap.turns import Rest
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Opened:
     model: ModelConfig
     text: Text
     notes: tuple[str, ...]
+    opening: Mapping[str, float]
+    """Seconds that opening took, by stage."""
     refusal: Callable[[int, int], str | None]
     """(prompt tokens, new tokens) -> why such a request could never run, or None."""
     context: int
@@ -286,9 +290,16 @@ class Core:
 
     def _serve(self) -> None:
         try:
-            from overlap.assemble import assemble  # imports torch: here, so that importing overlap stays light
+            stages = Stages()
+            let_go = start_driver(self._asked.device) if self._asked.device != "cpu" else None
+            try:
+                from overlap.assemble import assemble  # imports torch: here, so that importing overlap stays light
 
-            parts = assemble(self._asked)
+                stages.end("torch")
+                parts = assemble(self._asked, stages)
+            finally:
+                if let_go is not None:
+                    let_go()
         except BaseException as error:
             why = str(error)
             self._end_all(lambda: EngineClosed(f"The engine did not start: {why}"))
@@ -336,6 +347,7 @@ class Core:
                 model=parts.model,
                 text=parts.text,
                 notes=parts.notes,
+                opening=parts.opening,
                 refusal=parts.planner.refusal,
                 context=parts.planner.context,
             )

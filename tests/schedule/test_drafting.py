@@ -26,6 +26,21 @@ def test_a_step_is_wide_while_all_its_positions_fit_into_the_budget() -> None:
     assert [drafting.width(rows, 21) for rows in (1, 5, 6)] == [4, 4, 1], "24 of 21 tokens do not fit"
 
 
+def test_a_step_with_prompts_is_wide_where_it_drafts_or_has_drafts_to_verify() -> None:
+    drafting = Drafting(3, 3, None)
+    assert drafting.drafts(1, 0, reads=True), "a prompt alone has no rows that could be wide"
+    assert not drafting.drafts(1, 2, reads=True)
+    assert drafting.beside_prompts(4) == 4
+    quiet = Drafting(3, 3, None, with_prompts=False)
+    assert not quiet.drafts(1, 0, reads=True)
+    assert quiet.beside_prompts(4) == 1, "nothing was drafted in the step before"
+    assert quiet.drafts(4, 2, reads=False)
+    assert quiet.beside_prompts(4) == 4
+    assert not quiet.drafts(4, 2, reads=True)
+    assert quiet.beside_prompts(4) == 1
+    assert not Drafting(0, 0, None).drafts(1, 0, reads=True)
+
+
 def test_a_row_may_write_to_all_drafts_and_to_what_the_drafter_reads_ahead_but_not_past_the_context() -> None:
     starts = np.array([10, 97], np.int32)
     assert Drafting(3, 0, None).needed(starts, 100).tolist() == [15, 100]

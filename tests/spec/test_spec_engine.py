@@ -138,6 +138,19 @@ async def test_many_rows_verify_fewer_drafts_each_and_no_token_changes(
         assert figures.tried_at[5] > 0
 
 
+@pytest.mark.parametrize("way", ["in one batch", "without overlap, in chunks", "short of pages"])
+async def test_where_steps_with_prompts_do_not_draft_no_token_changes(
+    tiny_llama_dir: Path, drafters: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overlap.config._drafts_with_prompts", lambda *_: False)
+    jobs = jobs_of(47, 14)
+    want, _ = await answers(tiny_llama_dir, jobs)
+    for name in ("ngram", "itself", "eagle3"):
+        got, figures = await answers(tiny_llama_dir, jobs, **{**FOUR, **drafters[name], **WAYS[way]})
+        assert same(got, want)
+        assert figures.drafted_tokens > 0
+
+
 @pytest.mark.parametrize("name", ["itself", "eagle3", "eagle"])
 async def test_every_kind_of_drafter_changes_no_token(tiny_llama_dir: Path, drafters: Any, name: str) -> None:
     jobs = jobs_of(99, 12)

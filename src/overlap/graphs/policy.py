@@ -147,7 +147,7 @@ class Policy:
         if kind is not None and self._buckets[kind]:
             decision, reason = self._decide(kind, plan.num_rows)
             if decision is None and reason == _FIRST_USE:  # its own comes soon: pieces only if they are there
-                ready = self._ready("pieces", plan.num_tokens)
+                ready = self._ready("pieces", self._at_least("pieces", plan.num_tokens))
                 decision = None if ready is None else Decision(None, ready)
             if decision is not None:
                 return decision
@@ -158,7 +158,12 @@ class Policy:
         self._reasons[reason] += 1
         return Decision(None, None, first=reason == _FIRST_USE)
 
+    def _at_least(self, kind: Kind, count: int) -> int:
+        """Return how many rows or tokens a step counts as: fewer than the smallest graph has take as long as that."""
+        return max(count, self._buckets[kind][0]) if self._buckets[kind] else count
+
     def _decide(self, kind: Kind, count: int) -> tuple[Decision | None, str]:
+        count = self._at_least(kind, count)
         size = bucket_for(count, self._buckets[kind])
         if size is None:
             largest = self._buckets[kind][-1]

@@ -41,6 +41,9 @@ _INNER: Final = {
     "mlp.down_proj": "ffn_down",
 }
 _ARCHITECTURES: Final = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_PIECE: Final = 1 << 18
+"""Numbers that are dequantized at once: `gguf` cuts what has rows into sixteen of them, of which small ones take three
+times as long (SmolLM2: 0.59 s, 0.22 in pieces of this size, 0.78 of four times it)."""
 _PAIRED: Final = (".self_attn.q_proj.", ".self_attn.k_proj.")
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -121,15 +124,20 @@ class GgufCheckpoint:
     def _rows(self, tensor: GgufTensor, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Dequantize rows `start` to `stop`."""
         if len(tensor.shape) < 2:  # norms and biases are small, and one row of blocks
-            return self._dequantize(tensor, 0, tensor.num_bytes, 1).reshape(-1)[start:stop]
+            return self._dequantize(tensor, 0, tensor.num_bytes)[start:stop]
         row_bytes = tensor.num_bytes // tensor.shape[0]
-        flat = self._dequantize(tensor, start * row_bytes, stop * row_bytes, stop - start)
+        flat = self._dequantize(tensor, start * row_bytes, stop * row_bytes)
         return flat.reshape(stop - start, *tensor.shape[1:])
 
-    def _dequantize(self, tensor: GgufTensor, begin: int, end: int, num_rows: int) -> npt.NDArray[np.float32]:
+    def _dequantize(self, tensor: GgufTensor, begin: int, end: int) -> npt.NDArray[np.float32]:
         raw = np.frombuffer(self._data[tensor.start + begin : tensor.start + end], dtype=np.uint8)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+        step = max(1, _PIECE // block) * block_bytes
+        flat = np.empty(len(raw) // block_bytes * block, dtype=np.float32)
         try:
-            flat: npt.NDArray[np.float32] = gguf.dequantize(raw.reshape(num_rows, -1), tensor.type)
+            for at in range(0, len(raw), step):
+                piece = gguf.dequantize(raw[None, at : at + step], tensor.type)
+                flat[at // block_bytes * block :][: piece.size] = piece.reshape(-1)
         except NotImplementedError:
             raise ModelError(
                 f"{str(self._path)!r} is quantized as {tensor.type.name}, which the gguf package cannot dequantize. "
@@ -139,7 +147,7 @@ class GgufCheckpoint:
 
     def _factors(self, header: GgufHeader) -> npt.NDArray[np.float32] | None:
         tensor = header.tensors.get("rope_freqs.weight")
-        return None if tensor is None else self._dequantize(tensor, 0, tensor.num_bytes, 1).reshape(-1)
+        return None if tensor is None else self._dequantize(tensor, 0, tensor.num_bytes)
 
 
 def gguf_name(name: str) -> str:

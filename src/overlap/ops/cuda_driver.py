@@ -13,6 +13,10 @@ from typing import Any, Final
 
 _pointer, _number, _out = ctypes.c_void_p, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 _TYPES: Final[dict[str, tuple[Any, ...]]] = {
+    "cuInit": (_number,),
+    "cuDeviceGet": (ctypes.POINTER(ctypes.c_int), ctypes.c_int),
+    "cuDevicePrimaryCtxRetain": (_out, ctypes.c_int),
+    "cuDevicePrimaryCtxRelease_v2": (ctypes.c_int,),
     "cuEventCreate": (_out, _number),
     "cuEventRecord": (_pointer, _pointer),
     "cuEventQuery": (_pointer,),

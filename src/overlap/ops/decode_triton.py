@@ -78,7 +78,7 @@ _DECODE_128: Final[_Cuts] = (
     (16, Cut(264, 64, 4)),
     (64, Cut(132, 128, 8)),
     (256, Cut(_ANY, 64, 4, keys=512, splits=4)),
-    (_ANY, Cut(_ANY, 64, 4, ahead=False, keys=512, splits=4)),
+    (_ANY, Cut(_ANY, 64, 4, ahead=False, keys=4096, splits=4)),
 )
 _VERIFY_64: Final[_Cuts] = ((6, Cut(264, 64, 2, queries=4)), *_DECODE_64[1:])
 _VERIFY_128: Final[_Cuts] = (

@@ -22,11 +22,14 @@ MOST_LATE: Final = 32
 class Drafting:
     """Says how many positions a decode row runs, and counts what became of its drafts. False without a drafter."""
 
-    def __init__(self, drafts: int, ahead: int, pace: Pace | None, many_drafts: int | None = None) -> None:
+    def __init__(
+        self, drafts: int, ahead: int, pace: Pace | None, many_drafts: int | None = None, *, with_prompts: bool = True
+    ) -> None:
         """`drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter.
 
         `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many. The drafter writes to up to
         `ahead` positions behind the last token of a row. `pace` says when drafting pays; None always drafts.
+        `with_prompts` False drafts nothing in steps that read prompts.
         """
         if not 0 <= drafts < PAGE or ahead > drafts:
             raise InternalError(f"{drafts} drafts, {ahead} ahead: a row would outgrow a page in one step")
@@ -38,6 +41,8 @@ class Drafting:
         self._counted: tuple[DraftCounts, list[Ints]] = nothing, []  # and the runs, of one width, that are not yet
         self._first_has_none = ahead > 0  # the first wide step behind a plain one verifies no draft: it makes the first
         self._pace = pace
+        self._with_prompts = with_prompts
+        self._drafted = False  # the last step did
 
     def __bool__(self) -> bool:
         return self.most > 0
@@ -54,6 +59,16 @@ class Drafting:
         wide = width_for(num_decode, self.most, self._many)
         fits = num_decode * wide < budget
         return wide if fits and (self._pace is None or self._pace.choose(num_decode, wide)) else 1
+
+    def drafts(self, width: int, num_decode: int, *, reads: bool) -> bool:
+        """Return whether a step drafts for its rows' next one; `reads` says whether it has prompt chunks."""
+        wide = self.most > 0 and (width > 1 or not num_decode)
+        self._drafted = wide and (self._with_prompts or not reads)
+        return self._drafted
+
+    def beside_prompts(self, width: int) -> int:
+        """Return the width of a step with prompts too: 1 if it would neither verify drafts nor make some."""
+        return width if self._with_prompts or self._drafted else 1
 
     def needed(self, starts: Ints, context: int) -> Ints:
         """Return up to which position [N] each row that goes on at `starts` [N] may write in a step."""

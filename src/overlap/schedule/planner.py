@@ -73,14 +73,16 @@ class Planner:
         drafts_ahead: int = 0,
         pace: Pace | None = None,
         many_drafts: int | None = None,
+        drafts_with_prompts: bool = True,
     ) -> None:
         """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always.
 
         `drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter. The drafter
         writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
         always drafts. `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many.
+        `drafts_with_prompts` False drafts nothing in steps that read prompts.
         """
-        self._drafting = Drafting(drafts, drafts_ahead, pace, many_drafts)
+        self._drafting = Drafting(drafts, drafts_ahead, pace, many_drafts, with_prompts=drafts_with_prompts)
         if token_budget < max_rows + 1:
             raise InternalError(f"a budget of {token_budget} tokens leaves nothing beside {max_rows} decode rows")
         self._token_budget = token_budget
@@ -271,8 +273,9 @@ class Planner:
             if admissions:
                 raise InternalError("a request was admitted to a step that has no room for it")
             return None
-        # a step may be in turn with prompts, and have no decode rows
-        plan = self._build(decode, chunks, admissions, updates, MAIN, width if len(decode) else 1)
+        if chunks:  # a step may be in turn with prompts, and have no decode rows
+            width = self._drafting.beside_prompts(width) if len(decode) else 1
+        plan = self._build(decode, chunks, admissions, updates, MAIN, width)
         repeats = decode is self._decoding and not (chunks or admissions or plan.masked)
         self._before = plan if repeats else None
         return plan
@@ -530,7 +533,7 @@ class Planner:
             starts=starts,
             num_decode=num_decode,
             width=width,
-            drafts=bool(self._drafting) and (width > 1 or not num_decode),
+            drafts=self._drafting.drafts(width, num_decode, reads=bool(chunks)),
             behind=behind,
             prompt=prompt,
             emits=emits,

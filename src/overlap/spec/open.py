@@ -103,7 +103,8 @@ def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
         return ()
     few, many = resolved.num_drafts, resolved.many_drafts
     fewer = "" if many == few else f", {many} of more than {FEW_ROWS} rows"
-    most = f"up to {few} tokens a row{fewer}, verified and accepted on the device"
+    when = "" if resolved.drafts_with_prompts else "; none in steps with prompts"
+    most = f"up to {few} tokens a row{fewer}, verified and accepted on the device{when}"
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)
     kind = f"an {head.config.kind} head" if isinstance(head, EagleHead) else "a smaller model"
