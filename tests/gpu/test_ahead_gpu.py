@@ -3,6 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
 CODE = """
 import ctypes
 from overlap.streams.ahead import start_driver
