@@ -145,8 +145,8 @@ before = world()
 with asyncio.Runner() as runner:
     during = runner.run(main())
 after = world()
-after["names"] = before["names"] = None if after["names"] != before["names"] else before["names"]
 changed = {k: (before[k], v) for k, v in during.items() if before[k] != v and k != "signals"}
+changed |= {k: (before[k], v) for k, v in after.items() if before[k] != v}
 print(json.dumps([before == after, changed]))
 """
 

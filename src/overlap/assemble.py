@@ -396,7 +396,7 @@ def _splitter(
     costs = Costs(cost, cost_path(cache, machine))
     cost.load(costs.path)
     target_s = resolved.target_itl_s
-    # With prompts near the device's peak two lanes brought no throughput (Llama-8B, bench/two_lanes.py).
+    # A trial of lanes captures graphs: a cold engine that tried them at once lost half a second (docs/log.md).
     patience = 256 if cuda and target_s is None else 0
     budget = resolved.token_budget
     policy = SplitPolicy(cost, token_budget=budget, target_itl_s=target_s, shares=shares, patience=patience)

@@ -247,6 +247,13 @@ class Core:
                     self._events.call_soon_threadsafe(self._loop.close)
         return self._stopped
 
+    async def ended(self) -> None:
+        """Wait for the thread's end, once `stopped` is done: it has nothing left to do, unless it was left behind."""
+        for _ in range(100):
+            if not self._thread.is_alive():
+                return
+            await asyncio.sleep(0.001)
+
     @staticmethod
     def _at_exit(reference: weakref.ref[Core]) -> None:
         """A program that ends with its engine open: let the device finish before the interpreter goes."""

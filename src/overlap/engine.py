@@ -103,6 +103,7 @@ class AsyncEngine:
         if self._prompts is not None:
             self._prompts.close()
         await asyncio.shield(asyncio.wrap_future(stopped))
+        await self._core.ended()
 
     async def __aenter__(self) -> AsyncEngine:
         await self.start()

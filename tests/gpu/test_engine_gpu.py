@@ -217,6 +217,7 @@ async def test_a_dummy_llama_8b_runs_64_requests(tmp_path: Path) -> None:
         assert engine.statistics().failed_steps == 0
 
 
+@pytest.mark.alone
 async def test_a_host_that_uses_cuda_itself_is_not_disturbed_and_gets_the_memory_back(smollm2_path: Path) -> None:
     mine = torch.randn(1000, 1000, device=CUDA)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -510,6 +510,7 @@ async def test_idle_moments_capture_everything_and_disturb_neither_requests_nor_
     assert drawn[0] > 10
 
 
+@pytest.mark.alone
 def test_graphs_give_their_memory_back(small: Path) -> None:
     levels = []
     for _ in range(4):

@@ -279,6 +279,7 @@ def mib_in_use() -> float:
     return (total - free) / 2**20
 
 
+@pytest.mark.alone
 async def test_two_lanes_with_shares_give_all_their_memory_back(small: Path, shares: tuple[int, ...]) -> None:
     levels = []
     for _ in range(4):

@@ -69,6 +69,7 @@ async def by_a_cancelled_task(model: Path) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
+@pytest.mark.alone
 async def test_twenty_engines_one_after_the_other_give_all_their_memory_back(smollm2_path: Path) -> None:
     await normally(smollm2_path)
     first, levels = mib_in_use(), []
@@ -87,7 +88,8 @@ from overlap import AsyncEngine, SamplingParams
 async def main(interrupt):
     async with AsyncEngine(sys.argv[1], device="cuda", kv_cache="1GiB") as engine:
         async for out in engine.generate("Count:", SamplingParams(max_tokens=400 if interrupt else 8, ignore_eos=True)):
-            if interrupt and len(out.token_ids) == 5:
+            if interrupt and len(out.token_ids) >= 5:  # an Output may bring several
+                interrupt = False
                 os.kill(os.getpid(), signal.SIGINT)
 
 def used():
@@ -106,6 +108,7 @@ print("grew", round(used() - first), [t.name for t in threading.enumerate()])
 """
 
 
+@pytest.mark.alone
 def test_ctrl_c_leaves_no_memory_and_no_thread(smollm2_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", CTRL_C, str(smollm2_path)], capture_output=True, text=True, timeout=120, check=False

@@ -166,10 +166,6 @@ class CostModel:
             return Guess(of_kind.times * nominal_s, _SLACK_KIND)
         return Guess(self._from_parts(kind, rows, context, tokens, nominal_s), _SLACK_PARTS)
 
-    def times(self, kind: Kind, rows: int, context: int, tokens: int) -> float:
-        """Return how many times as long such a step takes as its bytes and operations would at the nominal speed."""
-        return self.seconds(kind, rows, context, tokens) / self._nominal_s(kind, rows, context, tokens)
-
     def count(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> int:
         """Return how often such a step was measured."""
         known = self._sizes.get(_size(kind, rows, context, tokens, share))

@@ -54,8 +54,6 @@ FIRST_TRIALS: Final = 12
 """Choices for each way that may be trials to begin with, and..."""
 TRIAL_SHARE: Final = 0.01
 """...the share of all choices that may be in the long run."""
-ROOM: Final = 1.5
-"""So many times as long as nominal a prompt's step takes at least where it leaves decode steps much of the device."""
 ITL_WEIGHT: Final = 0.01
 """What a second between two tokens weighs against one that all work takes, where no target is set."""
 _SAME_ROWS: Final = 1.125
@@ -157,9 +155,7 @@ class SplitPolicy:
         """`shares` are the numbers of SMs that decode rows can have to themselves; none without such hardware.
 
         `two_lanes` False leaves mixed and serial to choose from. `patience` is how many steps are planned before two
-        lanes are tried at all where prompts take about what the device's arithmetic allows: there they can bring
-        little, and a short job has no time to find out. Where prompts take longer there is room for decode steps beside
-        them, and lanes are tried at once.
+        lanes are tried at all: where they can bring little, a short job has no time to find out.
         """
         self.cost = cost
         self.shares: Final = shares
@@ -243,7 +239,7 @@ class SplitPolicy:
         rows, context, tokens = outlook.num_decode, outlook.decode_context, max(1, outlook.prefill_tokens)
         work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later))
         ways = {route: self._way(route, work) for route in self._routes}
-        if self._total <= self._patience and self.cost.times("prefill", 0, 0, work.at_once) < ROOM:
+        if self._total <= self._patience:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
         if size.trial is not None:
             way = ways[size.trial]

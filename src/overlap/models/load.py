@@ -59,9 +59,9 @@ class _Loading:
         self._shapes = part_shapes(checkpoint.config, self._rank, self._size)
         check_complete(checkpoint)
         total = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
-        self._bar = tqdm(
-            total=total, desc="loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
-        )
+        scale = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+        # a disabled bar would leave tqdm's thread in the process
+        self._bar = tqdm(total=total, desc="loading weights", **scale) if progress else None
 
     def __enter__(self) -> _Loading:
         return self
@@ -69,7 +69,8 @@ class _Loading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def llama(self) -> Llama:
         config = self._config
@@ -147,4 +148,5 @@ class _Loading:
             self._checkpoint.read_into(name, out)
         else:
             self._checkpoint.read_into(name, out, part)
-        self._bar.update(out.nbytes)
+        if self._bar is not None:
+            self._bar.update(out.nbytes)
