@@ -21,7 +21,7 @@ last prompt is done. Then a line each of how the policy compares with the best f
 of all shares are captured, all ways run a part of the load, for kernels to be there, and the policy runs whole loads:
 what it has learned is kept on disk, so that a policy knows its loads is the rule. A way that fails
 or takes more than `--limit` seconds has a line that says so, and the others go on. Doubt it as you doubt one round on
-a shared machine: `--rounds` more of them shows the spread. SmolLM2's shape with two rounds takes 108 s on an H100.
+a shared machine: `--rounds` more of them shows the spread. SmolLM2's shape with two rounds takes 99 s on an H200.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from overlap.microbatch.policy import SplitPolicy
 from overlap.observe.picture import picture
 from overlap.observe.progress import bar
 from overlap.observe.trace import Tracing
-from overlap.schedule.split import Always, Splitter
+from overlap.schedule.split import Always, Choice, Outlook, Splitter
 
 WAYS = ("serial", "mixed", "streams", "shares", "auto")
 """What can be asked for; "shares" are two ways, "sm:N" each."""
@@ -217,6 +217,25 @@ class Bench:
             "prompts": len(prompts), "prompt": len(prompts[0]), "running": self.case.running,
         }  # fmt: skip
 
+    async def traced_choices(self, path: Path) -> None:
+        """Record the policy under the offline load: a trace, and beside it a JSON line for each choice."""
+        await self.switch("auto")
+        policy: Any = self.ways["auto"]
+        choose, lines = policy.choose, list[str]()
+
+        def noted(outlook: Outlook) -> Choice:
+            choice: Choice = choose(outlook)
+            lines.append(json.dumps({"at": time.perf_counter(), **asdict(outlook), **asdict(choice)}) + "\n")
+            return choice
+
+        policy.choose = noted
+        try:
+            async with self.engine.trace(path):
+                await self.offline()
+        finally:
+            del policy.choose
+        path.with_suffix(".choices.jsonl").write_text("".join(lines))
+
     async def traced(self, shape: str, path: Path, drawn: Path | None) -> None:
         """Record a few prompts in a lane of their own over running answers."""
         await self.switch("streams")
@@ -252,11 +271,14 @@ async def measure(asked: argparse.Namespace, shape: str) -> None:
                 await warm_up(bench, asked, progress)
                 for load in asked.load:
                     await turns(bench, asked, shape, load, progress)
+            if asked.trace_choices:
+                await bench.traced_choices(of_shape(asked.trace_choices, shape, asked) or asked.trace_choices)
+            if asked.explain:
+                await bench.switch("auto")
+                print(engine.explain())
             if asked.trace or asked.picture:
                 trace, drawn = (of_shape(path, shape, asked) for path in (asked.trace, asked.picture))
                 await bench.traced(shape, trace or Path(folder) / "trace.json", drawn)
-            if asked.explain:
-                print(engine.explain())
 
 
 def of_shape(path: Path | None, shape: str, asked: argparse.Namespace) -> Path | None:
@@ -288,12 +310,14 @@ async def run_way(bench: Bench, asked: argparse.Namespace, load: str, way: str, 
     """Run a load, or a share of it, one way; return the figures. Raises what fails, TimeoutError past the limit."""
     async with asyncio.timeout(asked.limit):
         await bench.switch(way)
-        before = bench.engine.statistics()
+        policy, before = bench.ways[way], bench.engine.statistics()
+        trials = policy.trials if isinstance(policy, SplitPolicy) else 0
         figures = await (bench.offline(share) if load == "offline" else bench.poisson(bench.case.seconds * share))
         after = bench.engine.statistics()
     steps = {name: getattr(after, name) - getattr(before, name) for name in ("steps", "side_steps")}
     chosen = Counter(after.lane_choices) - Counter(before.lane_choices)
     more = {"bubble_s": round(after.bubble_s - before.bubble_s, 4), "choices": dict(chosen)}
+    more |= {"trials": policy.trials - trials} if isinstance(policy, SplitPolicy) else {}
     captured = after.graphs.get("captures", 0) - before.graphs.get("captures", 0)
     return {**figures, **steps, **more, "captures": captured}
 
@@ -377,6 +401,7 @@ def main() -> None:
     arguments.add_argument("--device", default="auto")
     arguments.add_argument("--trace", type=Path, help="a .json of two lanes at work, for ui.perfetto.dev")
     arguments.add_argument("--picture", type=Path, help="an .svg of it")
+    arguments.add_argument("--trace-choices", type=Path, help="a .json of the policy offline; beside it its choices")
     arguments.add_argument("--explain", action="store_true", help="print what runs as what at the end")
     asked = arguments.parse_args()
     for shape in asked.shape:
