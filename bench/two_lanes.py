@@ -390,7 +390,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=1)
     arguments.add_argument("--limit", type=float, default=60.0, metavar="S", help="for one way under one load")
     arguments.add_argument("--warm", type=float, default=0.3, help="share of a load that each way runs before")
-    arguments.add_argument("--learn", type=int, default=4, metavar="N", help="loads that the policy runs before")
+    arguments.add_argument("--learn", type=int, default=8, metavar="N", help="loads that the policy runs before")
     arguments.add_argument("--settle", type=float, default=15.0, metavar="S", help="wait for graphs so long at most")
     for name, kind in (("requests", int), ("tokens-in", int), ("tokens-out", int), ("running", int), ("prompt", int),
                        ("rate", float), ("seconds", float), ("max-rows", int)):  # fmt: skip

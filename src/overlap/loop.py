@@ -364,6 +364,8 @@ class Loop:
         if busy.typical:
             waited = 0.0 if slept or flight.plan.lane == SIDE else busy.gap
             self._planner.note_time(flight.plan, busy.end - busy.start, waited)
+        else:
+            self._planner.note_odd()
         self._timeline.ran(flight.plan, busy, bubble)
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:

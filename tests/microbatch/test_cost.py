@@ -114,6 +114,24 @@ def test_more_work_is_never_guessed_to_be_cheaper_by_more_than_noise() -> None:
                 assert all(later > 0.8 * max(guesses[: i + 1]) for i, later in enumerate(guesses))
 
 
+def test_beside_another_lane_sizes_are_coarse_and_a_share_of_sms_is_known_at_all_of_them() -> None:
+    cost = CostModel(NOMINAL)
+    cost.note("decode beside", 8, 4000, 300, 0.002)
+    assert cost.count("decode beside", 8, 4000, 300) == 0, "there is nothing yet to compare it with"
+    for rows in (8, 12, 100):
+        for _ in range(3):
+            cost.note("decode", rows, rows * 500, 0, 0.001 * rows)
+    for _ in range(30):
+        cost.note("decode beside", 8, 4000, 300, 0.016, 56)
+        cost.note("prefill beside", 8, 4000, 300, 0.004, 56)
+    assert cost.seconds("decode beside", 12, 6000, 300, 56) == pytest.approx(0.024), "twice what it takes alone"
+    assert cost.count("decode beside", 12, 6000, 1000, 56) == 30
+    elsewhere = cost.guess("decode beside", 100, 50_000, 5000, 56)
+    assert elsewhere.seconds == pytest.approx(0.2)
+    assert 0 < elsewhere.slack < cost.guess("decode beside", 100, 50_000, 5000, 24).slack
+    assert cost.seconds("decode beside", 100, 50_000, 5000, 24) == pytest.approx(0.13), "a guess: it never ran"
+
+
 def test_a_clock_that_did_not_move_teaches_nothing() -> None:
     cost = CostModel(NOMINAL)
     cost.note("decode", 1, 1, 0, 0.0)
@@ -125,6 +143,7 @@ def test_what_was_measured_is_kept_on_disk_and_a_strange_file_is_left_alone(tmp_
     path = cost_path(tmp_path, "this model on this device")
     cost = CostModel(NOMINAL, "this model on this device")
     for _ in range(3):
+        cost.note("decode", 8, 4000, 0, 0.001)
         cost.note("decode beside", 8, 4000, 300, 0.002, 56)
     cost.save(path)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -133,7 +152,7 @@ def test_what_was_measured_is_kept_on_disk_and_a_strange_file_is_left_alone(tmp_
     assert again.seconds("decode beside", 8, 4000, 300, 56) == pytest.approx(0.002)
     assert again.guess("decode beside", 8, 4000, 300, 56).slack == 0
     assert again.seconds("decode", 8, 4000, 0) == cost.seconds("decode", 8, 4000, 0)
-    assert "1 sizes of steps" in again.note_on_file
+    assert "2 sizes of steps" in again.note_on_file
 
     other = CostModel(NOMINAL, "another")
     other.load(path)

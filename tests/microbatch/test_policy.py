@@ -288,6 +288,33 @@ def test_one_hiccup_changes_nothing() -> None:
         assert chosen.choices["mixed"] + chosen.trials - before >= 30
 
 
+def test_what_ran_while_the_host_was_held_up_teaches_nothing() -> None:
+    chosen = policy()
+
+    def spell(factor: float, *, held_up: bool) -> None:
+        for _ in range(3):
+            chosen.note(Ran(16, 8000, 0, False, 1e-3))
+        chosen.choose(Outlook(16, 8000, 1000, side_busy=False))
+        chosen.note(Ran(16, 8000, 0, True, 1.5e-3))
+        if held_up:
+            chosen.spoil()
+        for _ in range(8):
+            chosen.note(Ran(16, 8000, 0, True, 1.5e-3 * factor))
+        chosen.note(Ran(0, 0, 1000, True, 12e-3 * factor))
+        chosen.note(Ran(16, 8000, 0, False, 1e-3))
+
+    for _ in range(4):
+        spell(1.0, held_up=False)
+    known = chosen.cost.guess("prefill beside", 16, 8000, 1000)
+    counted = chosen.cost.count("prefill beside", 16, 8000, 1000)
+    assert counted == 4
+    for _ in range(8):
+        spell(9.0, held_up=True)
+    assert chosen.cost.guess("prefill beside", 16, 8000, 1000) == known
+    spell(1.0, held_up=False)
+    assert chosen.cost.count("prefill beside", 16, 8000, 1000) == counted + 1
+
+
 def test_trials_are_few() -> None:
     for seed in range(3):
         chosen = policy()

@@ -4,6 +4,11 @@ What is kept of a size is not seconds but how a step compares with what the mode
 nominal speed of the device. So one measurement serves the whole bucket that a size falls into, and its neighbours. A
 size is, in this order: measured; between measured neighbours; like others of its kind; put together from the decode
 step and the prompt step that it does the work of; nominal. `Guess.slack` says by how much that may be off.
+
+Steps of two lanes at once are kept apart. Decode rows come and go while a chunk is read, so what one chunk says of a
+size is little: their sizes are coarse, what all of a share of SMs say counts with what one size does, and a decode step
+is compared with what it takes alone. (With a size for each half of a doubling the policy had learned of two lanes what
+was up to a third off, and lost 3% on the mean of made-up GPUs, up to 16: docs/log.md.)
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ Kind: TypeAlias = Literal["decode", "prefill", "mixed", "decode beside", "prefil
 """A step of decode rows, of prompt chunks, or of both; "beside": while the other lane ran too."""
 Size: TypeAlias = tuple[str, int, int, int, int]
 """Kind, bucket of decode rows, of tokens in KV a row, of prompt tokens, and SMs of the decode rows' own."""
-VERSION: Final = 4
+VERSION: Final = 5
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
 _SURE: Final = 4 * FIRM
@@ -39,6 +44,9 @@ _SHORTER: Final = 2
 """So many in a row that are far off what is known are the new truth."""
 _REACH: Final = 2
 """How many buckets away a neighbour may be."""
+_BESIDES: Final[tuple[Kind, ...]] = ("decode beside", "prefill beside")
+_DOUBT: Final = 6
+"""Measurements that those at other sizes count for where the lanes ran beside each other."""
 _BESIDE: Final = 1.3
 """How much longer a step is guessed to take while the other lane runs."""
 _SLACK_FEW: Final = 0.05
@@ -118,6 +126,11 @@ def size_bucket(count: int) -> int:
     return low + low // 2 if count <= low + low // 2 else 2 * low
 
 
+def alike(count: int) -> int:
+    """Return the power of four up to which numbers are alike: 1, 4, 16, 64 ...; 0 stays 0."""
+    return 1 << 2 * ((count - 1).bit_length() + 1 >> 1) if count else 0
+
+
 def near_bucket(bucket: int, steps: int) -> int:
     """Return the bucket that is so many steps up (or down, below 0) from another; 1 is the least, and 0 stays 0."""
     for _ in range(abs(steps) if bucket else 0):
@@ -143,8 +156,10 @@ class CostModel:
         """Take in what a step took. `rows` and `context` of a prompt step are those of the step it ran beside."""
         if not seconds > 0:
             return  # a clock that did not move has nothing to say
+        if kind == "decode beside" and self.guess("decode", rows, context, 0).slack > _SLACK_NEAR:
+            return  # nor has one that nothing is known to compare with
         times = seconds / self._nominal_s(kind, rows, context, tokens)
-        _learn(self._kinds, kind, times)
+        _learn(self._kinds, _kind(kind, share), times)
         _learn(self._sizes, _size(kind, rows, context, tokens, share), times)
 
     def seconds(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> float:
@@ -156,6 +171,8 @@ class CostModel:
         size = _size(kind, rows, context, tokens, share)
         nominal_s = self._nominal_s(kind, rows, context, tokens)
         known = self._sizes.get(size)
+        if kind in _BESIDES:
+            return self._guess_beside(kind, known, self._kinds.get(_kind(kind, share)), nominal_s, tokens)
         near = self._near(size) if known is None or known.count < _SURE else None
         if known is not None and (near is None or known.times < near * _CLIP):
             return Guess(known.times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
@@ -166,12 +183,26 @@ class CostModel:
             return Guess(of_kind.times * nominal_s, _SLACK_KIND)
         return Guess(self._from_parts(kind, rows, context, tokens, nominal_s), _SLACK_PARTS)
 
+    def _guess_beside(
+        self, kind: Kind, known: _Known | None, all_over: _Known | None, nominal_s: float, tokens: int
+    ) -> Guess:
+        if all_over is None:
+            alone_s = nominal_s if kind == "decode beside" else self.seconds("prefill", 0, 0, tokens)
+            return Guess(_BESIDE * alone_s, _SLACK_PARTS)
+        if known is None:
+            return Guess(all_over.times * nominal_s, _SLACK_NEAR)
+        times = (known.count * known.times + _DOUBT * all_over.times) / (known.count + _DOUBT)
+        return Guess(times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
+
     def count(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> int:
         """Return how often such a step was measured."""
         known = self._sizes.get(_size(kind, rows, context, tokens, share))
         return 0 if known is None else known.count
 
     def _nominal_s(self, kind: Kind, rows: int, context: int, tokens: int) -> float:
+        """Return what times are multiples of; for a decode step beside a prompt, what it takes alone."""
+        if kind == "decode beside":
+            return self.seconds("decode", rows, context, 0)
         if kind in ("prefill", "prefill beside"):
             return self._nominal.seconds(0, 0, tokens)
         return self._nominal.seconds(rows, context, tokens if kind == "mixed" else 0)
@@ -193,10 +224,6 @@ class CostModel:
         return total / weights if weights else None
 
     def _from_parts(self, kind: Kind, rows: int, context: int, tokens: int, nominal_s: float) -> float:
-        if kind == "decode beside":
-            return _BESIDE * self.seconds("decode", rows, context, 0)
-        if kind == "prefill beside":
-            return _BESIDE * self.seconds("prefill", 0, 0, tokens)
         if kind == "mixed" and self._kinds:
             apart_s = self.seconds("decode", rows, context, 0) + self.seconds("prefill", 0, 0, tokens)
             nominal = self._nominal
@@ -275,6 +302,10 @@ class Spell:
         both_s = min(passed_s, sum(seconds for _, seconds in self.chunks))  # the answers may have ended before
         slower = both_s / max(both_s - longer_s, _STALLED * both_s) if both_s > 0 else 0.0
         decode_s = slower * cost.seconds("decode", self.rows, self.context, 0)
+        if (
+            len(inside := steps[1:-1]) >= FIRM
+        ):  # what a step takes alone may not be known yet, and is not asked for then
+            decode_s = sum(min(seconds, most_s) for seconds, _ in inside) / len(inside)
         for tokens, seconds in self.chunks:
             cost.note("prefill beside", self.rows, self.context, tokens, seconds, self.share)
             cost.note("decode beside", self.rows, self.context, self.waiting, decode_s, self.share)
@@ -339,5 +370,11 @@ def _move(old: _Known, times: float, *, believed: bool) -> None:
     old.times += weight * (min(max(times, old.times / _CLIP), old.times * _CLIP) - old.times)
 
 
+def _kind(kind: Kind, share: int) -> str:
+    return f"{kind}, {share} SMs" if share else kind
+
+
 def _size(kind: Kind, rows: int, context: int, tokens: int, share: int) -> Size:
+    if kind in _BESIDES:  # rows come and go while a chunk is read: sizes that are near each other are not told apart
+        return kind, alike(rows), 0, alike(tokens), share
     return kind, size_bucket(rows), size_bucket(context // rows if rows else 0), size_bucket(tokens), share

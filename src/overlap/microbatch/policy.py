@@ -34,7 +34,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, TypeAlias
 
-from overlap.microbatch.cost import FIRM, CostModel, Kind, Spell, size_bucket
+from overlap.microbatch.cost import FIRM, CostModel, Kind, Spell, alike, size_bucket
 from overlap.schedule.split import Choice, Mode, Outlook, Ran
 
 Route: TypeAlias = tuple[Mode, int]
@@ -173,6 +173,7 @@ class SplitPolicy:
         self._last: Route | None = None
         self._beside = Outlook(0, 0, 0, side_busy=False)
         self._spell: Spell | None = None
+        self._spoiled = False
 
     def choose(self, outlook: Outlook) -> Choice:
         """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
@@ -180,7 +181,7 @@ class SplitPolicy:
         if later <= rows * _SAME_ROWS:
             later = rows
         # not by context: it grows all the time, and each size would begin anew with trials
-        key = size_bucket(rows), size_bucket(min(outlook.prefill_tokens, self._budget)), size_bucket(later)
+        key = alike(rows), alike(min(outlook.prefill_tokens, self._budget)), alike(later)
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = _Size(route=self._last)
@@ -196,9 +197,17 @@ class SplitPolicy:
             self._beside = outlook
         return choice
 
+    def spoil(self) -> None:
+        """Forget what ran in two lanes since the last chunk, and do not learn from the chunk that is on its way."""
+        self._spell, self._spoiled = None, True
+
     def note(self, ran: Ran) -> None:
         """Take in what a step took."""
         cost, rows, context, tokens = self.cost, ran.num_decode, ran.decode_context, ran.prefill_tokens
+        if self._spoiled:
+            self._spoiled = ran.beside and not (tokens and not rows)
+            if ran.beside:
+                return
         if rows and tokens:
             if not ran.beside:
                 cost.note("mixed", rows, context, tokens, ran.seconds)

@@ -120,6 +120,11 @@ class Lanes:
         number, share = self._met
         return (True, share) if plan.lane == MAIN and plan.number < number else (plan.beside, plan.share)
 
+    def note_odd(self) -> None:
+        """Tell the splitter that something held up the host: what ran meanwhile took longer than it will."""
+        if self.splitter is not None:
+            self.splitter.spoil()
+
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Tell the splitter what a landed step took, with what the device waited for it."""
         beside, share = self.beside(plan)

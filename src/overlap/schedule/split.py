@@ -64,6 +64,9 @@ class Splitter(Protocol):
     def note(self, ran: Ran) -> None:
         """Take in what a step took."""
 
+    def spoil(self) -> None:
+        """Something held up the host: what runs in the two lanes now takes longer than it will."""
+
     def explain(self) -> tuple[str, ...]:
         """Return what is chosen and why, a sentence each."""
 
@@ -81,6 +84,9 @@ class Always:
 
     def note(self, ran: Ran) -> None:
         """Learn nothing."""
+
+    def spoil(self) -> None:
+        """Nothing was learned."""
 
     def explain(self) -> tuple[str, ...]:
         """Return what it was told."""
