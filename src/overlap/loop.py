@@ -365,7 +365,7 @@ class Loop:
             waited = 0.0 if slept or flight.plan.lane == SIDE else busy.gap
             self._planner.note_time(flight.plan, busy.end - busy.start, waited)
         else:
-            self._planner.note_odd()
+            self._planner.note_odd(flight.plan)
         self._timeline.ran(flight.plan, busy, bubble)
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:

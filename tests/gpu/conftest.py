@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,6 @@ import pytest
 @pytest.fixture(autouse=True)
 def _taking_turns(request: pytest.FixtureRequest) -> Iterator[None]:
     alone = request.node.get_closest_marker("alone") is not None
-    with (Path(tempfile.gettempdir()) / "overlap-gpu-tests.lock").open("a") as file:
+    with (Path(tempfile.gettempdir()) / f"overlap-gpu-tests-{os.getuid()}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield

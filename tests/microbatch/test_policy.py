@@ -297,7 +297,7 @@ def test_what_ran_while_the_host_was_held_up_teaches_nothing() -> None:
         chosen.choose(Outlook(16, 8000, 1000, side_busy=False))
         chosen.note(Ran(16, 8000, 0, True, 1.5e-3))
         if held_up:
-            chosen.spoil()
+            chosen.spoil(chunk=False)
         for _ in range(8):
             chosen.note(Ran(16, 8000, 0, True, 1.5e-3 * factor))
         chosen.note(Ran(0, 0, 1000, True, 12e-3 * factor))
@@ -313,6 +313,24 @@ def test_what_ran_while_the_host_was_held_up_teaches_nothing() -> None:
     assert chosen.cost.guess("prefill beside", 16, 8000, 1000) == known
     spell(1.0, held_up=False)
     assert chosen.cost.count("prefill beside", 16, 8000, 1000) == counted + 1
+    chosen.spoil(chunk=True)  # it has landed itself: the next one is whole
+    spell(1.0, held_up=False)
+    assert chosen.cost.count("prefill beside", 16, 8000, 1000) == counted + 2
+
+
+def test_with_a_target_a_chunk_that_was_fit_to_few_rows_is_not_kept_for_many() -> None:
+    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, target_itl_s=20e-3, two_lanes=False)
+    for rows in (17, 64):
+        for tokens in (256, 512, 1024, 2048):
+            for _ in range(20):
+                chosen.note(Ran(rows, rows * 100, 0, False, 6e-4 + 2e-4 * rows))
+                chosen.note(Ran(0, 0, tokens, False, 6e-6 * tokens))
+                chosen.note(Ran(rows, rows * 100, tokens, False, 6e-4 + 2e-4 * rows + 6e-6 * tokens))
+    few = chosen.choose(Outlook(17, 1700, 4000, side_busy=False))
+    many = [chosen.choose(Outlook(64, 6400, 4000, side_busy=False)) for _ in range(20)]
+    assert few.prefill_tokens > 1500
+    assert {each.prefill_tokens for each in many} == {many[0].prefill_tokens}
+    assert many[0].prefill_tokens < 1200
 
 
 def test_trials_are_few() -> None:

@@ -65,9 +65,9 @@ def test_the_pace_hears_of_runs_with_drafts_and_of_those_without_only_from_a_dra
     ahead: int,
 ) -> None:
     pace = Pace()
-    heard: list[float] = []
+    heard: list[float | None] = []
 
-    def note_emitted(tokens: float) -> None:
+    def note_emitted(tokens: float | None) -> None:
         heard.append(tokens)
 
     pace.note_emitted = note_emitted  # type: ignore[method-assign]
@@ -76,7 +76,7 @@ def test_the_pace_hears_of_runs_with_drafts_and_of_those_without_only_from_a_dra
     drafting.note_runs(np.array([[8, UNUSED, UNUSED, UNUSED]] * 2), 2)
     drafting.note_runs(np.array([[8, 9, 7, REFUSED], [8, REFUSED, UNUSED, UNUSED]]), 4)
     drafting.note_runs(np.empty((0, 4), np.int32), 0)
-    assert heard == ([] if ahead else [1.0]) + [2.0]
+    assert heard == [None if ahead else 1.0, 2.0]
 
 
 @pytest.mark.parametrize(("drafts", "ahead"), [(16, 0), (-1, 0), (3, 4)])

@@ -302,10 +302,6 @@ class Spell:
         both_s = min(passed_s, sum(seconds for _, seconds in self.chunks))  # the answers may have ended before
         slower = both_s / max(both_s - longer_s, _STALLED * both_s) if both_s > 0 else 0.0
         decode_s = slower * cost.seconds("decode", self.rows, self.context, 0)
-        if (
-            len(inside := steps[1:-1]) >= FIRM
-        ):  # what a step takes alone may not be known yet, and is not asked for then
-            decode_s = sum(min(seconds, most_s) for seconds, _ in inside) / len(inside)
         for tokens, seconds in self.chunks:
             cost.note("prefill beside", self.rows, self.context, tokens, seconds, self.share)
             cost.note("decode beside", self.rows, self.context, self.waiting, decode_s, self.share)

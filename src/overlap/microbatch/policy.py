@@ -180,8 +180,10 @@ class SplitPolicy:
         rows, later = outlook.num_decode, outlook.num_decode + max(0, outlook.num_prompts - 1)
         if later <= rows * _SAME_ROWS:
             later = rows
-        # not by context: it grows all the time, and each size would begin anew with trials
-        key = alike(rows), alike(min(outlook.prefill_tokens, self._budget)), alike(later)
+        # Not by context: it grows all the time, and each size would begin anew with trials. With a target the chunk
+        # that keeps it hangs on the size, and is kept for some choices; without one the sizes may be coarse.
+        like = alike if self._target_s is None else size_bucket
+        key = like(rows), like(min(outlook.prefill_tokens, self._budget)), like(later)
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = _Size(route=self._last)
@@ -197,9 +199,9 @@ class SplitPolicy:
             self._beside = outlook
         return choice
 
-    def spoil(self) -> None:
-        """Forget what ran in two lanes since the last chunk, and do not learn from the chunk that is on its way."""
-        self._spell, self._spoiled = None, True
+    def spoil(self, *, chunk: bool) -> None:
+        """Forget what ran in two lanes since the last chunk, and do not learn from one that is on its way."""
+        self._spell, self._spoiled = None, not chunk
 
     def note(self, ran: Ran) -> None:
         """Take in what a step took."""
@@ -368,7 +370,7 @@ class SplitPolicy:
         often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
         for (rows, tokens, later), size in often:
             if size.why:
-                what = f"{rows} rows (soon {later}) beside {tokens} prompt tokens"
+                what = f"up to {rows} rows (soon {later}) beside {tokens} prompt tokens"
                 lines.append(f"lanes: {what}: {size.why}")
         return tuple(lines)
 

@@ -84,8 +84,8 @@ class Drafting:
             self._counted = self.counts(), []
         self._counted[1].append(runs)
         had_some = num_emitted > len(runs) or not self._first_has_none or bool((runs == REFUSED).any())
-        if self._pace is not None and had_some:
-            self._pace.note_emitted(num_emitted / len(runs))
+        if self._pace is not None:
+            self._pace.note_emitted(num_emitted / len(runs) if had_some else None)
 
     def counts(self) -> DraftCounts:
         """Return what became of all drafts so far. From any thread: it changes nothing."""

@@ -120,10 +120,10 @@ class Lanes:
         number, share = self._met
         return (True, share) if plan.lane == MAIN and plan.number < number else (plan.beside, plan.share)
 
-    def note_odd(self) -> None:
-        """Tell the splitter that something held up the host: what ran meanwhile took longer than it will."""
-        if self.splitter is not None:
-            self.splitter.spoil()
+    def note_odd(self, plan: StepPlan) -> None:
+        """Tell the splitter that a landed step's launch held up the host, so that what ran meanwhile says nothing."""
+        if self.splitter is not None and (self.beside(plan)[0] or self.side.flying):
+            self.splitter.spoil(chunk=plan.lane == SIDE)
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Tell the splitter what a landed step took, with what the device waited for it."""

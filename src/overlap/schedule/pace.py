@@ -133,8 +133,11 @@ class Pace:
         loses = 1 - min(gain, 1 / gain)
         own.left = max(LEAST, int(own.trial * loses / PRICE)) << own.lost
 
-    def note_emitted(self, tokens: float) -> None:
-        """A step with drafts has brought so many tokens a row. It counts once the step's time is told, if it is."""
+    def note_emitted(self, tokens: float | None) -> None:
+        """A wide step has brought so many tokens a row; None if it had no drafts to verify.
+
+        It counts once the step's time is told, if it is.
+        """
         self._emitted = tokens
 
     def note_time(self, num_rows: int, width: int, seconds: float) -> None:

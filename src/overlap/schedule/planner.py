@@ -165,9 +165,9 @@ class Planner:
             self._lanes.note_time(plan, seconds + waited_s)
         self._drafting.note_time(plan, seconds + waited_s)
 
-    def note_odd(self) -> None:
+    def note_odd(self, plan: StepPlan) -> None:
         """A step landed whose time says nothing, since something was built or captured meanwhile."""
-        self._lanes.note_odd()
+        self._lanes.note_odd(plan)
 
     def explain_drafts(self) -> tuple[str, ...]:
         """Return what drafting brought, as far as that is measured."""

@@ -64,8 +64,11 @@ class Splitter(Protocol):
     def note(self, ran: Ran) -> None:
         """Take in what a step took."""
 
-    def spoil(self) -> None:
-        """Something held up the host: what runs in the two lanes now takes longer than it will."""
+    def spoil(self, *, chunk: bool) -> None:
+        """Something held up the host: what runs in the two lanes now takes longer than it will.
+
+        `chunk` says that it was a chunk's launch, and that the chunk has landed.
+        """
 
     def explain(self) -> tuple[str, ...]:
         """Return what is chosen and why, a sentence each."""
@@ -85,7 +88,7 @@ class Always:
     def note(self, ran: Ran) -> None:
         """Learn nothing."""
 
-    def spoil(self) -> None:
+    def spoil(self, *, chunk: bool) -> None:
         """Nothing was learned."""
 
     def explain(self) -> tuple[str, ...]:
