@@ -332,7 +332,7 @@ def with_small_kernels(seed: int) -> Truth:
 
 @pytest.mark.slow
 def test_of_many_requests_at_once_it_has_learned_the_best_way_after_some_loads() -> None:
-    """Of 30 devices the mean was 1.008 of the best fixed way, the worst 0.87; with finer sizes of ten 0.966 and 0.84."""
+    """Of 30 devices the mean was 1.008 of the best fixed way, the worst 0.87; with fine sizes of ten 0.966 and 0.84."""
     shares = []
     for seed in (0, 2, 4, 8):
         truth = with_small_kernels(seed)
