@@ -43,6 +43,8 @@ class Drafting:
         self._pace = pace
         self._with_prompts = with_prompts
         self._drafted = False  # the last step did
+        self._read = False  # the last step read prompts, and drafted nothing for that
+        self._owing: set[int] = set()  # steps in the air that have no drafts to verify for that
 
     def __bool__(self) -> bool:
         return self.most > 0
@@ -60,10 +62,13 @@ class Drafting:
         fits = num_decode * wide < budget
         return wide if fits and (self._pace is None or self._pace.choose(num_decode, wide)) else 1
 
-    def drafts(self, width: int, num_decode: int, *, reads: bool) -> bool:
-        """Return whether a step drafts for its rows' next one; `reads` says whether it has prompt chunks."""
+    def drafts(self, number: int, width: int, num_decode: int, *, reads: bool) -> bool:
+        """Return whether step `number` drafts for its rows' next one; `reads` says whether it has prompt chunks."""
         wide = self.most > 0 and (width > 1 or not num_decode)
+        if wide and self._read and not reads:
+            self._owing.add(number)
         self._drafted = wide and (self._with_prompts or not reads)
+        self._read = reads and not self._with_prompts
         return self._drafted
 
     def beside_prompts(self, width: int) -> int:
@@ -75,15 +80,21 @@ class Drafting:
         needed = starts + (self.most + 1 + self.ahead)
         return np.minimum(needed, context) if self.most else needed
 
-    def note_runs(self, runs: Ints, num_emitted: int) -> None:
-        """Take in what became of the drafts of decode rows' runs [N, J], which emitted so many tokens together."""
+    def note_runs(self, runs: Ints, num_emitted: int, number: int = 0) -> None:
+        """Take in what became of the drafts of decode rows' runs [N, J], which emitted so many tokens together.
+
+        `number` is their step's, if that was not a repeated one.
+        """
+        owed = number in self._owing  # drafting has to pay in spite of what prompts cost it
+        if owed:
+            self._owing = {other for other in self._owing if other > number}
         if not len(runs):
             return
         _, late = self._counted
         if len(late) == MOST_LATE or (late and late[-1].shape[1] != runs.shape[1]):
             self._counted = self.counts(), []
         self._counted[1].append(runs)
-        had_some = num_emitted > len(runs) or not self._first_has_none or bool((runs == REFUSED).any())
+        had_some = num_emitted > len(runs) or not self._first_has_none or owed or bool((runs == REFUSED).any())
         if self._pace is not None:
             self._pace.note_emitted(num_emitted / len(runs) if had_some else None)
 

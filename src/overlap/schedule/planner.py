@@ -537,7 +537,7 @@ class Planner:
             starts=starts,
             num_decode=num_decode,
             width=width,
-            drafts=self._drafting.drafts(width, num_decode, reads=bool(chunks)),
+            drafts=self._drafting.drafts(self._planned, width, num_decode, reads=bool(chunks)),
             behind=behind,
             prompt=prompt,
             emits=emits,
@@ -623,7 +623,7 @@ class Planner:
         num_decode = int(reading[: plan.num_decode].sum())
         slots, runs, firsts = slots[reading], runs[reading], firsts[reading]
         cut = cut_runs(runs, at.stops[slots], at.limit[slots] - at.made[slots])
-        self._drafting.note_runs(runs[:num_decode], int(cut.emitted[:num_decode].sum()))
+        self._drafting.note_runs(runs[:num_decode], int(cut.emitted[:num_decode].sum()), plan.number)
         at.note_runs(slots, runs, cut.kept)
         at.next[slots[:num_decode]] -= plan.width - cut.emitted[:num_decode]  # what was hoped for and did not come
         at.left[slots] -= cut.emitted - 1
