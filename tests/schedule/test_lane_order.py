@@ -87,6 +87,9 @@ class Script:
         self.flights[plan.number] = Flight(plan)
         return self.flights[plan.number]
 
+    def note_odd(self, plan: Plan) -> None:
+        """Nothing is learned."""
+
     def tell_settled(self, settled: Settled) -> None:
         """Nobody reads."""
 
