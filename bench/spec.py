@@ -91,6 +91,9 @@ async def measure(engine: AsyncEngine, name: str, arguments: argparse.Namespace,
             rate, answers = await timed(engine, rows, params)
             rates.append(rate)
         after = engine.statistics()
+        if arguments.trace:
+            async with engine.trace(Path(arguments.trace) / f"{name.replace(', ', '-')}-{rows}.json"):
+                await timed(engine, rows, params)
         tried = [b - a for a, b in zip(before.tried_at, after.tried_at, strict=True)]
         accepted = [b - a for a, b in zip(before.accepted_at, after.accepted_at, strict=True)]
         lines.append({
@@ -176,6 +179,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--picture", metavar="FILE", help="draw the figures, too")
+    parser.add_argument("--trace", metavar="FOLDER", help="record one more round of each, for ui.perfetto.dev")
     parser.add_argument("--explain", action="store_true", help="say on stderr what each engine chose")
     arguments = parser.parse_args()
     lines = asyncio.run(run(arguments))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,10 +35,11 @@ async def first_token(model: str, options: dict[str, Any], imported_s: float) ->
         async for _ in engine.generate([1, 2, 3, 4, 5, 6, 7, 8], params):
             first = first or time.perf_counter()
         ended = time.perf_counter()
-        stages = engine._opened.opening if engine._opened is not None else {}
+        said = next(line for line in engine.explain().splitlines() if line.startswith("opened in "))
     parts = {"import_s": imported_s, "open_s": opened - began, "first_token_s": first - opened, "rest_s": ended - first}
     told = {name: round(seconds, 2) for name, seconds in {"total_s": imported_s + first - began, **parts}.items()}
-    return {**told, "opening": {stage: round(seconds, 2) for stage, seconds in stages.items()}}
+    stages = re.findall(r"(\w+) (\d+\.\d+)", said.partition(": ")[2])
+    return {**told, "opening": {stage: float(seconds) for stage, seconds in stages}}
 
 
 def child(model: str, options: dict[str, Any], line: dict[str, Any]) -> None:

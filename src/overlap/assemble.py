@@ -90,8 +90,6 @@ class Parts:
     """What holds answers to a form; None without a tokenizer or an end token."""
     costs: Costs | None = None
     """What steps have taken, to be kept for the next engine of this kind."""
-    opening: Mapping[str, float] = field(default_factory=dict)
-    """Seconds that opening took, by stage."""
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     """Why attention, or the drafter's, is slower than it could be on this device: 1 each."""
 
@@ -147,7 +145,7 @@ def assemble(asked: EngineConfig, stages: Stages | None = None) -> Parts:
             parts = _on(
                 stream, lambda: _parts(resolved, checkpoint, text, stream, device, team, cache, stages, show=show)
             )
-            return replace(parts, masks=masks, notes=(*parts.notes, str(stages)), opening=stages.seconds)
+            return replace(parts, masks=masks, notes=(*parts.notes, str(stages)))
         except BaseException:
             if team is not None:
                 team.give_up()  # before the stream is waited for, which may wait for the other ranks
@@ -198,6 +196,8 @@ def _parts(
     program = build(checkpoint, device=device, dtype=dtype, progress=show, ranks=None if team is None else team.group)
     stages.end("weights")
     head = open_head(resolved, program, device=device, dtype=dtype, cache=cache, progress=show)
+    if head is not None:
+        stages.end("drafter")
     free = _free_bytes(device)
     least = free if team is None else team.least_free_bytes(free)
     num_pages = num_kv_pages(resolved, model, least, 0 if head is None else head_page_bytes(head, dtype))

@@ -59,8 +59,6 @@ class Opened:
     model: ModelConfig
     text: Text
     notes: tuple[str, ...]
-    opening: Mapping[str, float]
-    """Seconds that opening took, by stage."""
     refusal: Callable[[int, int], str | None]
     """(prompt tokens, new tokens) -> why such a request could never run, or None."""
     context: int
@@ -354,7 +352,6 @@ class Core:
                 model=parts.model,
                 text=parts.text,
                 notes=parts.notes,
-                opening=parts.opening,
                 refusal=parts.planner.refusal,
                 context=parts.planner.context,
             )

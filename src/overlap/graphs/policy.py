@@ -118,6 +118,7 @@ class Policy:
         pieces; empty for none of the kind. `width_for` says with how many positions a row wide steps are captured.
         """
         self._width_for = width_for
+        self._fewest = tokens[0] if tokens else 0
         self._buckets: dict[Kind, Sequence[int]] = {
             "wide sampled": wide_rows,
             "wide greedy": wide_rows,
@@ -144,26 +145,22 @@ class Policy:
             self._not_whole[_OTHER_WIDTH] += 1
         if plan.num_decode == plan.num_rows and (apart := _apart(plan)) is not None and self._buckets["greedy"]:
             self._not_whole[apart] += 1
+        tokens = max(plan.num_tokens, self._fewest)  # fewer than the smallest pieces have take as long as those
         if kind is not None and self._buckets[kind]:
             decision, reason = self._decide(kind, plan.num_rows)
             if decision is None and reason == _FIRST_USE:  # its own comes soon: pieces only if they are there
-                ready = self._ready("pieces", self._at_least("pieces", plan.num_tokens))
+                ready = self._ready("pieces", tokens)
                 decision = None if ready is None else Decision(None, ready)
             if decision is not None:
                 return decision
         if self._buckets["pieces"] and reason != _FIRST_USE:
-            decision, reason = self._decide("pieces", plan.num_tokens)
+            decision, reason = self._decide("pieces", tokens)
             if decision is not None:
                 return decision
         self._reasons[reason] += 1
         return Decision(None, None, first=reason == _FIRST_USE)
 
-    def _at_least(self, kind: Kind, count: int) -> int:
-        """Return how many rows or tokens a step counts as: fewer than the smallest graph has take as long as that."""
-        return max(count, self._buckets[kind][0]) if self._buckets[kind] else count
-
     def _decide(self, kind: Kind, count: int) -> tuple[Decision | None, str]:
-        count = self._at_least(kind, count)
         size = bucket_for(count, self._buckets[kind])
         if size is None:
             largest = self._buckets[kind][-1]

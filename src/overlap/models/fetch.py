@@ -23,8 +23,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
-from tqdm import tqdm
-
+from overlap.bars import Bar
 from overlap.errors import ModelError
 
 TRIES: Final = 3
@@ -98,7 +97,7 @@ def download(url: str, out: IO[bytes], *, label: str, progress: bool, wait_s: fl
     `progress` shows a bar on stderr. Between two tries it waits `wait_s` seconds, then twice as long. Raises the last
     try's error (OSError or http.client.HTTPException) after TRIES tries that brought nothing more.
     """
-    with tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
+    with Bar(desc=label, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
         failures = 0
         while True:
             before = out.tell()
@@ -143,7 +142,7 @@ def _copy(source: IO[bytes], out: IO[bytes], bar: _Advances) -> None:
 
 def extract(source: IO[bytes], out: IO[bytes], *, size: int, label: str, progress: bool) -> None:
     """Copy a stream of `size` bytes (a member of an archive) to `out`, with a bar on stderr if asked."""
-    with tqdm(
+    with Bar(
         desc=label, total=size, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress, leave=False
     ) as bar:
         _copy(source, out, bar)

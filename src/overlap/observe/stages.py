@@ -10,15 +10,14 @@ class Stages:
 
     def __init__(self) -> None:
         self._began = self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        """Of each stage, in order."""
+        self._seconds: dict[str, float] = {}
 
     def end(self, stage: str) -> None:
         """End a stage: all since the end of the one before was it."""
         now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._seconds[stage] = now - self._last
         self._last = now
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
+        parts = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self._seconds.items())
         return f"opened in {self._last - self._began:.2f} s: {parts}"

@@ -248,7 +248,6 @@ def opened_of(welcome: Welcome) -> Opened:
         model=welcome.model,
         text=_text(welcome.tokenizer, welcome.template),
         notes=welcome.notes,
-        opening={},  # in the notes
         refusal=lambda _prompt, _new: None,  # the engine's own process refuses what could never run
         context=welcome.context,
     )
