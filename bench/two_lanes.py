@@ -18,11 +18,10 @@ Two loads, JSON lines: `offline`, many requests at once, tokens in and out over 
 random moments (the same for every way) over answers that run already: time between two tokens of those (one that
 brought several counts as several), time to the first token of the prompts, and all tokens over the seconds until the
 last prompt is done. Then a line each of how the policy compares with the best fixed way. Before any figure the graphs
-of all shares are captured, all ways run a part of the load, for kernels to be there, and the policy runs whole loads:
-what it has learned is kept on disk, so that a policy knows its loads is the rule. A way that fails
-or takes more than `--limit` seconds has a line that says so, and the others go on. Doubt it as you doubt one round on
-a shared machine: `--rounds` more of them shows the spread. SmolLM2's shape with two rounds
-and `--learn 4` takes 99 s on an H200.
+of all shares are captured, all ways run a part of the load, for kernels to be there, and the policy is calibrated
+(`AsyncEngine.calibrate`, a line says how long that took; `--no-calibrate` lets it begin with nothing, `--learn N` gives
+it N whole loads before it is measured). A way that fails or takes more than `--limit` seconds has a line that says so,
+and the others go on. Doubt it as you doubt one round on a shared machine: `--rounds` more of them shows the spread.
 """
 
 from __future__ import annotations
@@ -297,12 +296,21 @@ async def warm_up(bench: Bench, asked: argparse.Namespace, progress: Any) -> Non
     """Run a part of each load each way, and wait for the graphs that were missing."""
     await bench.prepare()
     await bench.settled(3 * asked.settle)
+    if asked.calibrate and "auto" in asked.lanes:
+        await bench.switch("auto")
+        began = time.perf_counter()
+        await bench.engine.calibrate(progress=False)
+        print(
+            json.dumps(
+                {"bench": "two_lanes", "figure": "calibration", "seconds": round(time.perf_counter() - began, 2)}
+            )
+        )
     for load in asked.load:
         for way in ways_of(bench, asked, load):
-            learns = way in ("auto", "target")
-            for _ in range(asked.learn if learns else 1):
+            learns = asked.learn if way in ("auto", "target") else 0
+            for share in [asked.warm, *[1.0] * learns]:
                 with suppress(Exception):  # told when it is measured
-                    await run_way(bench, asked, load, way, 1.0 if learns else asked.warm)
+                    await run_way(bench, asked, load, way, share)
             await bench.settled(asked.settle)
             progress.update()
 
@@ -391,7 +399,8 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=1)
     arguments.add_argument("--limit", type=float, default=60.0, metavar="S", help="for one way under one load")
     arguments.add_argument("--warm", type=float, default=0.3, help="share of a load that each way runs before")
-    arguments.add_argument("--learn", type=int, default=8, metavar="N", help="loads that the policy runs before")
+    arguments.add_argument("--calibrate", action=argparse.BooleanOptionalAction, default=True)
+    arguments.add_argument("--learn", type=int, default=0, metavar="N", help="loads that the policy runs before")
     arguments.add_argument("--settle", type=float, default=15.0, metavar="S", help="wait for graphs so long at most")
     for name, kind in (("requests", int), ("tokens-in", int), ("tokens-out", int), ("running", int), ("prompt", int),
                        ("rate", float), ("seconds", float), ("max-rows", int)):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: `overlap generate`, `overlap chat`, `overlap serve` and `overlap warmup`.
+"""The command line: `overlap generate`, `chat`, `serve`, `warmup`, `calibrate` and `train-drafter`.
 
 The model's text goes to stdout and everything else to stderr, so that a pipe gets the text alone.
 """
@@ -284,6 +284,20 @@ def _warmup(arguments: argparse.Namespace) -> int:
     return 1 if warmup.build(wanted, arguments.arch, _note) else 0
 
 
+# ---------------------------------------------------------------- calibrate
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    asyncio.run(_calibrated(arguments))
+    return 0
+
+
+async def _calibrated(arguments: argparse.Namespace) -> None:
+    async with _engine(arguments) as engine:
+        await engine.calibrate()
+        print("\n".join(line for line in engine.explain().splitlines() if line.startswith("lanes: ")))
+
+
 # ---------------------------------------------------------------- train-drafter
 
 
@@ -348,6 +362,11 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--fa3", action=argparse.BooleanOptionalAction, default=True, help="(default: build it, 10 min)")
     warm.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
     warm.set_defaults(run=_warmup)
+
+    measure = commands.add_parser("calibrate", help="measure how prompts and answers share a GPU", allow_abbrev=False)
+    _add_model(measure)
+    add_engine(measure)
+    measure.set_defaults(run=_calibrate)
 
     train = commands.add_parser("train-drafter", help="train an EAGLE-3 head for a model", allow_abbrev=False)
     _add_model(train)

@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from overlap.calibrate import calibrate
 from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
 from overlap.errors import EngineClosed, EngineDead, RequestError
@@ -295,6 +296,17 @@ class AsyncEngine:
         return "\n".join(
             [f"model = {self.model_name}", *live.resolved.reasons, *live.notes, *self._core.explain_graphs()]
         )
+
+    async def calibrate(self, *, progress: bool | None = None) -> None:
+        """Measure how prompts and decode rows get on best beside each other. A few seconds on a GPU.
+
+        Prompts and answers of random tokens run in every way there is: mixed, in turn, in two lanes at each share of
+        SMs. What they took is kept with what other steps took, on disk when the engine closes, so each model, type and
+        device needs this once. Without it the engine learns from the requests it gets. Requests of others are served
+        meanwhile, and may disturb what is measured. `progress` shows a bar on stderr; None shows it in a terminal and
+        in a notebook. Raises ConfigError where nothing is chosen, as with `lanes="serial"`.
+        """
+        await calibrate(self, self._core, vocab_size=self._live.model.vocab_size, progress=progress)
 
     async def clear_cache(self) -> int:
         """Forget every cached prefix that no request reads now; return how many pages came free."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overlap.microbatch.cost import CostModel, Kind, Nominal, calibration, cost_path, near_bucket, size_bucket
+from overlap.microbatch.cost import CostModel, Kind, Nominal, cost_path, near_bucket, size_bucket
 
 NOMINAL = Nominal(weights_s=1e-4, kv_token_s=1e-9, token_s=1e-6, step_s=5e-4)
 
@@ -171,11 +171,3 @@ def test_what_was_measured_is_kept_on_disk_and_a_strange_file_is_left_alone(tmp_
 def test_machines_have_files_of_their_own(tmp_path: Path) -> None:
     assert cost_path(tmp_path, "a") != cost_path(tmp_path, "b")
     assert cost_path(tmp_path, "a") == cost_path(tmp_path, "a")
-
-
-def test_a_calibration_is_short_and_within_limits() -> None:
-    shapes = calibration(max_rows=256, token_budget=4096, context=500, shares=(56,))
-    assert len(shapes) == 14
-    assert {shape.kind for shape in shapes} == {"decode", "prefill", "mixed", "decode beside", "prefill beside"}
-    assert all(shape.rows + shape.tokens <= 4096 and shape.rows <= 256 for shape in shapes)
-    assert len(calibration(max_rows=1, token_budget=2, context=1)) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -316,6 +317,46 @@ def test_what_ran_while_the_host_was_held_up_teaches_nothing() -> None:
     chosen.spoil(chunk=True)  # it has landed itself: the next one is whole
     spell(1.0, held_up=False)
     assert chosen.cost.count("prefill beside", 16, 8000, 1000) == counted + 2
+
+
+def test_a_chunk_that_is_read_while_the_shares_change_teaches_nothing() -> None:
+    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, shares=(56,))
+    for _ in range(3):
+        chosen.note(Ran(16, 8000, 0, False, 1e-3))
+
+    def chunk(share: int, ran_with: int, seconds: float, *, busy: bool) -> None:
+        chosen.hold(("lanes", share))
+        chosen.choose(Outlook(16, 8000, 1000, side_busy=busy))
+        for _ in range(8):
+            chosen.note(Ran(16, 8000, 0, True, 1.5e-3, share))
+        chosen.note(Ran(0, 0, 1000, True, seconds, ran_with))
+
+    for _ in range(4):
+        chunk(0, 0, 12e-3, busy=True)
+    chunk(56, 0, 30e-3, busy=True)  # the last of the old share lands: the new one's were its SMs for most of the time
+    for _ in range(4):
+        chunk(56, 56, 30e-3, busy=True)
+    chunk(0, 56, 12e-3, busy=True)
+    chunk(0, 0, 12e-3, busy=True)
+    chosen.note(Ran(16, 8000, 0, False, 1e-3))
+    for share, seconds in ((0, 12e-3), (56, 30e-3)):
+        assert chosen.cost.seconds("prefill beside", 16, 8000, 1000, share) == pytest.approx(seconds, rel=0.02)
+    assert [chosen.samples(("lanes", share)) for share in (0, 56)] == [5, 4]
+
+
+def test_decode_steps_beyond_what_the_answers_need_count_for_nothing() -> None:
+    """With SMs of their own decode steps are quick and prompts slow: good for long answers, and bad for short ones."""
+    truth = Truth(4e-4, 4e-6, 4e-9, 3e-6, 1.0, (1.3, 2.4), shares={56: (1.8, 1.2)})
+    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, shares=(56,))
+    device = Device(truth, chosen, none)
+    for _ in range(60):
+        device.episode(64, 64 * 500, 4 * BUDGET, 30)
+    steps_s = truth.decode(64, 64 * 500)
+    for steps, share in ((1000.0, 56), (2.0, 0)):
+        outlook = Outlook(64, 64 * 500, 4 * BUDGET, False, 8, owed=steps * 64 / BUDGET)
+        chosen._sizes.clear()
+        route = max(Counter(chosen.choose(outlook).share for _ in range(40)).items(), key=lambda each: each[1])[0]
+        assert route == share, (steps, steps_s, chosen.explain())
 
 
 def test_with_a_target_a_chunk_that_was_fit_to_few_rows_is_not_kept_for_many() -> None:

@@ -16,8 +16,8 @@ from overlap.schedule.request import Request
 
 
 def request(key: int, priority: int = 0, fairness_key: str = "") -> Request:
-    prompt = np.array([1], dtype=np.int32)
-    return Request(key=key, front=0, prompt=prompt, limit=1, priority=priority, fairness_key=fairness_key)
+    prompt = np.ones(1 + key % 5, dtype=np.int32)
+    return Request(key=key, front=0, prompt=prompt, limit=1 + key % 7, priority=priority, fairness_key=fairness_key)
 
 
 @dataclass
@@ -87,6 +87,7 @@ class Pair:
         self.met["preempted"] += 1
         self.running.remove(one)
         one.change(Change.PREEMPT)
+        one.prompt, one.made = np.append(one.prompt, one.prompt[:1]), min(one.made + 1, one.limit - 1)
         self.queue.put(one)
         self.oracle.waiting.append(one)
 
@@ -96,7 +97,7 @@ class Pair:
             self.met["ended while waiting"] += 1
             self.oracle.waiting.remove(one)
             one.change(Change.END)
-            self.queue.remove()
+            self.queue.remove(one)
         else:
             self.running.remove(one)
             one.change(Change.END)
@@ -108,6 +109,8 @@ class Pair:
     def compare(self) -> None:
         assert len(self.queue) == len(self.oracle.waiting)
         assert self.queue.first() is self.oracle.first()
+        assert self.queue.prompt_tokens == sum(len(one.prompt) for one in self.oracle.waiting)
+        assert self.queue.answer_tokens == sum(one.limit - one.made for one in self.oracle.waiting)
         assert self.queue.shared == (sum(count > 0 for count in self.oracle.members.values()) > 1)
 
 

@@ -25,7 +25,7 @@ Kind: TypeAlias = Literal["decode", "prefill", "mixed", "decode beside", "prefil
 """A step of decode rows, of prompt chunks, or of both; "beside": while the other lane ran too."""
 Size: TypeAlias = tuple[str, int, int, int, int]
 """Kind, bucket of decode rows, of tokens in KV a row, of prompt tokens, and SMs of the decode rows' own."""
-VERSION: Final = 5
+VERSION: Final = 6
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
 _SURE: Final = 4 * FIRM
@@ -82,19 +82,6 @@ class Guess(NamedTuple):
     seconds: float
     slack: float
     """The share by which it may be less than that; 0 for what was measured often."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A step to measure."""
-
-    kind: Kind
-    rows: int
-    context: int
-    """Tokens in KV of all rows together."""
-    tokens: int
-    """Prompt tokens."""
-    share: int = 0
 
 
 class _Known(msgspec.Struct):
@@ -197,6 +184,11 @@ class CostModel:
     def count(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> int:
         """Return how often such a step was measured."""
         known = self._sizes.get(_size(kind, rows, context, tokens, share))
+        return 0 if known is None else known.count
+
+    def total(self, kind: Kind, share: int = 0) -> int:
+        """Return how often steps of a kind were measured, of any size."""
+        known = self._kinds.get(_kind(kind, share))
         return 0 if known is None else known.count
 
     def _nominal_s(self, kind: Kind, rows: int, context: int, tokens: int) -> float:
@@ -310,25 +302,6 @@ class Spell:
 def cost_path(folder: Path, machine: str) -> Path:
     """Return where the cost model of a machine is kept in the cache directory `folder`."""
     return folder / "costs" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
-
-
-def calibration(*, max_rows: int, token_budget: int, context: int, shares: tuple[int, ...] = ()) -> tuple[Shape, ...]:
-    """Return a few steps that tell the most about all others: a small and a large one of each kind.
-
-    `context` is a typical number of tokens in KV of a row; "beside" steps are measured in pairs, one in each lane.
-    """
-    rows, tokens = max(1, max_rows // 2), max(1, token_budget // 2)
-    corners = dict.fromkeys([(max(1, rows // 8), max(1, tokens // 8)), (rows, tokens)])
-    shapes = []
-    for few, chunk in corners:
-        held = few * context
-        shapes += [Shape("decode", few, held, 0), Shape("prefill", 0, 0, chunk), Shape("mixed", few, held, chunk)]
-        for share in (0, *shares):
-            shapes += [
-                Shape("decode beside", few, held, chunk, share),
-                Shape("prefill beside", few, held, chunk, share),
-            ]
-    return tuple(shapes)
 
 
 def _learn(known: dict[K, _Known], key: K, times: float) -> None:

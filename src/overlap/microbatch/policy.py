@@ -30,6 +30,7 @@ There is no clock and no chance in it: what is chosen depends on what it was tol
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, TypeAlias
@@ -58,8 +59,8 @@ ITL_WEIGHT: Final = 0.01
 """What a second between two tokens weighs against one that all work takes, where no target is set."""
 _SAME_ROWS: Final = 1.125
 """So many times as many rows are as good as as many."""
-_WHOLE: Final = 8
-"""Chunks from which on what is left over is not looked at."""
+_MANY_STEPS: Final = 64
+"""Decode steps for each chunk from which on it does not matter how many there are."""
 _TRIAL_CHOICES: Final = 12
 """The longest trial: a lane may have to run empty before the other way shows."""
 _SECOND_OPINIONS: Final = 2
@@ -83,6 +84,8 @@ class _Work:
     """Of them, in one step at most."""
     worth_s: float
     """What a decode step is worth."""
+    owed: float
+    """Decode steps of these rows that there are for each prompt token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,37 +170,60 @@ class SplitPolicy:
         self._target_s = target_itl_s
         self._patience = patience
         lanes: tuple[Route, ...] = tuple(("lanes", share) for share in (0, *shares)) if two_lanes else ()
-        self._routes: tuple[Route, ...] = (("mixed", 0), *lanes, ("serial", 0))
-        self._sizes: dict[tuple[int, int, int], _Size] = {}
+        self.routes: Final[tuple[Route, ...]] = (("mixed", 0), *lanes, ("serial", 0))
+        self._held: Choice | None = None
+        self._sizes: dict[tuple[int, int, int, int], _Size] = {}
         self._total = 0
         self._last: Route | None = None
         self._beside = Outlook(0, 0, 0, side_busy=False)
         self._spell: Spell | None = None
+        self._share = 0
         self._spoiled = False
 
     def choose(self, outlook: Outlook) -> Choice:
         """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
+        choice = self._held or self._chosen(outlook)
+        self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
+        if choice.mode == "lanes":
+            if outlook.side_busy and choice.share != self._share:  # what is being read has other SMs from now on
+                self._end_spell(over=False)
+                self.spoil(chunk=False)
+            self._beside, self._share = outlook, choice.share
+        return choice
+
+    def _chosen(self, outlook: Outlook) -> Choice:
         rows, later = outlook.num_decode, outlook.num_decode + max(0, outlook.num_prompts - 1)
         if later <= rows * _SAME_ROWS:
             later = rows
         # Not by context: it grows all the time, and each size would begin anew with trials. With a target the chunk
         # that keeps it hangs on the size, and is kept for some choices; without one the sizes may be coarse.
         like = alike if self._target_s is None else size_bucket
-        key = like(rows), like(min(outlook.prefill_tokens, self._budget)), like(later)
+        owed = outlook.owed / max(1, rows)
+        steps = math.ceil(min(owed * self._budget, _MANY_STEPS))
+        key = like(rows), like(min(outlook.prefill_tokens, self._budget)), like(later), like(steps)
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = _Size(route=self._last)
         size.chosen += 1
         self._total += 1
-        choice = size.choice
-        if size.left and choice is not None:
+        if size.left and size.choice is not None:
             size.left -= 1
         else:
-            choice = size.choice = self._look(size, outlook, later)
-        self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
-        if choice.mode == "lanes":
-            self._beside = outlook
-        return choice
+            size.choice = self._look(size, outlook, later, owed)
+        return size.choice
+
+    def hold(self, route: Route | None) -> None:
+        """Choose this way, whatever is known, with the largest chunks; None chooses anew by what is known then."""
+        for size in self._sizes.values():
+            size.left = 0
+        self._held = None if route is None else Choice(route[0], self._budget, route[1], "held, to be measured")
+
+    def samples(self, route: Route) -> int:
+        """Return how often a chunk read this way was measured, of any size."""
+        mode, share = route
+        if mode == "lanes":
+            return min(self.cost.total("prefill beside", share), self.cost.total("decode beside", share))
+        return self.cost.total("mixed" if mode == "mixed" else "prefill")
 
     def spoil(self, *, chunk: bool) -> None:
         """Forget what ran in two lanes since the last chunk, and do not learn from one that is on its way."""
@@ -246,10 +272,10 @@ class SplitPolicy:
 
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self, size: _Size, outlook: Outlook, later: int) -> Choice:
+    def _look(self, size: _Size, outlook: Outlook, later: int, owed: float) -> Choice:
         rows, context, tokens = outlook.num_decode, outlook.decode_context, max(1, outlook.prefill_tokens)
-        work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later))
-        ways = {route: self._way(route, work) for route in self._routes}
+        work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later), owed)
+        ways = {route: self._way(route, work) for route in self.routes}
         if self._total <= self._patience:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
         if size.trial is not None:
@@ -263,7 +289,7 @@ class SplitPolicy:
         size.seen[chosen.route] = size.chosen
         size.left, self._last = (NEXT_LOOK if size.steady else LOOK) - 1, chosen.route
         size.why = _why(chosen, ways, self._target_s)
-        if self.trials < FIRST_TRIALS * len(self._routes) + TRIAL_SHARE * self._total:
+        if self.trials < FIRST_TRIALS * len(self.routes) + TRIAL_SHARE * self._total:
             for way in sorted(ways.values(), key=lambda each: each.score_s - each.slack_s):
                 if way.route != chosen.route and self._is_worth_a_trial(size, way, chosen):
                     size.trial, size.trial_left, size.trial_samples = way.route, _TRIAL_CHOICES - 1, way.samples
@@ -330,31 +356,31 @@ class SplitPolicy:
 
     def _way_with(self, route: Route, work: _Work, chunk: int) -> _Way:
         step = self._step(route, work, chunk)
-        whole, rest = divmod(work.tokens, chunk)
-        extra_s, unsure_s = step.extra_s * work.tokens / chunk, step.unsure_s * work.tokens / chunk
-        if rest and whole < _WHOLE:
-            last = self._step(route, work, rest)
-            extra_s = whole * step.extra_s + min(last.extra_s, step.extra_s)  # a part takes no longer than the whole
-            unsure_s = whole * step.unsure_s + min(last.unsure_s, step.unsure_s)
-        decode_s, share = self.cost.seconds("decode", work.rows, work.context, 0), work.at_once / work.tokens
-        return _Way(route, chunk, decode_s + extra_s * share, unsure_s * share, step.between_s, step.samples)
+        decode_s, times = self.cost.seconds("decode", work.rows, work.context, 0), work.at_once / chunk
+        total_s, slack_s = decode_s + step.extra_s * times, step.unsure_s * times
+        return _Way(route, chunk, total_s, slack_s, step.between_s, step.samples)
 
     def _step(self, route: Route, work: _Work, chunk: int) -> _Step:
         (mode, share), cost, rows, context = route, self.cost, work.rows, work.context
         decode_s, decode_slack = cost.guess("decode", rows, context, 0)
+        steps = work.owed * chunk
         if mode == "mixed":
             mixed_s, slack = cost.guess("mixed", rows, context, chunk)
             samples = cost.count("mixed", rows, context, chunk)
-            return _Step(max(0.0, mixed_s - work.worth_s), mixed_s, max(slack, decode_slack) * mixed_s, samples)
+            return _Step(
+                max(0.0, mixed_s - work.worth_s * min(1.0, steps)), mixed_s, max(slack, decode_slack) * mixed_s, samples
+            )
         if mode == "serial":
             prompt_s, slack = cost.guess("prefill", 0, 0, chunk)
             between_s = prompt_s + decode_s
             samples = min(cost.count("prefill", 0, 0, chunk), cost.count("decode", rows, context, 0))
-            return _Step(between_s - work.worth_s, between_s, max(slack, decode_slack) * prompt_s, samples)
+            return _Step(
+                between_s - work.worth_s * min(1.0, steps), between_s, max(slack, decode_slack) * prompt_s, samples
+            )
         beside: tuple[tuple[Kind, int], ...] = (("prefill beside", chunk), ("decode beside", work.at_once))
         (prompt_s, slack), (beside_s, other) = (cost.guess(kind, rows, context, n, share) for kind, n in beside)
         samples = min(cost.count(kind, rows, context, n, share) for kind, n in beside)
-        extra_s = prompt_s * max(0.0, 1 - work.worth_s / beside_s)
+        extra_s = max(0.0, prompt_s - work.worth_s * min(prompt_s / beside_s, steps))
         between_s = min(beside_s, decode_s + prompt_s * max(0.0, 1 - decode_s / beside_s))
         return _Step(extra_s, between_s, max(slack, other, decode_slack) * prompt_s, samples)
 
@@ -364,11 +390,13 @@ class SplitPolicy:
         """Return what was chosen and why, a sentence each."""
         aim = "most tokens a second" if self._target_s is None else f"{self._target_s * 1e3:g} ms between tokens"
         lines = [f"lanes: chosen for each step, aiming at {aim}; {self.cost.note_on_file}"]
+        measured = ", ".join(f"{_name(route)} {self.samples(route)}" for route in self.routes)
+        lines.append(f"lanes: chunks that each way was measured with: {measured}")
         if self.choices:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
             lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
         often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
-        for (rows, tokens, later), size in often:
+        for (rows, tokens, later, _), size in often:
             if size.why:
                 what = f"up to {rows} rows (soon {later}) beside {tokens} prompt tokens"
                 lines.append(f"lanes: {what}: {size.why}")

@@ -9,7 +9,10 @@ from overlap.cache.pages import Ints
 from overlap.errors import InternalError
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.schedule.slots import Slots
-from overlap.schedule.split import Outlook, Ran, Splitter
+from overlap.schedule.split import Outlook, Prompts, Ran, Splitter
+
+_ANSWER_WEIGHT: Final = 1 / 32
+"""Of a new answer, in how long they are."""
 
 
 class Lane:
@@ -54,22 +57,23 @@ class Lanes:
         self._met = 0, 0
         """The newest step that found the side lane empty, and its share."""
         self._prompts_turn = False
+        self._answered = 1.0
+        """The share of its tokens that an answer has at its end, of those that it may have."""
 
     def __getitem__(self, lane: int) -> Lane:
         return self.side if lane == SIDE else self.main
 
-    def split(self, decoding: Ints, num_decode: int, prompts: tuple[int, int]) -> tuple[bool, int]:
+    def split(self, decoding: Ints, num_decode: int, prompts: Prompts) -> tuple[bool, int]:
         """Say what the main lane's next step holds: whether prompts go without the decode rows, and their budget.
 
         Without decode rows the whole budget is theirs: a prompt of just so many tokens needs no second step.
 
-        `decoding` are the slots that decode, `num_decode` of which have a page to go on; `prompts` counts the
-        tokens of the prompts that could run now, and these.
+        `decoding` are the slots that decode, `num_decode` of which have a page to go on.
         """
         room = self._token_budget - num_decode
         if self.side.flying:
             return False, 0
-        if self.splitter is None or not num_decode or not prompts[0]:
+        if self.splitter is None or not num_decode or not prompts.tokens:
             return False, room
         mode, tokens = self.choose(decoding, prompts)
         if mode == "lanes":
@@ -79,13 +83,15 @@ class Lanes:
         self._prompts_turn = not self._prompts_turn
         return self._prompts_turn, tokens if self._prompts_turn else 0
 
-    def choose(self, decoding: Ints, prompts: tuple[int, int]) -> tuple[str, int]:
+    def choose(self, decoding: Ints, prompts: Prompts) -> tuple[str, int]:
         """Ask the splitter; return its mode, and how many prompt tokens to run at once."""
         self.side_tokens = 0
-        if self.splitter is None or not prompts[0]:
+        if self.splitter is None or not prompts.tokens:
             return "mixed", self._token_budget
         context, busy = int(self._slots.next[decoding].sum()), bool(self.side.flying)
-        choice = self.splitter.choose(Outlook(len(decoding), context, prompts[0], busy, prompts[1]))
+        answers = (int(self._slots.left[decoding].sum()) + prompts.answers) * self._answered
+        owed = answers / prompts.all_tokens
+        choice = self.splitter.choose(Outlook(len(decoding), context, prompts.tokens, busy, prompts.number, owed))
         tokens = max(1, min(choice.prefill_tokens, self._token_budget))
         self._share = choice.share
         self.choices[choice.mode if not choice.share else f"{choice.mode} sm:{choice.share}"] += 1
@@ -119,6 +125,10 @@ class Lanes:
         """
         number, share = self._met
         return (True, share) if plan.lane == MAIN and plan.number < number else (plan.beside, plan.share)
+
+    def note_answer(self, tokens: int, limit: int) -> None:
+        """An answer has ended with so many tokens, where it might have had `limit`."""
+        self._answered += _ANSWER_WEIGHT * (tokens / limit - self._answered)
 
     def note_odd(self, plan: StepPlan) -> None:
         """Tell the splitter that a landed step's launch held up the host, so that what ran meanwhile says nothing."""

@@ -46,7 +46,7 @@ from overlap.schedule.scores import Scored, cut_scores, scores_of
 from overlap.schedule.settled import End, PlannerStatistics, Settled
 from overlap.schedule.shaping import MOST_SCORED
 from overlap.schedule.slots import Slots, Update
-from overlap.schedule.split import Splitter
+from overlap.schedule.split import Prompts, Splitter
 
 NONE: Final = np.empty(0, dtype=np.int32)
 NO_UPDATES: Final[Update] = (NONE, NONE, NONE)
@@ -267,7 +267,7 @@ class Planner:
         decode = self._grow(free, updates) if len(free) else NONE
         if len(decode) != for_rows:  # that of as many rows: pages may not have sufficed for all
             width = self._drafting.width(len(decode), self._token_budget)
-        alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._num_prompt())
+        alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._prompts())
         stalled = max(0, len(free) - len(decode)) * width
         admissions = self._admit(updates, budget - stalled) if budget else []
         chunks = self._cut_chunks(budget, MAIN)
@@ -337,7 +337,7 @@ class Planner:
         """Plan prompt chunks beside the decode rows: as many tokens as the splitter wants now."""
         lanes = self._lanes
         if lanes.side.flying:
-            lanes.choose(self._decoding, self._num_prompt())
+            lanes.choose(self._decoding, self._prompts())
         budget, lanes.side_tokens = lanes.side_tokens, 0
         if not budget:
             return None
@@ -347,17 +347,18 @@ class Planner:
             return None
         return self._build(NONE, chunks, admissions, updates, SIDE)
 
-    def _num_prompt(self) -> tuple[int, int]:
-        """Return (tokens, number) of the prompts that run, and of those that slots are free for.
-
-        Those are taken to be as long as the one that comes next.
-        """
-        coming = self._queue.first() if len(self._queue) else None
-        tokens = sum(len(request.prompt) - request.chunked for request in self._prefilling)
+    def _prompts(self) -> Prompts:
+        """Return what there is of prompts. Those that slots are free for are taken to be as long as the next one."""
+        queue, reading = self._queue, self._prefilling
+        tokens = sum(len(request.prompt) - request.chunked for request in reading)
+        answers = sum(request.limit - request.made for request in reading)
+        coming = queue.first() if len(queue) else None
         if coming is None:
-            return tokens, len(self._prefilling)
-        others = max(1, min(len(self._queue), len(self._slots.free)))
-        return tokens + others * len(coming.prompt), len(self._prefilling) + others
+            return Prompts(tokens, len(reading), tokens, answers)
+        others = max(1, min(len(queue), len(self._slots.free)))
+        now = tokens + others * len(coming.prompt)
+        every = max(now, tokens + queue.prompt_tokens)
+        return Prompts(now, len(reading) + others, every, answers + queue.answer_tokens)
 
     def _refresh_decoding(self) -> None:
         """Drop rows that have no more to run, add those whose prompt is through. Costs nothing in a steady step."""
@@ -671,6 +672,7 @@ class Planner:
         request = self._slots.owners[slot]
         if request is None:
             raise InternalError(f"a token came for slot {slot}, which nobody owns")
+        self._lanes.note_answer(request.made + int(self._slots.made[slot]), request.limit)
         self._end(request)
         return End(request.key, request.front, "stop" if stopped else "length", token if stopped else None)
 
@@ -678,7 +680,7 @@ class Planner:
         del self._requests[request.key]
         if request.life is Life.WAITING:
             request.change(Change.END)
-            self._queue.remove()
+            self._queue.remove(request)
         else:
             request.change(Change.END)
             self._leave(request)

@@ -41,6 +41,10 @@ class Queue:
         self._classes: dict[int, _Class] = {}
         self._priorities: list[int] = []  # ascending
         self._num_waiting = 0
+        self.prompt_tokens = 0
+        """Of all that wait."""
+        self.answer_tokens = 0
+        """At most, of all that wait."""
         self._num_ended = 0  # requests that ended while waiting, and are still in a heap
         self._had: dict[str, int] = {}
         self._members: dict[str, int] = {}
@@ -74,7 +78,7 @@ class Queue:
             heap = of_priority.requests[key] = []
             heapq.heappush(of_priority.turns, (self._had[key], request.key, key))
         heapq.heappush(heap, (request.key, request))
-        self._num_waiting += 1
+        self._count(request, 1)
         if len(heap) > 1 and heap[0][1] is request:  # preempted, and older than its key's oldest so far
             of_priority.turns = [(had, request.key if k == key else at, k) for had, at, k in of_priority.turns]
             heapq.heapify(of_priority.turns)
@@ -105,16 +109,21 @@ class Queue:
         if request is None:
             raise InternalError("nobody waits")
         heapq.heappop(self._classes[request.priority].requests[request.fairness_key])
-        self._num_waiting -= 1
+        self._count(request, -1)
         self._served_last = max(self._served_last, self._had[request.fairness_key])
         return request
 
-    def remove(self) -> None:
+    def remove(self, request: Request) -> None:
         """Note that a waiting request has ended (its life says so). It is dropped when its turn comes."""
-        self._num_waiting -= 1
+        self._count(request, -1)
         self._num_ended += 1
         if self._num_ended > self._num_waiting + 64:
             self._sweep()
+
+    def _count(self, request: Request, one: int) -> None:
+        self._num_waiting += one
+        self.prompt_tokens += one * len(request.prompt)
+        self.answer_tokens += one * (request.limit - request.made)
 
     def charge(self, key: str, pages: int) -> None:
         """Count pages that a request of this key took."""

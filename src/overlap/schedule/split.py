@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
 Mode: TypeAlias = Literal["mixed", "serial", "lanes"]
 """Prompt chunks and decode rows in one step; in steps of their own, in turn; or at the same time, in two lanes."""
@@ -22,6 +22,21 @@ class Outlook:
     """Whether the side lane has a step in the air."""
     num_prompts: int = 0
     """How many prompts these are: rows that will decode, too, once they are read."""
+    owed: float = float("inf")
+    """Tokens that all answers still have for each prompt token that waits for a step or a slot, as far as is known."""
+
+
+class Prompts(NamedTuple):
+    """What is still to be read."""
+
+    tokens: int
+    """Of the prompts that could run now: they have a slot, or one is free."""
+    number: int
+    """How many these are."""
+    all_tokens: int
+    """Of these and of all that wait."""
+    answers: int
+    """The most tokens that the answers to all of them may have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,83 @@
+"""A calibration measures every way, disturbs no answer, and is there for the next engine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overlap import AsyncEngine, ConfigError, SamplingParams
+from overlap.calibrate import Cell, cells
+from overlap.cli import main
+from overlap.microbatch.policy import SplitPolicy
+
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "dtype": "float32", "max_rows": 6, "kv_cache": 2048, "token_budget": 48, "target_itl_ms": 5.0,
+}  # fmt: skip
+PARAMS = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+
+
+def policy_of(engine: AsyncEngine) -> SplitPolicy:
+    policy = engine._core.parts[0].splitter
+    assert isinstance(policy, SplitPolicy)
+    return policy
+
+
+async def test_each_way_is_measured_and_then_chosen_from(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
+        await engine.calibrate(progress=False)
+        policy = policy_of(engine)
+        assert all(policy.samples(route) >= 3 for route in policy.routes), engine.explain()
+        assert policy._held is None
+        statistics = engine.statistics()
+        assert (statistics.waiting, statistics.running) == (0, 0)
+    async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
+        assert "were measured before" in engine.explain()
+        assert all(policy_of(engine).samples(route) >= 3 for route in policy_of(engine).routes)
+
+
+async def test_answers_of_others_stay_as_they_are_and_a_cancelled_one_leaves_nothing(tiny_llama_dir: Path) -> None:
+    async def answer(engine: AsyncEngine) -> list[int]:
+        return [output.token_ids async for output in engine.generate([5, 6, 7, 8], PARAMS)][-1]
+
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        alone = await answer(engine)
+        running = asyncio.create_task(engine.calibrate(progress=False))
+        while not running.done():
+            assert await answer(engine) == alone
+        await running
+        running = asyncio.create_task(engine.calibrate(progress=False))
+        await asyncio.sleep(0.1)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert await answer(engine) == alone
+        assert policy_of(engine)._held is None
+        await asyncio.wrap_future(engine._core.idle())
+        statistics = engine.statistics()
+        assert statistics.free_pages + statistics.evictable_pages == statistics.num_pages
+
+
+async def test_where_nothing_is_chosen_there_is_nothing_to_calibrate(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, device="cpu", lanes="serial", kv_cache=640) as engine:
+        with pytest.raises(ConfigError, match="lanes is 'serial'"):
+            await engine.calibrate()
+
+
+def test_the_sizes_fit_an_engine_of_any_size() -> None:
+    assert cells(max_rows=256, token_budget=8192, kv_tokens=10**6) == (Cell(192, 8192), Cell(192, 1024), Cell(48, 8192))
+    assert cells(max_rows=1, token_budget=2, kv_tokens=16) == (Cell(1, 2), Cell(1, 1))
+    for size in cells(max_rows=64, token_budget=8192, kv_tokens=4096):
+        assert size.rows + size.tokens <= 4096
+
+
+def test_a_command_does_it_and_says_what_is_known(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    assert main(["calibrate", str(tiny_llama_dir), f"--cache-dir={tmp_path}", *given]) == 0
+    told = capsys.readouterr().out
+    assert "lanes: chunks that each way was measured with: mixed" in told
+    assert list(tmp_path.glob("costs/*.json"))
