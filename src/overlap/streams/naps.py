@@ -83,8 +83,9 @@ class Expectation:
     def due(self, launched: float | None) -> Due | None:
         """Return what is expected of the work before the next mark; None if nothing is, or nothing soon.
 
-        `launched` is when it was launched to an idle stream, None if it was queued behind what was noted last. It is
-        taken to be as short as the shortest of the last few: too early costs naps, too late costs time.
+        `launched` is when it was launched to an idle stream, None if it was queued behind what was noted last. The
+        work is taken to be as short as the shortest of the last few: too early costs naps, too late costs time. (So if
+        marks in between are still to be noted, it costs naps.)
         """
         length = min(self._lengths, default=LONG_S)
         if length >= LONG_S:
