@@ -15,11 +15,19 @@ rows as asked for decode at once; windows with and without a trace take turns. A
     kernels        with --kernels: what the device ran in a step, the dearest first: [µs that it adds to a step, µs that
                    it takes, times a step, name]; a kernel that starts early waits in what it takes
 
-and two lines of how long after the device's end the loop hears of it ("awaiting", target: 100 µs in the median): a
-stream runs a kernel of a known time, and what passes from its launch until the waiter is back is compared with what
-the device says it took, so launching is in the figure. The first is of the engine's way, a thread that waits and wakes
-the loop; the second of a loop whose own thread sleeps until then, and hears nothing else meanwhile. Doubt it for this:
-a shared machine's host varies from run to run; and the profiler behind --kernels slows small kernels down by a part of
+and lines of how long after the device's end the loop hears of it ("awaiting"), with steps of 0.3, 1 and 3 ms, each a
+kernel that does nothing else:
+
+    p50_us         from the end by the device's clock, set to the host's when the stream was made, until the loop goes
+                   on; launching is not in it. The next step is queued meanwhile, as the engine has it
+    launched_us    the median where each step is launched on an idle device (target: 100): from before its launch until
+                   the loop goes on, less what the device says it took. So launching is in it, and the clocks are not
+    cpu_us         what the process spent a step, all of its threads, launching and the loop too, while p50_us was taken
+
+The first line of a length is of the engine's way, a thread that waits and wakes the loop, and knows from the steps
+before how long one takes; the second, for comparison, of a loop whose own thread sleeps in the driver, and hears
+nothing else meanwhile. Doubt it for this: a shared machine's host varies from run to run; the two clocks agree to some
+µs; steps of a model differ by more than these; and the profiler behind --kernels slows small kernels down by a part of
 a microsecond.
 """
 
@@ -41,6 +49,7 @@ import torch
 from overlap import AsyncEngine, SamplingParams
 from overlap.observe.record import VERBS, Record
 from overlap.observe.trace import Tracing
+from overlap.streams.stream import Busy, Mark
 
 sys.path.insert(0, str(Path(__file__).parent))
 from offline import SHAPES, settled  # type: ignore[import-not-found]
@@ -166,31 +175,46 @@ async def measure(asked: argparse.Namespace, model: str) -> None:
             print(json.dumps(line), flush=True)
 
 
-async def awaiting(times: int, *, asleep: bool) -> None:
-    """Print how long after the device's end a waiter is back; `asleep` in the driver, on the loop's own thread."""
+async def awaiting(times: int, step_s: float, *, asleep: bool) -> None:
+    """Print how long after a step's end a waiter is back; `asleep` in the driver, on the loop's own thread."""
     from overlap.streams.cuda import CudaStream
 
-    stream, late = CudaStream(torch.device("cuda:0")), []
-    spin = int(3e-4 * torch.cuda.clock_rate() * 1e6)
-    for number in range(times):
-        began = time.perf_counter()
+    stream = CudaStream(torch.device("cuda:0"))
+    spin = int(step_s * torch.cuda.clock_rate() * 1e6)
+
+    def launch() -> Mark:
         stream.launch("spin", lambda: torch.cuda._sleep(spin))  # type: ignore[no-untyped-call]
-        mark = stream.mark()
+        return stream.mark()
+
+    async def land(mark: Mark) -> tuple[Busy, float]:
         if asleep:
             mark.end.synchronize()  # type: ignore[attr-defined]  # a _CudaMark
         await stream.wait_reached(mark)
         ended = time.perf_counter()
-        busy = stream.busy(mark)
-        if number > 10:
-            late.append(1e6 * (ended - began - (busy.end - busy.start)))
+        return stream.busy(mark), ended
+
+    launched, late = [], []
+    for _ in range(times):
+        began = time.perf_counter()
+        busy, ended = await land(launch())
+        launched.append(1e6 * (ended - began - (busy.end - busy.start)))
         await asyncio.sleep(0.001)
+    flight, cpu_s = launch(), time.process_time()
+    for _ in range(times):
+        following = launch()
+        busy, ended = await land(flight)
+        late.append(1e6 * (ended - busy.end))
+        flight = following
+    cpu_s = time.process_time() - cpu_s
+    await land(flight)
     stream.close()
     inside = sorted(late)
     line = {
         "bench": "steady", "figure": "awaiting" + ", asleep in the loop" * asleep,
-        "p50_us": round(statistics.median(late), 1),
-        "p90_us": round(inside[int(0.9 * len(inside))], 1), "max_us": round(inside[-1], 1), "times": len(late),
-        "device": torch.cuda.get_device_name(),
+        "step_ms": round(1e3 * (busy.end - busy.start), 4), "p50_us": round(statistics.median(late), 1),
+        "p90_us": round(inside[int(0.9 * len(inside))], 1), "max_us": round(inside[-1], 1),
+        "launched_us": round(statistics.median(launched[10:]), 1), "cpu_us": round(1e6 * cpu_s / times, 1),
+        "times": times, "device": torch.cuda.get_device_name(),
     }  # fmt: skip
     print(json.dumps(line), flush=True)
 
@@ -220,8 +244,9 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         asyncio.run(measure(asked, asked.model or folder))
     if asked.device != "cpu" and torch.cuda.is_available():
-        for asleep in (False, True):
-            uvloop.run(awaiting(200, asleep=asleep))
+        for step_s in (3e-4, 1e-3, 3e-3):
+            for asleep in (False, True):
+                uvloop.run(awaiting(200, step_s, asleep=asleep))
 
 
 if __name__ == "__main__":

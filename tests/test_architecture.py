@@ -40,6 +40,12 @@ HOST_ONLY = {  # (file, function): why nothing there waits for a device
     ("sample/philox.py", "gumbel"): "behind a test for CUDA",
     ("state/inputs.py", "_mixed_inputs"): "the CPU's own path",
 }
+SLEEPERS = {  # (file, function) of the streams: who sleeps until the device is there
+    ("streams/cuda.py", "_wait"): "the waiter's thread",
+    ("streams/naps.py", "sleep_until_passed"): "what that does",
+    ("streams/events.py", "synchronize"): "the call for it",
+    ("streams/cuda.py", "close"): "ends it all",
+}
 LAYERS = [  # an import goes to the same line or further down
     {"serve", "cli", "cli_options", "__main__"},
     {"engine", "__init__", "testing"},
@@ -115,6 +121,19 @@ def test_the_hot_path_never_makes_the_host_wait_for_the_device(path: Path) -> No
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WAITS:
                 on_host = decider or ast.unparse(node.func.value).startswith(("np.", "numpy."))
                 assert on_host, f"{relative(path)}:{node.lineno} calls .{node.func.attr}()"
+
+
+def test_of_the_streams_only_the_waiters_thread_and_closing_sleep_until_the_device_is_there() -> None:
+    sleepers = set()
+    for path in (ROOT / "streams").glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            named = {ast.unparse(node) for node in ast.walk(function) if isinstance(node, (ast.Attribute, ast.Name))}
+            ends = {name.rpartition(".")[2] for name in named}
+            if "time.sleep" in named or ends & {"synchronize", "cuEventSynchronize", "sleep_until_passed"}:
+                sleepers.add((relative(path), function.name))
+    assert sleepers == set(SLEEPERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

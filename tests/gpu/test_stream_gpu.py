@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import subprocess
+import sys
 import time
+from collections import deque
 from functools import partial
 
 import pytest
@@ -13,8 +16,9 @@ import torch
 from overlap.graphs.capture import Recorder
 from overlap.streams import green
 from overlap.streams.cuda import CudaStream
+from overlap.streams.events import Event
 from overlap.streams.green import Half, NoShares, default_shares, splits
-from overlap.streams.stream import Busy
+from overlap.streams.stream import Busy, Mark
 from overlap.testing import check_stream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -53,6 +57,87 @@ async def test_what_is_queued_in_time_leaves_no_gap_and_a_slow_host_leaves_its_o
         assert all(span.end - span.start > 1e-3 for span in spans)
     finally:
         stream.close()
+
+
+# ── waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+async def test_steps_of_one_length_are_napped_through_and_a_longer_one_is_left_to_the_driver(
+    monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    in_driver: list[Event] = []
+    synchronize = Event.synchronize
+
+    def noted(event: Event) -> None:
+        in_driver.append(event)
+        synchronize(event)
+
+    monkeypatch.setattr(Event, "synchronize", noted)
+    stream = CudaStream(CUDA)
+
+    def launched(cycles: int) -> Mark:
+        stream.launch("sleep", partial(torch.cuda._sleep, cycles))
+        return stream.mark()
+
+    async def land(mark: Mark) -> None:
+        await stream.wait_reached(mark)
+        stream.busy(mark)
+
+    try:
+        for _ in range(2):
+            await land(launched(CYCLES // 10))
+        in_driver.clear()
+        flights = deque(launched(CYCLES // 10) for _ in range(ahead))
+        for _ in range(50):
+            flights.append(launched(CYCLES // 10))
+            await land(flights.popleft())
+        while flights:
+            await land(flights.popleft())
+        assert len(in_driver) <= 5, "others may use this machine, and hold the thread up"
+        in_driver.clear()
+        await land(launched(10 * CYCLES))
+        assert len(in_driver) == 1
+    finally:
+        stream.close()
+
+
+BREAK = """
+import asyncio, torch
+from overlap.streams.cuda import CudaStream
+from overlap.streams.events import Event
+
+in_driver = []
+Event.synchronize = lambda event: in_driver.append(event)
+
+async def main():
+    stream = CudaStream(torch.device("cuda:0"))
+    x = torch.zeros(4, device="cuda")
+    here, beyond = (torch.tensor([index], device="cuda") for index in (1, 9))
+    torch.cuda.synchronize()
+    def work(index):
+        torch.cuda._sleep(4_000_000)  # some 2 ms
+        x[index]
+    for _ in range(8):
+        stream.launch("work", lambda: work(here))
+        mark = stream.mark()
+        while not stream.reached(mark):
+            pass
+        stream.busy(mark)
+    stream.launch("work", lambda: work(beyond))  # a device-side assertion
+    try:
+        await stream.wait_reached(stream.mark())
+    except RuntimeError as failure:
+        print("told:", failure, "- in the driver:", len(in_driver))
+
+asyncio.run(main())
+"""
+
+
+def test_what_the_device_fails_at_reaches_a_waiter_that_naps() -> None:
+    run = subprocess.run([sys.executable, "-c", BREAK], capture_output=True, text=True, timeout=120, check=False)
+    assert "told: CUDA error: cuEventQuery" in run.stdout, run.stdout + run.stderr[-2000:]
+    assert "in the driver: 0" in run.stdout, run.stdout
 
 
 # ── streams on some of the SMs ───────────────────────────────────────────────────────────────────────────────────────
