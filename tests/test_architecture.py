@@ -48,7 +48,7 @@ SLEEPERS = {  # (file, function) of the streams: who sleeps until the device is 
 }
 LAYERS = [  # an import goes to the same line or further down
     {"serve", "cli", "cli_options", "__main__"},
-    {"engine", "__init__", "testing"},
+    {"engine", "calibrate", "__init__", "testing"},
     {"core", "assemble"},
     {"front"},
     {"loop", "runner"},

@@ -43,7 +43,7 @@ def test_the_workloads_are_as_large_as_they_are_said_to_be(offline: ModuleType) 
 def test_the_limit_of_one_row_is_its_weights_over_the_bandwidth(offline: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(offline.SHAPES["llama-8b"]))
     model = read_config(tmp_path / "config.json")
-    device = offline.Device(bandwidth=4e12, flops=800e12)
+    device = offline.Device(bandwidth=4e12, flops=800e12, sustained=700e12)
     figure, bound = offline.limit(offline.workloads()["single"], model, device, 2)
     matrices = 8.03e9 - 128256 * 4096  # the embedding is looked up, not read
     assert bound == "memory"
