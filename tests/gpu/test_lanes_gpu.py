@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from overlap import AsyncEngine, RequestAborted, SamplingParams
+from overlap.microbatch.policy import SplitPolicy
 from overlap.observe.trace import Trace
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.schedule.split import Always, Choice, Outlook, Splitter
@@ -325,3 +326,15 @@ async def test_without_green_contexts_the_lanes_compete_and_it_is_said(
                 assert engine.statistics().sm_shares == 0
                 if options["lanes"] == "streams":
                     assert engine.statistics().side_steps > 0
+
+
+async def test_a_calibration_measures_each_way_at_each_share(
+    small: Path, tmp_path: Path, shares: tuple[int, ...]
+) -> None:
+    async with AsyncEngine(small, lanes="auto", cache_dir=str(tmp_path), **OPTIONS) as engine:
+        await engine.calibrate(progress=False)
+        policy = engine._core.parts[0].splitter
+        assert isinstance(policy, SplitPolicy)
+        assert policy.shares == shares
+        assert all(policy.samples(route) >= 3 for route in policy.routes), engine.explain()
+        assert engine.statistics().running == 0
