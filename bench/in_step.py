@@ -7,8 +7,9 @@
 `bench/kernels.py` asks that of each product alone, whose calls do not depend on each other. In a step they do: a kernel
 waits for the one in front, so what counts at few rows is how soon it ends, not how much it does. This captures a step
 of random weights (its layers and its greedy head, no drafter) as one graph, replays it, and tries the cuts of one
-product after the other, and of decode attention, in place of those that the engine takes, keeping what was better by
-half a percent. Rows have between a half and three halves of the context, in two sizes of it.
+product after the other, of decode attention, and of two products with a norm between them together, in place of those
+that the engine takes, keeping what was better by half a percent. Rows have between a half and three halves of the
+context, in two sizes of it.
 
 A JSON line for each part: µs of a step with each cut, the best first; then lines for `MEASURED` in
 src/overlap/ops/linear_choice.py, and the cut of attention for src/overlap/ops/decode_triton.py; the last line is JSON.
@@ -22,7 +23,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,6 +52,8 @@ from offline import SHAPES  # type: ignore[import-not-found]
 Way: TypeAlias = tuple[Op | None, Tiles | None]
 """(the op that a kernel of ours does, its cut); (None, None) for the library's product."""
 CONTEXTS = (256, 1024)
+PAIRS = (("o", "gate_up"), ("down", "qkv"))
+"""Products with a norm between them."""
 BETTER = 0.995
 WRONG = 0.05
 """Relative error of the final states from which on a cut computes something else, and..."""
@@ -274,6 +278,16 @@ class Tuning:
         spread = float(self._logits[self._logits.isfinite()].std())
         return None if short < CLOSE * spread else f"a token is {short:.3g} short of the best"
 
+    def fastest(self, tries: Sequence[Callable[[], None]], most: int) -> list[int]:
+        """Return the places of some of those that are right, the fastest first. Leaves the last of all put."""
+        took = []
+        for place, put_it in enumerate(tries):
+            put_it()
+            with suppress(Exception):  # `attempt` says what fails
+                if self._fault() is None:
+                    took.append((self._step.time_us(2), place))
+        return [place for _, place in sorted(took)[:most]]
+
     def attempt(self, name: str, tries: list[tuple[str, Callable[[], None]]]) -> int:
         """Time each, print a line, return the place of the one kept: the first, the engine's, unless one is better."""
         took: list[tuple[float, int]] = []
@@ -322,11 +336,37 @@ def tune(step: Step, shape: str, asked: list[Question], *, attention: bool) -> d
         tries = [first, *(way for way in ways(question, tokens) if way != first)]
         if tuning.attempt(question.name, [(str(way), partial(put, question, tokens, way)) for way in tries]):
             lines += pasted(question, tokens)
+    for pair in PAIRS:
+        both = [question for name in pair for question in asked if question.name == name]
+        if len(both) == 2 and together(tuning, tokens, both):
+            lines += [line for question in both for line in pasted(question, tokens)]
     print("\n".join(lines), flush=True)
     return {
         "bench": "in_step", "shape": shape, "rows": step.rows, "width": step.width, "engine_us": round(start, 2),
         "tuned_us": round(step.time_us(8), 2), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def together(tuning: Tuning, rows: int, both: list[Question]) -> bool:
+    """Try two products that follow each other together, the fastest few of each; return whether a pair was kept.
+
+    Between two kernels of ours a norm needs none (`ops.fused`), so both may win where neither does alone.
+    """
+    before = [taken(question, rows) for question in both]
+    best: list[list[Way]] = []
+    for question, way in zip(both, before, strict=True):
+        own = [each for each in ways(question, rows) if each[0] is not None and "norm" not in each[0]]
+        found = tuning.fastest([partial(put, question, rows, each) for each in own], 5)
+        best.append([own[place] for place in found])
+        put(question, rows, way)
+
+    def put_both(first: Way, second: Way) -> None:
+        put(both[0], rows, first)
+        put(both[1], rows, second)
+
+    pairs = [(before[0], before[1]), *((one, other) for one in best[0] for other in best[1])]
+    name = "+".join(question.name for question in both)
+    return tuning.attempt(name, [(f"{one}, {other}", partial(put_both, one, other)) for one, other in pairs]) > 0
 
 
 def pasted(question: Question, rows: int) -> list[str]:
