@@ -67,7 +67,7 @@ async def test_where_nothing_is_chosen_there_is_nothing_to_calibrate(tiny_llama_
 
 
 def test_the_sizes_fit_an_engine_of_any_size() -> None:
-    assert cells(max_rows=256, token_budget=8192, kv_tokens=10**6) == (Cell(192, 8192), Cell(192, 1024), Cell(48, 8192))
+    assert cells(max_rows=256, token_budget=8192, kv_tokens=10**6) == (Cell(192, 8192), Cell(192, 2048), Cell(48, 4096))
     assert cells(max_rows=1, token_budget=2, kv_tokens=16) == (Cell(1, 2), Cell(1, 1))
     for size in cells(max_rows=64, token_budget=8192, kv_tokens=4096):
         assert size.rows + size.tokens <= 4096

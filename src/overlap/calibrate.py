@@ -28,8 +28,8 @@ T = TypeVar("T")
 Call: TypeAlias = Callable[[Callable[[], object]], Awaitable[Any]]
 """Calls a function on the engine's thread, where the policy lives."""
 
-_ENOUGH: Final = FIRM + 1
-"""Chunks measured of a way; the next looks at the costs are for what comes after."""
+_ENOUGH: Final = FIRM
+"""Chunks that are measured of a way at a size."""
 _MOST: Final = 12
 """Chunks that are read for them at most: the first of a kind may be captured as graphs, and then are no measure."""
 _SHORT: Final = 16
@@ -55,7 +55,7 @@ def cells(*, max_rows: int, token_budget: int, kv_tokens: int) -> tuple[Cell, ..
     budget = max(1, min(token_budget, kv_tokens // 4))  # two chunks are read at a time
     many = max(1, min(max_rows * 3 // 4, token_budget // 2, kv_tokens // 4 // _GROWN))
     few = max(1, many // 4)
-    return tuple(dict.fromkeys((Cell(many, budget), Cell(many, max(1, budget // 8)), Cell(few, budget))))
+    return tuple(dict.fromkeys((Cell(many, budget), Cell(many, max(1, budget // 4)), Cell(few, max(1, budget // 2)))))
 
 
 async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progress: bool | None) -> None:

@@ -91,7 +91,7 @@ class Lanes:
         context, busy = int(self._slots.next[decoding].sum()), bool(self.side.flying)
         answers = (int(self._slots.left[decoding].sum()) + prompts.answers) * self._answered
         owed = answers / prompts.all_tokens
-        choice = self.splitter.choose(Outlook(len(decoding), context, prompts.tokens, busy, prompts.number, owed))
+        choice = self.splitter.choose(Outlook(len(decoding), context, prompts.all_tokens, busy, prompts.number, owed))
         tokens = max(1, min(choice.prefill_tokens, self._token_budget))
         self._share = choice.share
         self.choices[choice.mode if not choice.share else f"{choice.mode} sm:{choice.share}"] += 1

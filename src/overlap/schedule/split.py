@@ -17,13 +17,13 @@ class Outlook:
     decode_context: int
     """Tokens in KV of all decode rows together."""
     prefill_tokens: int
-    """Tokens of prompts that run or wait."""
+    """Tokens of all prompts that are read or wait, for a step or for a slot: while many wait, chunks can be large."""
     side_busy: bool
     """Whether the side lane has a step in the air."""
     num_prompts: int = 0
-    """How many prompts these are: rows that will decode, too, once they are read."""
+    """How many of the prompts have a slot, or one is free for: rows that will decode, too, once they are read."""
     owed: float = float("inf")
-    """Tokens that all answers still have for each prompt token that waits for a step or a slot, as far as is known."""
+    """Tokens that all answers still have for each of `prefill_tokens`, as far as is known."""
 
 
 class Prompts(NamedTuple):
