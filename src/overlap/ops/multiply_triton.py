@@ -8,7 +8,11 @@ way; before it waits, it has the weight brought into the L2 cache.
 
 All add up in float32. A norm before the tensor cores is rounded to the weight's dtype once more.
 
-Legend: T tokens (rows of x), I inputs, O outputs.
+An RMS norm in front is computed in here, or in two places: x comes times the norm's weight, with the sum of squares of
+each row in P parts, and since the factor of a row commutes with the product (FlashNorm, arXiv:2407.09577), what comes
+out is multiplied by it (`squares_of`, `factor_of`).
+
+Legend: T tokens (rows of x), I inputs, O outputs, P parts of a row's sum of squares.
 """
 
 from __future__ import annotations
@@ -78,6 +82,20 @@ def _bring_near(weight, line, INPUTS: tl.constexpr):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def squares_of(squares, row, rows, SQUARES: tl.constexpr):  # noqa: ANN201
+    """Begin to read the SQUARES parts of each row's sum of squares, so that they are there when the product is."""
+    part = tl.arange(0, triton.next_power_of_2(SQUARES))
+    mask = (row < rows)[:, None] & (part < SQUARES)[None, :]
+    return tl.load(squares + row.to(tl.int64)[:, None] * SQUARES + part[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def factor_of(sums, eps, INPUTS: tl.constexpr):  # noqa: ANN201
+    """Return the RMS norm's factor of each row by what `squares_of` read, [ROWS]."""
+    return tl.rsqrt(tl.sum(sums, axis=1) / INPUTS + eps)
 
 
 @triton.jit
