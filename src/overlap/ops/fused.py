@@ -25,8 +25,10 @@ from overlap.ops.linear_choice import Op, Tiles
 from overlap.ops.norm import add_rms_norm, rms_norm
 from overlap.ops.rope import rope_and_write
 
+_MOST_PARTS: Final = 512
+"""Parts of a row's sum of squares up to which each program behind may have to read them all, and..."""
 _MOST_SQUARES: Final = 4096
-"""Numbers of squares that a program may have to read for its rows, 256 for each of 16: they wait in its registers."""
+"""...of its rows together, 256 for each of 16: they wait in its registers."""
 Where: TypeAlias = tuple[Tensor, Tensor, Tensor, int, Tensor, int, int]
 """(positions [T], rope table, KV memory, layer, where keys and values go [T], query heads, key heads): see
 `ops.rope.rope_and_write`."""
@@ -190,7 +192,8 @@ def _takes_scaled(ahead: Ahead, linear: Linear, tiles: Tiles, rows: int) -> bool
     behind = ahead.tiles(rows)
     if behind is None or linear.dtype is torch.float16:
         return False
-    return tiles.blocks(linear.out_features) * behind.block_t <= _MOST_SQUARES
+    parts = tiles.blocks(linear.out_features)
+    return parts <= _MOST_PARTS and parts * behind.program_rows(rows) <= _MOST_SQUARES
 
 
 def whole(stream: Stream) -> Tensor:

@@ -41,6 +41,10 @@ class Tiles:
         """Return how many blocks a weight of so many rows is cut into."""
         return -(-lines // self.block_o)
 
+    def program_rows(self, rows: int) -> int:
+        """Return how many rows of x a program owns, of so many in all."""
+        return self.block_t if self.kernel in ("split", "blocks") else bucket(rows)
+
     def owns_heads(self, head_dim: int) -> bool:
         """Whether a program has a whole head, so that it can norm one."""
         return self.kernel == "blocks" and self.block_o == head_dim

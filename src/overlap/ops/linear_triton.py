@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from overlap.ops import launch_triton
-from overlap.ops.linear_choice import Tiles, bucket
+from overlap.ops.linear_choice import Tiles
 from overlap.ops.multiply_triton import factor_of, first_tile, multiply, owned, squares_of
 
 _RUN: Final = 8
@@ -309,7 +309,7 @@ def greedy(
 
 def cut(tiles: Tiles, lines: int, rows: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Return the grid and the constants with which `ops.multiply_triton` cuts a weight of `lines` rows, and x."""
-    blocks, size = tiles.blocks(lines), bucket(rows) if tiles.kernel == "gemv" else tiles.block_t
+    blocks, size = tiles.blocks(lines), tiles.program_rows(rows)
     constants = {
         "ROWS": size,
         "BLOCK_O": tiles.block_o,
@@ -359,8 +359,8 @@ def _launch(
         assert norm is None  # `linear_choice` never asks for it
         _dot_kernel[(tiles.blocks(weight.shape[0]),)](
             x, factor, *read, *written, *sizes,
-            INPUTS=inputs, ROWS=max(8, bucket(rows)), BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, STAGES=tiles.stages,
-            EVEN=inputs % tiles.block_i == 0, num_warps=tiles.warps, **options,
+            INPUTS=inputs, ROWS=max(8, tiles.program_rows(rows)), BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i,
+            STAGES=tiles.stages, EVEN=inputs % tiles.block_i == 0, num_warps=tiles.warps, **options,
         )  # fmt: skip
         return
     grid, constants = cut(tiles, weight.shape[0], rows)
