@@ -27,7 +27,7 @@ from torch import Tensor
 
 from overlap.ops import launch_triton
 from overlap.ops.linear_choice import Tiles
-from overlap.ops.multiply_triton import factor_of, first_tile, multiply, owned, squares_of
+from overlap.ops.multiply_triton import factor_of, first_tile, first_values, multiply, owned, squares_of
 
 _RUN: Final = 8
 """Inputs that one thread of "gemv" has side by side: 16 bytes."""
@@ -97,11 +97,12 @@ def _linear_kernel(
     place = row.to(tl.int64)[:, None]
     if SQUARES:
         sums = squares_of(squares, row, rows, SQUARES)
+    value = first_values(x, row, rows, x_stride, INPUTS, BLOCK_I, PARTS, WAY)
     if HAS_RESIDUAL:  # on its way while the product is computed
         added = tl.load(residual + place * residual_stride + result[None, :], mask=inside, other=0.0)
     y = multiply(
-        tile, x, norm, weight, row, line, output < outputs, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
-        STAGES, WAY, RUN, HAS_NORM,
+        tile, value, x, norm, weight, row, line, output < outputs, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I,
+        PARTS, STAGES, WAY, RUN, HAS_NORM,
     )  # fmt: skip
     if SQUARES:
         y *= factor_of(sums, eps, INPUTS)[:, None]

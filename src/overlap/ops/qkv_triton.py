@@ -20,7 +20,7 @@ from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 from overlap.ops.linear_choice import Tiles
 from overlap.ops.linear_triton import cut
-from overlap.ops.multiply_triton import factor_of, first_tile, multiply, owned, squares_of
+from overlap.ops.multiply_triton import factor_of, first_tile, first_values, multiply, owned, squares_of
 
 
 @triton.jit
@@ -91,9 +91,10 @@ def _qkv_kernel(
     sin = tl.load(turn + HALF, mask=turns, other=0.0)
     index = tl.load(kv_index + row, mask=row < rows, other=-1)[:, None]
 
+    value = first_values(x, row, rows, x_stride, INPUTS, BLOCK_I, PARTS, WAY)
     y = multiply(
-        tile, x, norm, weight, row, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
-        STAGES, WAY, RUN, HAS_NORM,
+        tile, value, x, norm, weight, row, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I,
+        PARTS, STAGES, WAY, RUN, HAS_NORM,
     )  # fmt: skip
     if SQUARES:
         y *= factor_of(sums, eps, INPUTS)[:, None]
