@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,13 +77,13 @@ def test_each_way_of_multiplying_some_rows_agrees_with_float64(
 
         near(plain(x.cuda()), x.double() @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
         near(plain.wide(x.cuda()), x.double() @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
-        left, total = fused.linear_add(plain, x.cuda(), added.cuda())
-        total = total if left is None else total + left
+        total = fused.whole(fused.linear_add(plain, x.cuda(), added.cuda()))
         near(total, added + x.double() @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
-        y, _ = fused.norm_linear(plain, (None, residual.cuda()), factor.cuda(), 1e-5)
+        y, _ = fused.norm_linear(plain, fused.Stream(None, residual.cuda()), factor.cuda(), 1e-5)
         near(y, normed @ wide[:outputs].T + wide_bias[:outputs], 1e-2)
         gate, up = (normed @ wide.T).chunk(2, dim=1)
-        for stream in ((None, residual.cuda()), (torch.zeros_like(residual, dtype=dtype).cuda(), residual.cuda())):
+        for left in (None, torch.zeros_like(residual, dtype=dtype).cuda()):
+            stream = fused.Stream(left, residual.cuda())
             y, _ = fused.norm_gated(gated, stream, factor.cuda(), 1e-5)  # with the norm in it, and with it apart
             near(y, torch.nn.functional.silu(gate) * up, 2e-2)
 
@@ -118,7 +119,7 @@ def test_norm_product_rotation_and_write_agree_with_float32(
         kv = torch.randn(20, 2, 2, 16, num_kv_heads, head_dim)
         device_kv, device_norm = kv.bfloat16().cuda(), None if head_norm is None else head_norm.cuda()
         rotation = (positions.cuda(), table.cuda(), device_kv, 1, index.cuda(), num_heads, num_kv_heads, device_norm)
-        stream = (None, residual.cuda())
+        stream = fused.Stream(None, residual.cuda())
         got, _ = fused.norm_qkv(linear_of(weight), stream, factor.cuda(), 1e-5, *rotation)
         qkv = rms_norm(residual, factor, 1e-5, torch.float32) @ weight.float().T
         want = rope_and_write(qkv, positions, table, kv, 1, index, num_heads, num_kv_heads, head_norm, 1e-5)
@@ -140,6 +141,26 @@ def test_the_greedy_head_takes_what_the_logits_say_at_any_number_of_rows(
             tokens = fused.greedy_head(hidden, head)
             assert torch.equal(tokens.long(), head.wide(hidden).argmax(-1))
             assert tokens.max() < -(-size // 2)
+
+
+def replays_alike(chain: Callable[[Tensor, Callable[[], None]], Tensor], rows: int, hidden: int) -> None:
+    """Have the chain, captured as a graph, give the bits that it gives kernel by kernel, on changing inputs.
+
+    It calls what it is given between its kernels.
+    """
+    given = torch.randn(rows, hidden, device="cuda")
+    chain(given, torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(given, lambda: None)
+    inputs = [torch.randn(rows, hidden, device="cuda") for _ in range(20)]
+    answers = [chain(one, torch.cuda.synchronize).clone() for one in inputs]
+    for _ in range(20):
+        for one, answer in zip(inputs, answers, strict=True):
+            given.copy_(one)
+            graph.replay()
+            assert torch.equal(out, answer)
+    assert torch.equal(chain(inputs[0].clone(), torch.cuda.synchronize), answers[0])
 
 
 @pytest.mark.parametrize(
@@ -166,37 +187,83 @@ def test_kernels_that_start_early_never_read_too_early(
     )
     factor = torch.ones(hidden, device="cuda")
 
-    def chain(residual: Tensor, *, slowly: bool) -> Tensor:
-        stream: fused.Stream = (None, residual)
+    def chain(residual: Tensor, pause: Callable[[], None]) -> Tensor:
+        stream = fused.Stream(None, residual)
         for _ in range(10):
             x, residual = fused.norm_linear(o, stream, factor, 1e-5)
-            if slowly:
-                torch.cuda.synchronize()
+            pause()
             stream = fused.linear_add(o, x, residual)
-            if slowly:
-                torch.cuda.synchronize()
+            pause()
             x, residual = fused.norm_gated(gate_up, stream, factor, 1e-5)
-            if slowly:
-                torch.cuda.synchronize()
+            pause()
             stream = fused.linear_add(down, x, residual)
-            if slowly:
-                torch.cuda.synchronize()
+            pause()
         return fused.norm(stream, factor, 1e-5, torch.float32)
 
-    given = torch.randn(rows, hidden, device="cuda")
-    expected = chain(given, slowly=True).clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(given, slowly=False)
-    inputs = [torch.randn(rows, hidden, device="cuda") for _ in range(20)]
-    answers = [chain(one, slowly=True).clone() for one in inputs]
-    for _ in range(20):
-        for one, answer in zip(inputs, answers, strict=True):
-            given.copy_(one)
-            graph.replay()
-            assert torch.equal(out, answer)
-    assert torch.equal(chain(inputs[0].clone(), slowly=True), answers[0])
-    assert expected.shape == out.shape
+    replays_alike(chain, rows, hidden)
+
+
+NORM_INSIDE: tuple[Op, ...] = ("norm", "norm_rope", "norm_gated")
+
+
+@pytest.mark.parametrize(
+    ("rows", "cut"),
+    [
+        (5, None),
+        (8, None),
+        (16, None),
+        (64, None),
+        (1, Tiles("gemv", 4, 1024, 4)),
+        (7, Tiles("gemv", 4, 1024, 4)),
+        (13, Tiles("split", 8, 1024, 4)),
+        (40, Tiles("split", 16, 1024, 8)),
+        (11, Tiles("dot", 16, 128, 4, 4)),
+        (64, Tiles("blocks", 32, 64, 4, 6, 64)),
+        (200, Tiles("blocks", 64, 64, 8, 4, 128)),
+    ],
+    ids=str,
+)
+def test_a_norm_between_two_products_agrees_with_one_apart_and_starts_no_kernel_too_early(
+    rows: int, cut: Tiles | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten layers of SmolLM2's sizes, the rotated queries in place of what attention would make of them."""
+    take(cut, monkeypatch, never=NORM_INSIDE)
+    torch.manual_seed(0)
+    num_heads, num_kv_heads, head_dim, hidden, inner = 9, 3, 64, 576, 1536
+    sizes = (960, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)
+    qkv, o, gate_up, down = (linear_of(torch.randn(size).mul(0.03).bfloat16()) for size in sizes)
+    attention_norm, mlp_norm = torch.rand(2, hidden, device="cuda") + 0.5
+    table, index = rope_table(head_dim, 999, 1e4, None, "cuda"), torch.randperm(320)[:rows].int().cuda()
+    kv = torch.zeros(20, 1, 2, 16, num_kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    rotation = (index, table, kv, 0, index, num_heads, num_kv_heads, None)
+    before_mlp = fused.Ahead(mlp_norm, gate_up, "gated")
+    before_attention = fused.Ahead(attention_norm, qkv, "rope")
+    scaled = list[bool]()
+
+    def chain(residual: Tensor, pause: Callable[[], None], *, apart: bool = False) -> Tensor:
+        stream = fused.Stream(None, residual)
+        scaled.clear()
+        for _ in range(10):
+            q_THD, residual = fused.norm_qkv(qkv, stream, attention_norm, 1e-5, *rotation)
+            pause()
+            stream = fused.linear_add(o, q_THD.view(rows, hidden), residual, None if apart else before_mlp)
+            scaled.append(stream.scaled is not None)
+            pause()
+            x, residual = fused.norm_gated(gate_up, stream, mlp_norm, 1e-5)
+            pause()
+            stream = fused.linear_add(down, x, residual, None if apart else before_attention)
+            scaled.append(stream.scaled is not None)
+            pause()
+        return fused.whole(stream)
+
+    residual = torch.randn(rows, hidden, device="cuda")
+    expected, expected_kv = chain(residual, torch.cuda.synchronize, apart=True), kv.double().cpu()
+    assert not any(scaled)
+    near(chain(residual, torch.cuda.synchronize), expected.double().cpu(), 1e-2)
+    near(kv, expected_kv, 2e-2)
+    # "dot" knows no rotation, and from 64 rows on `down` is the library's
+    assert scaled == [True, (cut is None or cut.kernel != "dot") and (cut is not None or rows < 64)] * 10
+    replays_alike(chain, rows, hidden)
 
 
 def test_rope_with_head_norms_agrees_with_the_reference() -> None:

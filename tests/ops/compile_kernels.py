@@ -82,6 +82,12 @@ def linears(outputs: int, inputs: int, rows: int) -> None:
                 residual_TO=torch.empty(rows, outputs) if op == "add" else None,
                 gated="gated" in op,
             )
+        if tiles is not None and "norm" not in op:  # the norm in two places
+            squares = (torch.empty(rows, 36), 1e-5)
+            given = (x, weight if op == "gated" else weight[:outputs], None, tiles)
+            linear_triton.linear(*given, squares=squares, gated=op == "gated")
+            if op == "add":
+                linear_triton.linear_add(*given, torch.empty(rows, outputs), torch.empty(outputs))
     tiles = MORE_ROWS if rows > FEW_ROWS else guess("plain", outputs, inputs, bucket(rows))
     assert tiles is not None
     linear_triton.greedy(x, weight[:outputs], torch.empty(outputs, dtype=torch.bfloat16), tiles)
@@ -99,7 +105,9 @@ def rotated(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, hidden:
     kv = torch.empty(2, 3, 2, 16, num_kv_heads, head_dim, dtype=torch.bfloat16)
     rotation = (index, torch.empty(9, head_dim), kv, 1, index, num_heads, num_kv_heads, head_norm)
     qkv_triton.qkv(torch.empty(rows, hidden), torch.empty(hidden), 1e-5, weight, None, tiles, *rotation)
-    qkv_triton.qkv(torch.empty(rows, hidden).bfloat16(), None, 1e-5, weight, None, tiles, *rotation)
+    x = torch.empty(rows, hidden).bfloat16()
+    for squares in (None, torch.empty(rows, 36)):
+        qkv_triton.qkv(x, None, 1e-5, weight, None, tiles, *rotation, squares_TP=squares)
 
 
 def decoded(num_kv_heads: int, group: int, head_dim: int, width: int) -> None:
@@ -117,6 +125,7 @@ def main() -> None:
     for rows in (1, 3, 16):
         linears(576, 1536, rows)
     linears(2048, 4096, 16)
+    linears(4096, 4096, 8)
 
 
 def compile_all() -> None:

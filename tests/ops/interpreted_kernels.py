@@ -7,6 +7,7 @@ import sys
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import pytest
 import torch
 from triton.runtime import interpreter
 
@@ -121,13 +122,16 @@ def check_linear(chance: random.Random) -> None:
         rows = chance.randint(1, most_rows(kernel))
         outputs, inputs = chance.choice([1, 30, 64, 100]), 8 * chance.randint(1, 20)
         gated, normed = chance.random() < 0.5, kernel != "dot" and chance.random() < 0.5
+        squares = random_squares(chance, rows) if not normed and chance.random() < 0.5 else None
         added = not gated and chance.random() < 0.5
         x = torch.randn(rows, inputs + 8)[:, :inputs].to(torch.float32 if normed else dtype)
         weight = torch.randn(2 * outputs if gated else outputs, inputs).to(dtype)
         bias = torch.randn(len(weight)).to(dtype) if chance.random() < 0.5 else None
         residual, factor = torch.randn(rows, outputs), torch.randn(inputs)
         expected = norm.rms_norm(x, factor, 1e-5, torch.float32) if normed else x
-        expected = expected.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+        expected = expected.double() @ weight.double().T
+        expected = expected * (1.0 if squares is None else norm_factor(squares, inputs).double())
+        expected = expected + (0.0 if bias is None else bias.double())
         if gated:
             expected = torch.nn.functional.silu(expected[:, :outputs]) * expected[:, outputs:]
         if added:
@@ -138,6 +142,7 @@ def check_linear(chance: random.Random) -> None:
             bias,
             random_tiles(chance, kernel),
             norm=(factor, 1e-5) if normed else None,
+            squares=None if squares is None else (squares, 1e-5),
             residual_TO=residual if added else None,
             gated=gated,
         )
@@ -145,6 +150,34 @@ def check_linear(chance: random.Random) -> None:
         rounded = got.dtype is not torch.float32 or (normed and dtype is not torch.float32)
         tolerance = 2**-6 if rounded else 1e-4
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * inputs**0.5)
+
+
+def random_squares(chance: random.Random, rows: int) -> torch.Tensor:
+    """Parts of the rows' sums of squares, as if a product in front had left them."""
+    return torch.rand(rows, chance.choice([1, 3, 16, 36])) * 9
+
+
+def norm_factor(squares: torch.Tensor, channels: int) -> torch.Tensor:
+    return torch.rsqrt(squares.sum(1, keepdim=True) / channels + 1e-5)
+
+
+def check_linear_add(chance: random.Random) -> None:
+    """The new stream has the bits that it has alone, and what goes with it is made of it."""
+    kernels: tuple[Kernel, ...] = ("gemv", "gemv", "split", "dot", "blocks")
+    for place, kernel in enumerate(kernels):
+        dtype = chance.choice([torch.float32, torch.bfloat16 if kernel == "gemv" else torch.float16])
+        rows, inputs = chance.randint(1, most_rows(kernel)), 8 * chance.randint(1, 9)
+        outputs, tiles = chance.choice([1, 30, 64, 100]), random_tiles(chance, kernel)
+        x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+        bias = torch.randn(outputs).to(dtype) if place % 2 else None
+        residual, factor = torch.randn(rows, outputs + 3)[:, :outputs], torch.randn(outputs)
+        given = (x, weight, bias, tiles)
+        total, scaled, squares = linear_triton.linear_add(*given, residual, factor)
+        assert torch.equal(total, linear_triton.linear(*given, residual_TO=residual))
+        assert scaled.dtype is dtype
+        close(scaled, (total * factor).to(dtype))
+        padded = torch.nn.functional.pad(total, (0, -outputs % tiles.block_o))
+        close(squares, padded.view(rows, -1, tiles.block_o).square().sum(2))
 
 
 def check_qkv(chance: random.Random) -> None:
@@ -172,10 +205,13 @@ def check_qkv(chance: random.Random) -> None:
         head_norm = torch.randn(num_heads + num_kv_heads, head_dim) if tiles.owns_heads(head_dim) else None
         rest = (layer, kv_index, num_heads, num_kv_heads, head_norm)
         before = factor if chance.random() < 0.5 else None
+        squares = random_squares(chance, tokens) if before is None and chance.random() < 0.7 else None
         x = residual if before is not None else residual.to(dtype)
-        got = qkv_triton.qkv(x, before, 1e-5, weight, bias, tiles, positions, table, got_kv, *rest)
+        given = (x, before, 1e-5, weight, bias, tiles)
+        got = qkv_triton.qkv(*given, positions, table, got_kv, *rest, squares_TP=squares)
         normed = x.float() if before is None else norm.rms_norm(x, before, 1e-5, torch.float32)
         qkv = normed @ weight.float().T
+        qkv = qkv if squares is None else qkv * norm_factor(squares, hidden)
         qkv = qkv if bias is None else qkv + bias.float()
         expected = rope.rope_and_write(qkv, positions, table, expected_kv, *rest, 1e-5)
         tolerance = 1e-4 if dtype is torch.float32 else 2**-6
@@ -187,11 +223,13 @@ class Skinny(Linear):
     """A Linear that takes kernels of ours at any number of rows, on any device."""
 
     unfused: tuple[str, ...] = ()
+    cut = Tiles("gemv", 4, 64, 4)
+    rope_cut = Tiles("blocks", 8, 16, 4, 2, 16)
 
     def tiles(self, op: Op, rows: int) -> Tiles | None:
         if op in self.unfused:
             return None
-        return Tiles("blocks", 8, 16, 4, 2, 16) if "rope" in op else Tiles("gemv", 4, 64, 4)
+        return self.rope_cut if "rope" in op else self.cut
 
 
 def check_fused(chance: random.Random) -> None:
@@ -211,8 +249,8 @@ def check_fused(chance: random.Random) -> None:
             down.unfused = chance.choice([(), ("add",)])
         kv = torch.zeros(2, 1, 2, 16, num_kv_heads, head_dim)
         rotation = (index, table, kv, 0, index, num_heads, num_kv_heads, head_norm)
-        q, total = fused.norm_qkv(qkv, (None, residual), factor, 1e-5, *rotation)
-        gated, total = fused.norm_gated(gate_up, (None, total), factor, 1e-5)
+        q, total = fused.norm_qkv(qkv, fused.Stream(None, residual), factor, 1e-5, *rotation)
+        gated, total = fused.norm_gated(gate_up, fused.Stream(None, total), factor, 1e-5)
         stream = fused.linear_add(down, gated, total)
         again, total = fused.norm_gated(gate_up, stream, factor, 1e-5)
         normed = fused.norm(stream, factor, 1e-5, torch.float32)
@@ -223,6 +261,73 @@ def check_fused(chance: random.Random) -> None:
         found.append((q, kv, gated, again, total, normed, turned, turned_kv, *heads, from_stream))
     for expected, got in zip(*found, strict=True):
         close(got, expected)
+
+
+def check_chain(chance: random.Random) -> None:
+    """o, gate and up, down, then q, k and v: each norm between two products, against separate torch ops."""
+    hidden, inner, num_heads, num_kv_heads, head_dim, tokens = 40, 24, 3, 1, 8, chance.randint(1, 16)
+    sizes = (hidden, hidden), (2 * inner, hidden), (hidden, inner), ((num_heads + 2 * num_kv_heads) * head_dim, hidden)
+    weights = [torch.randn(size) * 0.2 for size in sizes]
+    residual, attended = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
+    mlp_norm, attention_norm = torch.randn(2, hidden)
+    head_norm = torch.randn(num_heads + num_kv_heads, head_dim) if chance.random() < 0.5 else None
+    table, index = rope.rope_table(head_dim, 50, 1e4, None, "cpu"), torch.randperm(32)[:tokens].int()
+    kernels: tuple[Kernel, ...] = ("gemv", "split", "dot", "blocks")
+    found = []
+    for kind in (Linear, Skinny):
+        o, gate_up, down, qkv = (kind(weight, None) for weight in weights)
+        for linear in (o, gate_up, down, qkv):
+            if isinstance(linear, Skinny):
+                linear.unfused = ("norm_rope", "norm_gated")
+                linear.cut = random_tiles(chance, chance.choice(kernels))
+                if head_norm is None:
+                    linear.rope_cut = random_tiles(chance, chance.choice(("gemv", "split", "blocks")))
+        kv = torch.zeros(2, 1, 2, 16, num_kv_heads, head_dim)
+        rotation = (index, table, kv, 0, index, num_heads, num_kv_heads, head_norm)
+        ahead = fused.Ahead(mlp_norm, gate_up, "gated")
+        first = fused.linear_add(o, attended, residual, ahead)
+        gated, total = fused.norm_gated(gate_up, first, mlp_norm, 1e-5)
+        ahead = fused.Ahead(attention_norm, qkv, "rope", None if head_norm is None else head_dim)
+        second = fused.linear_add(down, gated, total, ahead)
+        q, total = fused.norm_qkv(qkv, second, attention_norm, 1e-5, *rotation)
+        assert (first.scaled is not None) == (second.scaled is not None) == (kind is Skinny)
+        found.append((fused.whole(first), gated, fused.whole(second), total, q, kv))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def check_ahead(chance: random.Random) -> None:
+    """A stream is scaled where the product behind reads it so, and for its norm alone."""
+    weights, rows = torch.randn(3, 16, 16), chance.randint(1, 9)
+    (x, residual), (mlp_norm, other_norm) = torch.randn(2, rows, 16), torch.randn(2, 16)
+
+    def ready(ahead: fused.Ahead | None, *, o_cut: Tiles = Skinny.cut, unfused: tuple[str, ...] = ()) -> bool:
+        o = Skinny(weights[0], None)
+        o.cut, o.unfused = o_cut, unfused
+        return fused.linear_add(o, x, residual, ahead).scaled is not None
+
+    gate_up, qkv = Skinny(weights[1], None), Skinny(weights[2], None)
+    gated, turned = fused.Ahead(mlp_norm, gate_up, "gated"), fused.Ahead(mlp_norm, qkv, "rope")
+    assert not ready(gated), "the norm is inside the product behind"
+    gate_up.unfused, qkv.unfused = ("norm_gated",), ("norm_rope",)
+    assert ready(gated)
+    assert ready(turned)
+    assert ready(turned._replace(normed_head=8))
+    assert not ready(turned._replace(normed_head=16)), "no program behind owns a head"
+    assert not ready(None)
+    assert not ready(gated, unfused=("add",)), "the product in front is the library's"
+    many_rows = Tiles("blocks", 16, 16, 4, 2, 1024)
+    gate_up.cut = many_rows
+    assert ready(gated, o_cut=Tiles("gemv", 16, 64, 4))
+    assert not ready(gated, o_cut=Tiles("gemv", 2, 64, 4)), "too many squares for the registers"
+    gate_up.cut, gate_up.unfused = Skinny.cut, ("norm_gated", "gated")
+    assert not ready(gated), "the product behind is the library's"
+    gate_up.unfused = ("norm_gated",)
+    half = Skinny(weights[0].half(), None)
+    assert fused.linear_add(half, x.half(), residual, gated).scaled is None, "float16 has no room for the stream"
+    stream = fused.linear_add(Skinny(weights[0], None), x, residual, gated)
+    with pytest.raises(AssertionError, match="another norm"):
+        fused.norm_gated(gate_up, stream, other_norm, 1e-5)
 
 
 def check_greedy(chance: random.Random) -> None:
@@ -460,8 +565,11 @@ CHECKS = {
     "rope": check_rope,
     "embedding": check_embedding,
     "linear": check_linear,
+    "linear_add": check_linear_add,
     "qkv": check_qkv,
     "fused": check_fused,
+    "chain": check_chain,
+    "ahead": check_ahead,
     "greedy": check_greedy,
     "philox": check_philox,
     "inputs": check_inputs,

@@ -25,8 +25,8 @@ def test_each_kernel_agrees_with_its_reference_over_random_shapes() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.split() == [
-        "norm", "activation", "rope", "embedding", "linear", "qkv", "fused", "greedy", "philox", "inputs", "masks",
-        "decode",
+        "norm", "activation", "rope", "embedding", "linear", "linear_add", "qkv", "fused", "chain", "ahead", "greedy",
+        "philox", "inputs", "masks", "decode",
         "runs", "places", "pair",
     ]  # fmt: skip
 

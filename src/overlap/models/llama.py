@@ -42,6 +42,17 @@ class Layer:
         """All matrices of the layer."""
         return (self.qkv, self.o, self.gate_up, self.down)
 
+    @property
+    def attention_ahead(self) -> fused.Ahead:
+        """What reads the stream in front of the layer."""
+        normed_head = None if self.head_norm_ND is None else self.head_norm_ND.shape[1]
+        return fused.Ahead(self.attention_norm_C, self.qkv, "rope", normed_head)
+
+    @property
+    def mlp_ahead(self) -> fused.Ahead:
+        """What reads the stream behind attention."""
+        return fused.Ahead(self.mlp_norm_C, self.gate_up, "gated")
+
 
 class Llama:
     """A loaded Llama. Made by `overlap.models.load.build`; keeps the Program protocol.
@@ -85,7 +96,7 @@ class Llama:
         `hidden_states[t]` of transformers), the final states once more for t = num_layers.
         """
         eps = self.config.rms_norm_eps
-        stream: fused.Stream = (None, embed(batch.token_ids, self._embedding_VC))
+        stream = fused.Stream(None, embed(batch.token_ids, self._embedding_VC))
         seen: dict[int, Tensor] = {}
         for index, layer in enumerate(self._layers):
             if index in taps:
@@ -106,16 +117,17 @@ class Llama:
             )
             attended_TX = yield Attend(index, q_THD)
             if self._ranks is None:
-                stream = fused.linear_add(layer.o, attended_TX, residual_TC)
+                stream = fused.linear_add(layer.o, attended_TX, residual_TC, layer.mlp_ahead)
             else:
                 summed_TC = yield Reduce(layer.o(attended_TX), self._ranks)
-                stream = (summed_TC, residual_TC)
+                stream = fused.Stream(summed_TC, residual_TC)
             gated_TI, residual_TC = fused.norm_gated(layer.gate_up, stream, layer.mlp_norm_C, eps)
             if self._ranks is None:
-                stream = fused.linear_add(layer.down, gated_TI, residual_TC)
+                ahead = self._layers[index + 1].attention_ahead if index + 1 < len(self._layers) else None
+                stream = fused.linear_add(layer.down, gated_TI, residual_TC, ahead)
             else:
                 summed_TC = yield Reduce(layer.down(gated_TI), self._ranks)
-                stream = (summed_TC, residual_TC)
+                stream = fused.Stream(summed_TC, residual_TC)
         seen[self.num_layers] = final_TC = fused.norm(stream, self._norm_C, eps, self.dtype)
         return torch.cat([final_TC, *(seen[tap] for tap in taps)], dim=1) if taps else final_TC
 

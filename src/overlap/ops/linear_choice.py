@@ -37,6 +37,14 @@ class Tiles:
     block_t: int = 16
     """Rows of x that a program owns (split and blocks; the others own all)."""
 
+    def blocks(self, lines: int) -> int:
+        """Return how many blocks a weight of so many rows is cut into."""
+        return -(-lines // self.block_o)
+
+    def program_rows(self, rows: int) -> int:
+        """Return how many rows of x a program owns, of so many in all."""
+        return self.block_t if self.kernel in ("split", "blocks") else bucket(rows)
+
     def owns_heads(self, head_dim: int) -> bool:
         """Whether a program has a whole head, so that it can norm one."""
         return self.kernel == "blocks" and self.block_o == head_dim
@@ -50,8 +58,9 @@ def bucket(rows: int) -> int:
 def choose(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
     """Return the kernel for [rows, inputs] times a weight of `outputs` results, or None for the library's.
 
-    `outputs` counts what comes out: a gated matrix has twice as many rows. None for a norm means: the norm apart, and
-    then whatever is best without it; for a rotation, the same.
+    `outputs` counts what comes out: a gated matrix has twice as many rows. None for a norm means: the norm in front, by
+    a kernel of its own or the product there (`ops.fused.Ahead`), and then whatever is best without it; for a rotation,
+    the same.
     """
     if not 1 <= rows <= MAX_ROWS or inputs % 8:
         return None

@@ -5,11 +5,15 @@ this is about reading the weight early: each program owns a few rows of it and b
 the kernel that makes x (weights are never written). Norm before, residual or SiLU after cost little but arithmetic
 there, and save a kernel and a round trip through memory each.
 
+Where every program would have to norm all of x, the norm is done in two places instead: the product in front, which has
+the new residual stream in registers, writes it times the norm's weight, and each program the sum of squares of its
+outputs (`linear_add`); the product behind multiplies its result by what they say of each row.
+
 Two kernels. `_linear_kernel` multiplies in one of three ways (`ops.multiply_triton`); `_dot_kernel` runs on the tensor
 cores over large weights, which are its left operand, for up to 16 rows. All add up in float32 and round once, when the
 result is stored.
 
-Legend: T tokens (rows of x), I inputs, O outputs.
+Legend: T tokens (rows of x), I inputs, O outputs, P parts of a row's sum of squares.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from overlap.ops import launch_triton
-from overlap.ops.linear_choice import Tiles, bucket
-from overlap.ops.multiply_triton import first_tile, multiply, owned
+from overlap.ops.linear_choice import Tiles
+from overlap.ops.multiply_triton import factor_of, first_tile, first_values, multiply, owned, squares_of
 
 _RUN: Final = 8
 """Inputs that one thread of "gemv" has side by side: 16 bytes."""
@@ -39,11 +43,15 @@ def _silu(value):
 def _linear_kernel(
     x,
     norm,
+    squares,
     weight,
     bias,
     residual,
+    next_norm,
     out,
     best,
+    scaled,
+    next_squares,
     rows,
     outputs,
     x_stride,
@@ -58,8 +66,10 @@ def _linear_kernel(
     WAY: tl.constexpr,
     RUN: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    SQUARES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_NEXT_NORM: tl.constexpr,
     GATED: tl.constexpr,
     GREEDY: tl.constexpr,
     PDL: tl.constexpr,
@@ -78,17 +88,24 @@ def _linear_kernel(
         line = output
         result = output
     tile = first_tile(weight, line, output < outputs, INPUTS, BLOCK_I, PARTS, WAY, PDL)
+    if HAS_NEXT_NORM:
+        next_factor = tl.load(next_norm + result, mask=result < outputs, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     inside = (row < rows)[:, None] & (result < outputs)[None, :]
     place = row.to(tl.int64)[:, None]
+    if SQUARES:
+        sums = squares_of(squares, row, rows, SQUARES)
+    value = first_values(x, row, rows, x_stride, INPUTS, BLOCK_I, PARTS, WAY)
     if HAS_RESIDUAL:  # on its way while the product is computed
         added = tl.load(residual + place * residual_stride + result[None, :], mask=inside, other=0.0)
     y = multiply(
-        tile, x, norm, weight, row, line, output < outputs, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
-        STAGES, WAY, RUN, HAS_NORM,
+        tile, value, x, norm, weight, row, line, output < outputs, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I,
+        PARTS, STAGES, WAY, RUN, HAS_NORM,
     )  # fmt: skip
+    if SQUARES:
+        y *= factor_of(sums, eps, INPUTS)[:, None]
     if HAS_BIAS:
         y += tl.load(bias + line, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
 
@@ -97,6 +114,11 @@ def _linear_kernel(
         y = _silu(gate) * up
     if HAS_RESIDUAL:
         y += added
+    if HAS_NEXT_NORM:
+        ready = (y * next_factor[None, :]).to(scaled.dtype.element_ty)
+        tl.store(scaled + place * outputs + result[None, :], ready, mask=inside)
+        summed = tl.sum(tl.where((result < outputs)[None, :], y * y, 0.0), axis=1)
+        tl.store(next_squares + row.to(tl.int64) * tl.cdiv(outputs, BLOCK_O) + block, summed, mask=row < rows)
     if GREEDY:
         y = tl.where((result < outputs)[None, :], y, float("-inf"))
         highest = tl.max(y, axis=1)
@@ -111,23 +133,30 @@ def _linear_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _dot_kernel(
     x,
+    squares,
     weight,
     bias,
     residual,
+    next_norm,
     out,
     best,
+    scaled,
+    next_squares,
     rows,
     outputs,
     x_stride,
     residual_stride,
+    eps,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
+    SQUARES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_NEXT_NORM: tl.constexpr,
     GATED: tl.constexpr,
     GREEDY: tl.constexpr,
     PDL: tl.constexpr,
@@ -147,9 +176,13 @@ def _dot_kernel(
     line_inside = (output < outputs)[:, None]
     source = weight + line.to(tl.int64)[:, None] * INPUTS + column[None, :]
     tile = tl.load(source, mask=line_inside & (column < INPUTS)[None, :], other=0.0, eviction_policy="evict_first")
+    if HAS_NEXT_NORM:
+        next_factor = tl.load(next_norm + output, mask=output < outputs, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
+    if SQUARES:
+        sums = squares_of(squares, row, rows, SQUARES)
     row_inside = (row < rows)[None, :]
     x_source = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
     value = tl.load(x_source, mask=row_inside & (column < INPUTS)[:, None], other=0.0)
@@ -163,6 +196,8 @@ def _dot_kernel(
             tile = tl.load(source + start, mask=line_inside & inside[None, :], other=0.0, eviction_policy="evict_first")
             value = tl.load(x_source + start, mask=row_inside & inside[:, None], other=0.0)
         total = tl.dot(tile, value, total)
+    if SQUARES:
+        total *= factor_of(sums, eps, INPUTS)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + line, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
 
@@ -174,6 +209,11 @@ def _dot_kernel(
     place = row.to(tl.int64)[None, :]
     if HAS_RESIDUAL:
         total += tl.load(residual + place * residual_stride + output[:, None], mask=inside, other=0.0)
+    if HAS_NEXT_NORM:
+        ready = (total * next_factor[:, None]).to(scaled.dtype.element_ty)
+        tl.store(scaled + place * outputs + output[:, None], ready, mask=inside)
+        summed = tl.sum(tl.where((output < outputs)[:, None], total * total, 0.0), axis=0)
+        tl.store(next_squares + row.to(tl.int64) * tl.num_programs(0) + program, summed, mask=row < rows)
     if GREEDY:
         total = tl.where((output < outputs)[:, None], total, float("-inf"))
         highest = tl.max(total, axis=0)
@@ -207,6 +247,7 @@ def linear(
     tiles: Tiles,
     *,
     norm: tuple[Tensor, float] | None = None,
+    squares: tuple[Tensor, float] | None = None,
     residual_TO: Tensor | None = None,
     gated: bool = False,
     dtype: torch.dtype | None = None,
@@ -214,14 +255,32 @@ def linear(
     """Return x W^T + b, [T, O], for x [T, I] and a contiguous weight; T is at most 16 for "gemv" and "dot".
 
     `norm` is (weight [I] in float32, eps) of an RMS norm of x before the product; x is the float32 stream then,
-    and the kernel not "dot". `residual_TO` (float32) is added to the result, which is float32 then. `gated`: the
+    and the kernel not "dot". `squares` is (squares [T, P], eps) of an RMS norm, and x the `scaled` that `linear_add`
+    returned with these squares. `residual_TO` (float32) is added to the result, which is float32 then. `gated`: the
     weight is [2O, I], and the result silu(first half) * second half. `dtype` is that of the result, else the weight's.
     """
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     dtype = torch.float32 if residual_TO is not None else dtype or weight.dtype
     out_TO = torch.empty((x_TI.shape[0], outputs), dtype=dtype, device=x_TI.device)
-    _launch(x_TI, weight, bias, tiles, norm, residual_TO, out_TO, out_TO, GATED=gated, GREEDY=False)
+    _launch(x_TI, weight, bias, tiles, out_TO, norm=norm, squares=squares, residual=residual_TO, GATED=gated)
     return out_TO
+
+
+def linear_add(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tiles: Tiles, residual_TO: Tensor, next_norm_O: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (stream, scaled, squares): `linear` with a residual, made ready for the RMS norm that comes next.
+
+    The stream is float32 [T, O]; `scaled`, of the weight's dtype, is it times that norm's weight; `squares` (float32
+    [T, P]) has each row's sum of squares of the stream in P parts, one a block of outputs.
+    """
+    rows, outputs = x_TI.shape[0], weight_OI.shape[0]
+    out_TO = torch.empty((rows, outputs), dtype=torch.float32, device=x_TI.device)
+    scaled_TO = torch.empty_like(out_TO, dtype=weight_OI.dtype)
+    squares_TP = torch.empty((rows, tiles.blocks(outputs)), dtype=torch.float32, device=x_TI.device)
+    ahead = (next_norm_O, scaled_TO, squares_TP)
+    _launch(x_TI, weight_OI, bias_O, tiles, out_TO, residual=residual_TO, ahead=ahead)
+    return out_TO, scaled_TO, squares_TP
 
 
 def greedy(
@@ -237,11 +296,11 @@ def greedy(
 
     `norm` is as for `linear`. With `ids_O` (int32) it is the id of the output in place of its place.
     """
-    rows, parts = x_TI.shape[0], triton.cdiv(weight_OI.shape[0], tiles.block_o)
+    rows, parts = x_TI.shape[0], tiles.blocks(weight_OI.shape[0])
     highest = torch.empty((rows, parts), dtype=torch.float32, device=x_TI.device)
     best = torch.empty((rows, parts), dtype=torch.int32, device=x_TI.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=x_TI.device)
-    _launch(x_TI, weight_OI, bias_O, tiles, norm, None, highest, best, GATED=False, GREEDY=True)
+    _launch(x_TI, weight_OI, bias_O, tiles, highest, norm=norm, best=best)
     block = triton.next_power_of_2(parts)
     options: dict[str, Any] = launch_triton.early(x_TI.device)
     options |= {"BLOCK": block, "HAS_IDS": ids_O is not None, "num_warps": max(1, min(block // 256, 16))}
@@ -251,7 +310,7 @@ def greedy(
 
 def cut(tiles: Tiles, lines: int, rows: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Return the grid and the constants with which `ops.multiply_triton` cuts a weight of `lines` rows, and x."""
-    blocks, size = triton.cdiv(lines, tiles.block_o), bucket(rows) if tiles.kernel == "gemv" else tiles.block_t
+    blocks, size = tiles.blocks(lines), tiles.program_rows(rows)
     constants = {
         "ROWS": size,
         "BLOCK_O": tiles.block_o,
@@ -270,30 +329,43 @@ def _launch(
     weight: Tensor,
     bias: Tensor | None,
     tiles: Tiles,
-    norm: tuple[Tensor, float] | None,
-    residual: Tensor | None,
     out: Tensor,
-    best: Tensor,
-    **flags: bool,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    squares: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    best: Tensor | None = None,
+    ahead: tuple[Tensor, Tensor, Tensor] | None = None,
+    GATED: bool = False,
 ) -> None:
     """Start the kernel that `tiles` names. What is not there gets some other pointer, which is not followed."""
+    assert norm is None or squares is None  # a norm is done in one place or in two
     rows, inputs = x.shape
-    outputs = weight.shape[0] // 2 if flags["GATED"] else weight.shape[0]
-    flags |= {"HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
-    options: dict[str, Any] = {**flags, **launch_triton.early(x.device)}
-    strides = (x.stride(0), 0 if residual is None else residual.stride(0))
-    others = (weight if bias is None else bias, out if residual is None else residual)
+    outputs = weight.shape[0] // 2 if GATED else weight.shape[0]
+    options: dict[str, Any] = {
+        "SQUARES": 0 if squares is None else squares[0].shape[1],
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_NEXT_NORM": ahead is not None,
+        "GATED": GATED,
+        "GREEDY": best is not None,
+        **launch_triton.early(x.device),
+    }
+    factor, eps = norm or squares or (weight, 0.0)
+    next_norm, scaled, next_squares = ahead or (out, out, out)
+    read = (weight, weight if bias is None else bias, out if residual is None else residual, next_norm)
+    written = (out, out if best is None else best, scaled, next_squares)
+    sizes = (rows, outputs, x.stride(0), 0 if residual is None else residual.stride(0), eps)
     if tiles.kernel == "dot":
         assert norm is None  # `linear_choice` never asks for it
-        _dot_kernel[(triton.cdiv(weight.shape[0], tiles.block_o),)](
-            x, weight, *others, out, best, rows, outputs, *strides,
-            INPUTS=inputs, ROWS=max(8, bucket(rows)), BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i, STAGES=tiles.stages,
-            EVEN=inputs % tiles.block_i == 0, num_warps=tiles.warps, **options,
+        _dot_kernel[(tiles.blocks(weight.shape[0]),)](
+            x, factor, *read, *written, *sizes,
+            INPUTS=inputs, ROWS=max(8, tiles.program_rows(rows)), BLOCK_O=tiles.block_o, BLOCK_I=tiles.block_i,
+            STAGES=tiles.stages, EVEN=inputs % tiles.block_i == 0, num_warps=tiles.warps, **options,
         )  # fmt: skip
         return
-    scale, eps = (weight, 0.0) if norm is None else norm
     grid, constants = cut(tiles, weight.shape[0], rows)
     _linear_kernel[grid](
-        x, scale, weight, *others, out, best, rows, outputs, *strides, eps,
+        x, factor, factor, *read, *written, *sizes,
         INPUTS=inputs, HAS_NORM=norm is not None, **constants, **options,
     )  # fmt: skip

@@ -8,7 +8,11 @@ way; before it waits, it has the weight brought into the L2 cache.
 
 All add up in float32. A norm before the tensor cores is rounded to the weight's dtype once more.
 
-Legend: T tokens (rows of x), I inputs, O outputs.
+An RMS norm in front is computed in here, or in two places: x comes times the norm's weight, with the sum of squares of
+each row in P parts, and since the factor of a row commutes with the product (FlashNorm, arXiv:2407.09577), what comes
+out is multiplied by it (`squares_of`, `factor_of`).
+
+Legend: T tokens (rows of x), I inputs, O outputs, P parts of a row's sum of squares.
 """
 
 from __future__ import annotations
@@ -81,8 +85,48 @@ def _bring_near(weight, line, INPUTS: tl.constexpr):
 
 
 @triton.jit
+def first_values(  # noqa: ANN201
+    x,
+    row,
+    rows,
+    x_stride,
+    INPUTS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    PARTS: tl.constexpr,
+    WAY: tl.constexpr,
+):
+    """Begin to read x's rows `row`; return their first inputs, [PARTS, ROWS, BLOCK_I / PARTS], or None if not by parts.
+
+    They are asked for before a residual: the compiler moves that through shared memory to where the tensor cores have
+    their results, as soon as it is loaded, and whatever is behind waits meanwhile.
+    """
+    if WAY == "split":
+        column = _columns(BLOCK_I, PARTS)
+        source = x + row.to(tl.int64)[None, :, None] * x_stride + column
+        value = tl.load(source, mask=(row < rows)[None, :, None] & (column < INPUTS), other=0.0)
+    else:
+        value = None
+    return value
+
+
+@triton.jit
+def squares_of(squares, row, rows, SQUARES: tl.constexpr):  # noqa: ANN201
+    """Begin to read the SQUARES parts of each row's sum of squares, so that they are there when the product is."""
+    part = tl.arange(0, triton.next_power_of_2(SQUARES))
+    mask = (row < rows)[:, None] & (part < SQUARES)[None, :]
+    return tl.load(squares + row.to(tl.int64)[:, None] * SQUARES + part[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def factor_of(sums, eps, INPUTS: tl.constexpr):  # noqa: ANN201
+    """Return the RMS norm's factor of each row by what `squares_of` read, [ROWS]."""
+    return tl.rsqrt(tl.sum(sums, axis=1) / INPUTS + eps)
+
+
+@triton.jit
 def multiply(  # noqa: ANN201
     tile,
+    value,
     x,
     norm,
     weight,
@@ -104,7 +148,8 @@ def multiply(  # noqa: ANN201
 ):
     """Return x's rows `row` (or their RMS norm) times the weight's rows `line`, [ROWS, BLOCK_O].
 
-    `tile` is the `first_tile` of them; BLOCK_I inputs are taken at a time. Rows from `rows` on count as zeros.
+    `tile` is the `first_tile` of these, `value` the `first_values` of those; BLOCK_I inputs are taken at a time. Rows
+    from `rows` on count as zeros.
     """
     if WAY == "blocks":
         y = _by_blocks(
@@ -113,8 +158,8 @@ def multiply(  # noqa: ANN201
         )  # fmt: skip
     elif WAY == "split":
         y = _by_parts(
-            tile, x, norm, weight, row, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
-            HAS_NORM,
+            tile, value, x, norm, weight, row, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I,
+            PARTS, HAS_NORM,
         )  # fmt: skip
     else:
         y = _by_lanes(
@@ -168,8 +213,18 @@ def _by_blocks(
 
 
 @triton.jit
+def _add_part(total, squares, tile, value, norm, column, INPUTS: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Return both sums with some inputs of x added, those from `column` on."""
+    if HAS_NORM:
+        squares += value * value
+        value = (value * tl.load(norm + column, mask=column < INPUTS, other=0.0)).to(tile.dtype)
+    return tl.dot(value, tl.permute(tile, (0, 2, 1)), total, input_precision="ieee"), squares
+
+
+@triton.jit
 def _by_parts(
     tile,
+    value,
     x,
     norm,
     weight,
@@ -192,17 +247,17 @@ def _by_parts(
     x_source = x + row.to(tl.int64)[None, :, None] * x_stride + column
     total = tl.zeros((PARTS, ROWS, BLOCK_O), tl.float32)
     squares = tl.zeros((PARTS, ROWS, BLOCK_I // PARTS), tl.float32)
-    for start in range(0, INPUTS, BLOCK_I):
+    ahead_inside = line_inside[None, :, None] & (BLOCK_I + column < INPUTS)
+    next_tile = tl.load(source + BLOCK_I, mask=ahead_inside, other=0.0, eviction_policy="evict_first")
+    total, squares = _add_part(total, squares, tile, value, norm, column, INPUTS, HAS_NORM)
+    for start in range(BLOCK_I, INPUTS, BLOCK_I):
+        tile = next_tile
         ahead = start + BLOCK_I
         ahead_inside = line_inside[None, :, None] & (ahead + column < INPUTS)
         next_tile = tl.load(source + ahead, mask=ahead_inside, other=0.0, eviction_policy="evict_first")
         inside = start + column < INPUTS
         value = tl.load(x_source + start, mask=(row < rows)[None, :, None] & inside, other=0.0)
-        if HAS_NORM:
-            squares += value * value
-            value = (value * tl.load(norm + start + column, mask=inside, other=0.0)).to(tile.dtype)
-        total = tl.dot(value, tl.permute(tile, (0, 2, 1)), total, input_precision="ieee")
-        tile = next_tile
+        total, squares = _add_part(total, squares, tile, value, norm, start + column, INPUTS, HAS_NORM)
     y = tl.sum(total, axis=0)
     if HAS_NORM:
         y *= tl.rsqrt(tl.sum(tl.sum(squares, axis=2), axis=0) / INPUTS + eps)[:, None]

@@ -3,7 +3,8 @@
 A program owns pairs of rows of the weight that one rotation turns, (d, d + D/2) of a head, side by side, so that it can
 turn what it has just computed. A norm of each head (Qwen3) needs programs that own whole heads: "blocks" has such.
 
-Legend: T tokens, H query heads, K key/value heads, D head size, C hidden size, X = (H + 2 * K) * D.
+Legend: T tokens, H query heads, K key/value heads, D head size, C hidden size, X = (H + 2 * K) * D, P parts of a row's
+sum of squares.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
 from overlap.ops.linear_choice import Tiles
 from overlap.ops.linear_triton import cut
-from overlap.ops.multiply_triton import first_tile, multiply, owned
+from overlap.ops.multiply_triton import factor_of, first_tile, first_values, multiply, owned, squares_of
 
 
 @triton.jit
@@ -36,6 +37,7 @@ def _place(head, column, kv_index, layer, layers, HEADS, KV_HEADS, HALF, PAGE_TO
 def _qkv_kernel(
     x,
     norm,
+    squares,
     head_norm,
     weight,
     bias,
@@ -62,6 +64,7 @@ def _qkv_kernel(
     HALF: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    SQUARES: tl.constexpr,
     HAS_HEAD_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -76,7 +79,9 @@ def _qkv_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # only now: attention reads old keys before it waits (`launch_triton`)
 
-    # The turn of each pair, on its way while the product is computed.
+    # These and the turn of each pair are on their way while the product is computed.
+    if SQUARES:
+        sums = squares_of(squares, row, rows, SQUARES)
     pair = block * (BLOCK_O // 2) + tl.arange(0, BLOCK_O // 2)
     head, column = (pair // HALF)[None, :], (pair % HALF)[None, :]
     inside = (row < rows)[:, None] & (pair < (HEADS + 2 * KV_HEADS) * HALF)[None, :]
@@ -86,16 +91,19 @@ def _qkv_kernel(
     sin = tl.load(turn + HALF, mask=turns, other=0.0)
     index = tl.load(kv_index + row, mask=row < rows, other=-1)[:, None]
 
+    value = first_values(x, row, rows, x_stride, INPUTS, BLOCK_I, PARTS, WAY)
     y = multiply(
-        tile, x, norm, weight, row, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I, PARTS,
-        STAGES, WAY, RUN, HAS_NORM,
+        tile, value, x, norm, weight, row, line, line_inside, rows, x_stride, eps, INPUTS, ROWS, BLOCK_O, BLOCK_I,
+        PARTS, STAGES, WAY, RUN, HAS_NORM,
     )  # fmt: skip
+    if SQUARES:
+        y *= factor_of(sums, eps, INPUTS)[:, None]
     if HAS_BIAS:
         y += tl.load(bias + line, mask=line_inside, other=0.0).to(tl.float32)[None, :]
     straight, across = tl.split(tl.reshape(y, (ROWS, BLOCK_O // 2, 2)))
     if HAS_HEAD_NORM:  # the program's pairs are one head
-        squares = tl.sum(straight * straight + across * across, axis=1) / BLOCK_O
-        scale = tl.where(turns, tl.rsqrt(squares + eps)[:, None], 1.0)
+        mean = tl.sum(straight * straight + across * across, axis=1) / BLOCK_O
+        scale = tl.where(turns, tl.rsqrt(mean + eps)[:, None], 1.0)
         factor = head_norm + head * BLOCK_O + column
         straight *= scale * tl.load(factor, mask=head < HEADS + KV_HEADS, other=1.0)
         across *= scale * tl.load(factor + HALF, mask=head < HEADS + KV_HEADS, other=1.0)
@@ -124,22 +132,27 @@ def qkv(
     num_heads: int,
     num_kv_heads: int,
     head_norm_ND: Tensor | None = None,
+    *,
+    squares_TP: Tensor | None = None,
 ) -> Tensor:
     """Return the rotated q, [T, H, D], of x, or with `norm_C` of the RMS-normed float32 stream x.
 
-    As `ops.linear_triton.linear`, and `ops.rope.rope_and_write` behind it, but nothing is rounded between. The kernel
-    is not "dot", and with `head_norm_ND` one whose programs own heads (`Tiles.owns_heads`). `eps` is every norm's.
+    With `squares_TP` x is the `scaled` that `ops.linear_triton.linear_add` returned with them. As
+    `ops.linear_triton.linear`, and `ops.rope.rope_and_write` behind it, but nothing is rounded between. The kernel is
+    not "dot", and with `head_norm_ND` one whose programs own heads (`Tiles.owns_heads`). `eps` is every norm's.
     """
     (rows, inputs), head_dim = x_TC.shape, table.shape[1]
     assert head_norm_ND is None or tiles.owns_heads(head_dim)
+    assert norm_C is None or squares_TP is None  # a norm is done in one place or in two
     q_THD = torch.empty((rows, num_heads, head_dim), dtype=weight_XC.dtype, device=x_TC.device)
-    others = (given if given is not None else weight_XC for given in (norm_C, head_norm_ND))
+    others = (given if given is not None else weight_XC for given in (norm_C, squares_TP, head_norm_ND))
     grid, constants = cut(tiles, weight_XC.shape[0], rows)
     options: dict[str, Any] = {**constants, **launch_triton.early(x_TC.device)}
     _qkv_kernel[grid](
         x_TC, *others, weight_XC, weight_XC if bias_X is None else bias_X, positions_T, table, kv, kv_index_T, q_THD,
         rows, layer, kv.shape[1], x_TC.stride(0), eps,
         INPUTS=inputs, HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=head_dim // 2, PAGE_TOKENS=PAGE,
-        HAS_NORM=norm_C is not None, HAS_HEAD_NORM=head_norm_ND is not None, HAS_BIAS=bias_X is not None, **options,
+        HAS_NORM=norm_C is not None, SQUARES=0 if squares_TP is None else squares_TP.shape[1],
+        HAS_HEAD_NORM=head_norm_ND is not None, HAS_BIAS=bias_X is not None, **options,
     )  # fmt: skip
     return q_THD

@@ -114,7 +114,7 @@ class EagleHead:
         where = (entry.positions, self._rope_table, kv, index, entry.kv_index, self.num_heads, self.num_kv_heads)
         q_THD = fused.rotated(layer.qkv, x_TX, *where)
         attended_TX = yield Attend(index, q_THD)
-        stream = fused.linear_add(layer.o, attended_TX, residual_TC)
+        stream = fused.linear_add(layer.o, attended_TX, residual_TC, layer.mlp_ahead)
         gated_TI, residual_TC = fused.norm_gated(layer.gate_up, stream, layer.mlp_norm_C, self.config.rms_norm_eps)
         return fused.linear_add(layer.down, gated_TI, residual_TC)
 
