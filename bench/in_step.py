@@ -255,6 +255,18 @@ def compile_all(step: Step, asked: list[Question], *, attention: bool) -> None:
             put(question, tokens, way)
             once()
         put(question, tokens, before)
+    for both in pairs_of(asked):
+        kept = [taken(question, tokens) for question in both]
+        in_front = {
+            tiles.blocks(both[0].outputs): (op, tiles) for op, tiles in ways(both[0], tokens) if tiles is not None
+        }
+        for first in in_front.values():  # what is behind is compiled for each number of parts that comes from there
+            put(both[0], tokens, first)
+            for second in ways(both[1], tokens):
+                put(both[1], tokens, second)
+                once()
+        for question, way in zip(both, kept, strict=True):
+            put(question, tokens, way)
     for cut in attention_cuts(step) if attention else ():
         step.cut = cut
         once()
@@ -336,15 +348,20 @@ def tune(step: Step, shape: str, asked: list[Question], *, attention: bool) -> d
         tries = [first, *(way for way in ways(question, tokens) if way != first)]
         if tuning.attempt(question.name, [(str(way), partial(put, question, tokens, way)) for way in tries]):
             lines += pasted(question, tokens)
-    for pair in PAIRS:
-        both = [question for name in pair for question in asked if question.name == name]
-        if len(both) == 2 and together(tuning, tokens, both):
+    for both in pairs_of(asked):
+        if together(tuning, tokens, both):
             lines += [line for question in both for line in pasted(question, tokens)]
     print("\n".join(lines), flush=True)
     return {
         "bench": "in_step", "shape": shape, "rows": step.rows, "width": step.width, "engine_us": round(start, 2),
         "tuned_us": round(step.time_us(8), 2), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def pairs_of(asked: list[Question]) -> list[list[Question]]:
+    """Return the pairs of products with a norm between them, of those that are asked for."""
+    found = [[question for name in pair for question in asked if question.name == name] for pair in PAIRS]
+    return [both for both in found if len(both) == 2]
 
 
 def together(tuning: Tuning, rows: int, both: list[Question]) -> bool:
@@ -356,7 +373,7 @@ def together(tuning: Tuning, rows: int, both: list[Question]) -> bool:
     best: list[list[Way]] = []
     for question, way in zip(both, before, strict=True):
         own = [each for each in ways(question, rows) if each[0] is not None and "norm" not in each[0]]
-        found = tuning.fastest([partial(put, question, rows, each) for each in own], 5)
+        found = tuning.fastest([partial(put, question, rows, each) for each in own], 4)
         best.append([own[place] for place in found])
         put(question, rows, way)
 
