@@ -365,6 +365,7 @@ def middle(load: str, each: list[dict[str, Any]]) -> dict[str, Any]:
     inside = sorted(each, key=lambda one: float(one["total_tokens_per_s"]))
     rates = [one["total_tokens_per_s"] for one in inside]
     line = {**inside[len(inside) // 2], "spread": [rates[0], rates[-1]]}
+    line["each"] = [(one["total_tokens_per_s"], one["choices"]) for one in each]
     if load == "poisson":
         line["itl_p99_ms_each"] = [one["itl_ms"].get("p99") for one in each]
     return line

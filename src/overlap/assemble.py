@@ -254,7 +254,7 @@ def _parts(
         max_waiting=resolved.max_waiting,
         splitter=splitter,
         drafts=resolved.num_drafts,
-        many_drafts=resolved.many_drafts,
+        ladder=resolved.draft_ladder,
         drafts_with_prompts=resolved.drafts_with_prompts,
         drafts_ahead=resolved.num_drafts if head is not None else 0,
         pace=Pace() if resolved.paces_drafts else None,

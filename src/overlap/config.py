@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, Type
 
 from overlap.cache.pages import PAGE, pages_for
 from overlap.errors import ConfigError, nearest
-from overlap.schedule.plan import FEW_ROWS
+from overlap.schedule.plan import Ladder
 
 if TYPE_CHECKING:
     from overlap.models.config import ModelConfig
@@ -25,6 +25,7 @@ LoadFormat: TypeAlias = Literal["auto", "dummy"]
 LANES: Final = ("auto", "mixed", "serial", "streams")
 DRAFTERS: Final = ("ngram", "eagle", "draft")
 MOST_DRAFTS: Final = PAGE - 1
+_ANY_ROWS: Final = 1 << 31
 _LARGE_CUDA: Final = 60 << 30
 """Bytes of a device from which on its steps are larger: many contexts fit, so many rows can share a step."""
 
@@ -269,8 +270,8 @@ class Resolved:
     draft_model: str | None = None
     num_drafts: int = 0
     """Drafts that a decode row verifies at most; 0 without a drafter."""
-    many_drafts: int = 0
-    """The same in steps of many rows: see `schedule.plan.width_for`."""
+    draft_ladder: Ladder = ()
+    """How many by the number of rows; empty without a drafter."""
     decode_sms: int = 0
     """0 lets two lanes compete for SMs."""
     drafts_with_prompts: bool = True
@@ -291,7 +292,7 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
     dtype = _dtype(asked, model, machine, chose, on_cuda=device.startswith("cuda"))
     max_rows, token_budget = _step_size(asked, chose, machine, on_cuda=device.startswith("cuda"))
     chunk = token_budget if asked.prefill_chunk == "auto" else min(asked.prefill_chunk, token_budget)
-    drafts = _num_drafts(asked, chose, on_cuda=device.startswith("cuda"))
+    ladder = _draft_ladder(asked, chose, on_cuda=device.startswith("cuda"))
     context = model.context
     if asked.context != "auto":
         if asked.context > model.context:
@@ -318,8 +319,8 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         tensor_parallel=asked.tensor_parallel,
         speculative=asked.speculative,
         draft_model=asked.draft_model,
-        num_drafts=drafts[0],
-        many_drafts=drafts[1],
+        num_drafts=max((drafts for _, drafts in ladder), default=0),
+        draft_ladder=ladder,
         drafts_with_prompts=_drafts_with_prompts(asked, device),
         decode_sms=_decode_sms(asked, device),
         paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
@@ -332,16 +333,20 @@ def _decode_sms(asked: EngineConfig, device: str) -> int:
     return asked.decode_sms or 0
 
 
-def _num_drafts(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> tuple[int, int]:
-    """Return how many drafts a row of few verifies, and one of many."""
+def _draft_ladder(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Ladder:
+    """Return how many drafts a row verifies, by the number of rows."""
     if asked.speculative is None:
-        return 0, 0
+        return ()
     if asked.num_drafts != "auto":
-        return asked.num_drafts, asked.num_drafts
-    if on_cuda and asked.speculative != "draft":
-        why = f"a draft costs a GPU little; four with more than {FEW_ROWS} rows, none while plain steps bring more"
-        return chose("num_drafts", 7, why), 4
-    return chose("num_drafts", 4, "past four, few drafts are worth it; none while plain steps bring more"), 4
+        return ((_ANY_ROWS, asked.num_drafts),)
+    none = "none while plain steps bring more"
+    if on_cuda and asked.speculative == "eagle":
+        chose("num_drafts", 15, f"a draft costs a GPU little; 7 with more than one row, 4 with more than 16, {none}")
+        return (1, 15), (16, 7), (_ANY_ROWS, 4)
+    if on_cuda and asked.speculative == "ngram":
+        chose("num_drafts", 7, f"a draft costs a GPU little; 4 with more than 16 rows, {none}")
+        return (16, 7), (_ANY_ROWS, 4)
+    return ((_ANY_ROWS, chose("num_drafts", 4, f"past four, few drafts are worth it; {none}")),)
 
 
 def _drafts_with_prompts(asked: EngineConfig, device: str) -> bool:

@@ -7,10 +7,11 @@ import numpy as np
 from overlap.cache.pages import Ints
 from overlap.graphs.buckets import row_buckets
 from overlap.graphs.policy import GIVE_UP, PATIENCE, Decision, Policy, Shape, decode_kind
-from overlap.schedule.plan import FEW_ROWS, Admission, StepPlan
+from overlap.schedule.plan import Admission, StepPlan
 
 NOTHING = Decision(None, None)
 ADMISSION = Admission(slot=0, start=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+FEW_ROWS = 16
 
 
 def plan(rows: int, *, prompt: int = 0, sampled: int = 0, truncated: bool = False, admits: bool = False) -> StepPlan:

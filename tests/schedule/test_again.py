@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import FEW_ROWS, REFUSED, SIDE, UNUSED, StepPlan, width_for
+from overlap.schedule.plan import REFUSED, SIDE, UNUSED, StepPlan, width_for
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
@@ -127,6 +127,10 @@ def test_steps_that_repeat_are_those_that_would_have_been_planned_anyway(drafts:
     assert repeated > (500 if drafts else 2000)
 
 
+FEW_ROWS = 16
+LADDER = ((FEW_ROWS, 7), (99, 4))
+
+
 def test_a_wide_step_is_as_wide_as_its_rows_are_many_though_pages_did_not_suffice_for_all_of_them() -> None:
     """A graph of so many rows brings so many numbers for each: read as others they would be other rows' tokens."""
     widths: set[tuple[bool, int]] = set()
@@ -135,7 +139,7 @@ def test_a_wide_step_is_as_wide_as_its_rows_are_many_though_pages_did_not_suffic
         chance = random.Random(seed)
         planner = Planner(
             max_rows=24, num_pages=chance.choice([90, 110, 130]), token_budget=4096, prefill_chunk=4096, context=512,
-            drafts=7, drafts_ahead=7, many_drafts=4,
+            drafts=7, drafts_ahead=7, ladder=LADDER,
         )  # fmt: skip
         for key in range(20):
             prompt = np.array([chance.randrange(400) for _ in range(20)], dtype=np.int32)
@@ -147,7 +151,7 @@ def test_a_wide_step_is_as_wide_as_its_rows_are_many_though_pages_did_not_suffic
             if plan is not None:
                 flights.append(plan)
                 if plan.num_decode and plan.width > 1:
-                    assert plan.width == width_for(plan.num_decode, 7, 4)
+                    assert plan.width == width_for(plan.num_decode, LADDER)
                     widths.add((plan.num_decode <= FEW_ROWS, plan.width))
                     short += plan.num_decode <= FEW_ROWS < before
                     before = plan.num_decode

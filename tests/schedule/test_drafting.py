@@ -10,7 +10,7 @@ import pytest
 from overlap.errors import InternalError
 from overlap.schedule.drafting import MOST_LATE, Drafting
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import FEW_ROWS, REFUSED, UNUSED
+from overlap.schedule.plan import REFUSED, UNUSED
 
 
 def test_without_a_drafter_steps_are_plain_and_a_row_needs_its_token_and_the_next() -> None:
@@ -101,8 +101,8 @@ def test_a_row_that_would_outgrow_a_page_in_one_step_is_refused(drafts: int, ahe
 
 
 def test_drafts_of_steps_that_verify_fewer_are_counted_at_their_places() -> None:
-    drafting = Drafting(3, 0, None, many_drafts=1)
-    assert [drafting.width(rows, 999) for rows in (1, FEW_ROWS, FEW_ROWS + 1)] == [4, 4, 2]
+    drafting = Drafting(3, 0, None, ((1, 3), (16, 2), (99, 1)))
+    assert [drafting.width(rows, 999) for rows in (1, 2, 16, 17, 200)] == [4, 3, 3, 2, 2]
     for _ in range(3):
         drafting.note_runs(np.array([[8, 9, 7, REFUSED]]), 3)
         drafting.note_runs(np.array([[8, 9], [8, REFUSED]]), 3)
@@ -113,7 +113,7 @@ def test_drafts_of_steps_that_verify_fewer_are_counted_at_their_places() -> None
 
 
 def test_whoever_asks_for_counts_meanwhile_changes_none() -> None:
-    drafting, stop = Drafting(7, 7, None, many_drafts=4), threading.Event()
+    drafting, stop = Drafting(7, 7, None, ((16, 7), (99, 4))), threading.Event()
 
     def ask() -> None:
         while not stop.is_set():

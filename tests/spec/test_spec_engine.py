@@ -129,8 +129,7 @@ async def test_many_rows_verify_fewer_drafts_each_and_no_token_changes(
 ) -> None:
     jobs = jobs_of(31, 12)
     want, _ = await answers(tiny_llama_dir, jobs)
-    monkeypatch.setattr("overlap.schedule.plan.FEW_ROWS", 3)
-    monkeypatch.setattr("overlap.config._num_drafts", lambda *_, **__: (6, 2))
+    monkeypatch.setattr("overlap.config._draft_ladder", lambda *_, **__: ((3, 6), (5, 4), (12, 2)))
     got, figures = await answers(tiny_llama_dir, jobs, **FOUR, **drafters[name])
     assert same(got, want)
     if name == "itself":  # some answers are longer: at the end few rows are left

@@ -12,7 +12,7 @@ import numpy as np
 from overlap.cache.pages import PAGE, Ints
 from overlap.errors import InternalError
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import REFUSED, StepPlan, width_for
+from overlap.schedule.plan import REFUSED, Ladder, StepPlan, width_for
 from overlap.schedule.runs import DraftCounts, count_drafts
 
 MOST_LATE: Final = 32
@@ -23,18 +23,18 @@ class Drafting:
     """Says how many positions a decode row runs, and counts what became of its drafts. False without a drafter."""
 
     def __init__(
-        self, drafts: int, ahead: int, pace: Pace | None, many_drafts: int | None = None, *, with_prompts: bool = True
+        self, drafts: int, ahead: int, pace: Pace | None, ladder: Ladder | None = None, *, with_prompts: bool = True
     ) -> None:
         """`drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter.
 
-        `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many. The drafter writes to up to
+        `ladder` says how many by the number of rows; None for always as many. The drafter writes to up to
         `ahead` positions behind the last token of a row. `pace` says when drafting pays; None always drafts.
         `with_prompts` False drafts nothing in steps that read prompts.
         """
         if not 0 <= drafts < PAGE or ahead > drafts:
             raise InternalError(f"{drafts} drafts, {ahead} ahead: a row would outgrow a page in one step")
         self.most: Final = drafts
-        self._many: Final = drafts if many_drafts is None else many_drafts
+        self._ladder: Final = ladder or ((1, drafts),)
         self.ahead: Final = max(1, ahead)
         """Positions behind a row's last token that are written to, one of which is the next token's."""
         nothing = DraftCounts(0, np.zeros(drafts, dtype=np.int64), np.zeros(drafts, dtype=np.int64))
@@ -58,7 +58,7 @@ class Drafting:
         """Return how many positions each decode row of the next step runs, with a budget of tokens for all."""
         if not (self.most and num_decode):
             return 1
-        wide = width_for(num_decode, self.most, self._many)
+        wide = width_for(num_decode, self._ladder)
         fits = num_decode * wide < budget
         return wide if fits and (self._pace is None or self._pace.choose(num_decode, wide)) else 1
 

@@ -45,8 +45,9 @@ MAIN: Final = 0
 """The lane of decode steps, and of steps that run prompt chunks and decode rows together."""
 SIDE: Final = 1
 """The lane in which prompts are read beside decode steps."""
-FEW_ROWS: Final = 16
-"""Up to so many decode rows, a wide step verifies the most drafts of each: one of `graphs.buckets.row_buckets`."""
+Ladder: TypeAlias = tuple[tuple[int, int], ...]
+"""(Decode rows, drafts), ascending: up to so many rows, one of `graphs.buckets.row_buckets`, a wide step verifies so
+many drafts of each. The last is for any number of rows."""
 REFUSED: Final = -1
 """What lands in place of a token for a draft that was refused."""
 UNUSED: Final = -2
@@ -166,9 +167,9 @@ PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
 """What is true of every plan, as sentences that are also the error messages. Checked in tests (14 µs at 256 rows)."""
 
 
-def width_for(num_rows: int, drafts: int, many_drafts: int) -> int:
-    """Return the positions of each decode row in a wide step: one more than the drafts of few rows, or of many."""
-    return 1 + (drafts if num_rows <= FEW_ROWS else many_drafts)
+def width_for(num_rows: int, ladder: Ladder) -> int:
+    """Return the positions of each decode row in a wide step of so many: one more than its drafts."""
+    return 1 + next((drafts for rows, drafts in ladder if num_rows <= rows), ladder[-1][1])
 
 
 def broken_rules(plan: StepPlan) -> list[str]:

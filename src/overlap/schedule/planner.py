@@ -38,7 +38,7 @@ from overlap.schedule.forms import Forms
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import MAIN, SIDE, Admission, StepPlan
+from overlap.schedule.plan import MAIN, SIDE, Admission, Ladder, StepPlan
 from overlap.schedule.repeats import Repeats
 from overlap.schedule.request import Request
 from overlap.schedule.runs import cut_runs, runs_of
@@ -72,17 +72,17 @@ class Planner:
         drafts: int = 0,
         drafts_ahead: int = 0,
         pace: Pace | None = None,
-        many_drafts: int | None = None,
+        ladder: Ladder | None = None,
         drafts_with_prompts: bool = True,
     ) -> None:
         """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always.
 
         `drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter. The drafter
         writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
-        always drafts. `many_drafts` is that of steps with many rows (`plan.width_for`); None for as many.
+        always drafts. `ladder` says how many drafts by the number of rows; None for always as many.
         `drafts_with_prompts` False drafts nothing in steps that read prompts.
         """
-        self._drafting = Drafting(drafts, drafts_ahead, pace, many_drafts, with_prompts=drafts_with_prompts)
+        self._drafting = Drafting(drafts, drafts_ahead, pace, ladder, with_prompts=drafts_with_prompts)
         if token_budget < max_rows + 1:
             raise InternalError(f"a budget of {token_budget} tokens leaves nothing beside {max_rows} decode rows")
         self._token_budget = token_budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from overlap.errors import ConfigError
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
 from overlap.ops.attention import Attention, choose_attention, fallbacks_of
-from overlap.schedule.plan import FEW_ROWS
 from overlap.spec.chain import ChainDrafter, ModelHead, head_kv
 from overlap.spec.drafter import Drafter, Head
 from overlap.spec.eagle import EagleHead, load_head
@@ -77,7 +77,7 @@ def speculation(
 
     def make(rows: SlotRows) -> Speculation:
         drafter = _drafter(resolved, head, kv, context, fallbacks)
-        return Speculation(target, attention, kv, rows, drafter, context, resolved.many_drafts)
+        return Speculation(target, attention, kv, rows, drafter, context, resolved.draft_ladder)
 
     return make
 
@@ -101,10 +101,10 @@ def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
     """Return a sentence on what drafts; none without a drafter."""
     if resolved.speculative is None:
         return ()
-    few, many = resolved.num_drafts, resolved.many_drafts
-    fewer = "" if many == few else f", {many} of more than {FEW_ROWS} rows"
+    ladder = resolved.draft_ladder
+    fewer = "".join(f", {drafts} of more than {rows}" for (rows, _), (_, drafts) in pairwise(ladder))
     when = "" if resolved.drafts_with_prompts else "; none in steps with prompts"
-    most = f"up to {few} tokens a row{fewer}, verified and accepted on the device{when}"
+    most = f"up to {ladder[0][1]} tokens a row{fewer}{' rows' * bool(fewer)}, verified and accepted on the device{when}"
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)
     kind = f"an {head.config.kind} head" if isinstance(head, EagleHead) else "a smaller model"

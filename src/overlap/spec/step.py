@@ -32,7 +32,7 @@ from overlap.models.program import Batch, Forward
 from overlap.ops.attention import Attention
 from overlap.sample.sampler import sample, sample_all
 from overlap.sample.shaping import mask_logits, shape_logits
-from overlap.schedule.plan import Admission, SampleKind, StepPlan, width_for
+from overlap.schedule.plan import Admission, Ladder, SampleKind, StepPlan, width_for
 from overlap.spec.drafter import Drafter, Read
 from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs
 from overlap.spec.rows import DraftRows
@@ -78,12 +78,11 @@ class Speculation:
         rows: SlotRows,
         drafter: Drafter,
         context: int,
-        many_drafts: int | None = None,
+        ladder: Ladder | None = None,
     ) -> None:
         """`kv` is the target's memory, which `attention` is bound to; `context` the most tokens of a request.
 
-        `many_drafts` is how many drafts a row verifies in a wide step of many rows (`schedule.plan.width_for`); None
-        for as many as of few.
+        `ladder` says how many drafts a row verifies by the number of rows; None for always as many.
         """
         self._program = program
         self._attention = attention
@@ -91,7 +90,7 @@ class Speculation:
         self._rows = rows
         self._drafter = drafter
         self._context = context
-        self._many_drafts = drafter.max_drafts if many_drafts is None else many_drafts
+        self._ladder = ladder or ((1, drafter.max_drafts),)
         self._drafts = DraftRows(rows.scratch, drafter.max_drafts, kv.device)
 
     @property
@@ -101,7 +100,7 @@ class Speculation:
 
     def width_for(self, num_rows: int) -> int:
         """Return the positions of each decode row in a wide step of so many."""
-        return width_for(num_rows, self._drafter.max_drafts, self._many_drafts)
+        return width_for(num_rows, self._ladder)
 
     @property
     def captures(self) -> bool:
