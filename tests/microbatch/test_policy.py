@@ -437,3 +437,22 @@ def test_with_patience_two_lanes_are_not_tried_before_many_steps_were_planned() 
             assert chosen.choices["lanes"] > 0, "it finds out in the end"
     assert tried[0] > 0
     assert tried[400] == 0
+
+
+def test_where_each_way_was_measured_few_trials_are_made() -> None:
+    trials = {}
+    for measured in (False, True):
+        chosen = policy()
+        device = Device(small_gpu(random.Random(1)), chosen, none)
+        if measured:
+            for route in chosen.routes:
+                chosen.hold(route)
+                for _ in range(3):
+                    device.episode(32, 3200, 2000, 30)
+            chosen.hold(None)
+        for _ in range(60):
+            device.episode(32, 3200, 2000, 30)
+        trials[measured] = chosen.trials
+        again = SplitPolicy(chosen.cost, token_budget=BUDGET, shares=chosen.shares)
+        assert again._calibrated == all(again.samples(route) >= 3 for route in again.routes)
+    assert trials[True] < trials[False], trials

@@ -3,27 +3,30 @@
 The ways are compared by what reading a prompt token costs beyond the decode steps that pass meanwhile. With d and p
 what a decode step and a chunk of c tokens take alone:
 
-    in turn    (p + d - v) / c            a chunk, and a decode step
-    mixed      (m - v) / c                one step of m does the work of a chunk and of a decode step
-    lanes      P (1 - v / D) / c          during the P of a chunk, decode steps of D pass
+    in turn    (p + d - v) / c              a chunk, and a decode step
+    mixed      (m - v) / c                  one step of m does the work of a chunk and of a decode step
+    lanes      (P - v min(P / D, n)) / c    during the P of a chunk, decode steps of D pass
 
-with what is left over behind the last whole chunk as a step of its own: mixed steps have room for a chunk beside the
-decode rows, the others for one as large as the budget. D is found from by how much all decode steps that ran beside a
-chunk for any part of their time took longer than alone (see `Spell`), and a step counts with what the device waited for
-it: that is lost as surely as what the device works.
+Chunks are as large as the budget while prompts wait, for a step or for a slot; a mixed step has room for one beside its
+decode rows. D is found from by how much all decode steps that ran beside a chunk for any part of their time took longer
+than alone (see `Spell`), and a step counts with what the device waited for it: that is lost as surely as what the
+device works.
 
-where v is what a decode step's tokens are worth: what they would cost later. With no more prompts to come that is d.
-But r rows of which there will be R once the waiting prompts are read can be had later for r / R of a step of R rows,
-and a step of a few rows takes about as long as one of many: then it does not pay to decode beside prompts, and what
-reads them fastest wins. All work takes (decode steps) * d + (prompt tokens) * that, so the least wins. With a
-target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the largest
-chunk that keeps it; if none does, those that come nearest. Without one that time weighs ITL_WEIGHT: of ways that are as
-good as equal the one with the shortest wins.
+v is what a decode step's tokens are worth: what they would cost later. With no more prompts to come that is d. But r
+rows of which there will be R once the waiting prompts are read can be had later for r / R of a step of R rows, and a
+step of a few rows takes about as long as one of many: then it does not pay to decode beside prompts, and what reads
+them fastest wins. And n is how many decode steps there are for each chunk until all answers have ended (a mixed step
+counts for no more, either): with short answers and SMs of their own, decode rows would wait for prompts in the end, and
+what they did so quickly was worth nothing. All work takes (decode steps) * d + (prompt tokens) * that, so the least
+wins. With a target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the
+largest chunk that keeps it; if none does, those that come nearest. Without one that time weighs ITL_WEIGHT: of ways
+that are as good as equal the one with the shortest wins.
 
 **Trials.** A way whose cost is badly known is tried if it would win where it is as good as it may be; what is known of
 neighbouring sizes counts, so a new size is rarely tried. What was measured long ago is tried again, the more rarely the
-worse it was. Trials are a few to begin with, and one choice in a hundred in the long run. **Hysteresis.** What was
-chosen for a size stays until another way is better by more than noise, several looks in a row; those come sooner.
+worse it was. Trials are a few to begin with, fewer where each way was measured before or held to be measured, and one
+choice in a hundred in the long run. **Hysteresis.** What was chosen for a size stays until another way is better by
+more than noise, several looks in a row; those come sooner.
 
 There is no clock and no chance in it: what is chosen depends on what it was told, and on nothing else.
 """
@@ -175,6 +178,7 @@ class SplitPolicy:
         self._sizes: dict[tuple[int, int, int, int], _Size] = {}
         self._total = 0
         self._last: Route | None = None
+        self._calibrated = all(self.samples(route) >= FIRM for route in self.routes)  # few trials are left to make
         self._beside = Outlook(0, 0, 0, side_busy=False)
         self._spell: Spell | None = None
         self._share = 0
@@ -216,6 +220,7 @@ class SplitPolicy:
         """Choose this way, whatever is known, with the largest chunks; None chooses anew by what is known then."""
         for size in self._sizes.values():
             size.left = 0
+        self._calibrated = True
         self._held = None if route is None else Choice(route[0], self._budget, route[1], "held, to be measured")
 
     def samples(self, route: Route) -> int:
@@ -289,7 +294,8 @@ class SplitPolicy:
         size.seen[chosen.route] = size.chosen
         size.left, self._last = (NEXT_LOOK if size.steady else LOOK) - 1, chosen.route
         size.why = _why(chosen, ways, self._target_s)
-        if self.trials < FIRST_TRIALS * len(self.routes) + TRIAL_SHARE * self._total:
+        first = _TRIAL_CHOICES if self._calibrated else FIRST_TRIALS * len(self.routes)
+        if self.trials < first + TRIAL_SHARE * self._total:
             for way in sorted(ways.values(), key=lambda each: each.score_s - each.slack_s):
                 if way.route != chosen.route and self._is_worth_a_trial(size, way, chosen):
                     size.trial, size.trial_left, size.trial_samples = way.route, _TRIAL_CHOICES - 1, way.samples
@@ -329,7 +335,7 @@ class SplitPolicy:
         enough = loss * _TRIAL_CHOICES / WORTH
         if trials < _SECOND_OPINIONS and way.samples < 3 * FIRM:
             # its first steps may have been slow for what was built meanwhile
-            enough = min(enough / 5, _FORGIVEN) if trials else 0.0
+            enough = min(enough / 5, _FORGIVEN) if trials or self._calibrated else 0.0
         return waited >= max(SOON << min(trials, 10), enough)
 
     # ── the ways ─────────────────────────────────────────────────────────────────────────────────────────────────
