@@ -350,3 +350,29 @@ def test_of_many_requests_at_once_it_has_learned_the_best_way_after_some_loads()
         shares.append(offline_rate(truth, chosen, met) / max(fixed))
     assert statistics.mean(shares) > 0.98, shares
     assert min(shares) > 0.93, shares
+
+
+def like_smollm2_on_an_h200(factor: float) -> Truth:
+    """What steps were measured to take there, with rows that cost `factor` times as much."""
+    slower = {0: (1.72, 1.57), 24: (1.4, 3.2), 40: (1.65, 1.6), 56: (2.1, 1.25)}
+    return Truth(0.45e-3, 3e-6 * factor, 6.2e-9, 0.6e-3, 0.94e-6, 1.12, slower, 1e-4, 1.2e-4, 4e-3, 1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_after_a_calibration_it_knows_the_best_way_from_the_first_load_on(factor: float) -> None:
+    """A job too short to find out has no time for that; a few chunks each way tell it before."""
+    truth, met = like_smollm2_on_an_h200(factor), Counter[tuple[int, ...]]()
+    for splitter in FIXED:
+        Offline(truth, splitter, 0, met).rate()
+    best = max(offline_rate(truth, splitter, met) for splitter in FIXED)
+    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=8192, shares=SHARES, patience=256)
+    for route in sorted(chosen.routes, key=lambda route: route[0] != "serial"):
+        chosen.hold(route)
+        part = Offline(truth, chosen, 99, met)
+        part.lengths = part.lengths[:72]
+        part._left = len(part.lengths)
+        part.rate()
+    chosen.hold(None)
+    shares = [Offline(truth, chosen, number, met).rate() / best for number in range(4)]
+    assert min(shares) > 0.97, (shares, chosen.explain())
+    assert statistics.mean(shares) > 0.98, (shares, chosen.explain())

@@ -161,7 +161,7 @@ class SplitPolicy:
         """`shares` are the numbers of SMs that decode rows can have to themselves; none without such hardware.
 
         `two_lanes` False leaves mixed and serial to choose from. `patience` is how many steps are planned before two
-        lanes are tried at all: where they can bring little, a short job has no time to find out.
+        lanes are tried at all, if they were never measured: a short job has no time to find out.
         """
         self.cost = cost
         self.shares: Final = shares
@@ -281,7 +281,7 @@ class SplitPolicy:
         rows, context, tokens = outlook.num_decode, outlook.decode_context, max(1, outlook.prefill_tokens)
         work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later), owed)
         ways = {route: self._way(route, work) for route in self.routes}
-        if self._total <= self._patience:
+        if self._total <= self._patience and not self._calibrated:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
         if size.trial is not None:
             way = ways[size.trial]
