@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from overlap import AsyncEngine, ConfigError, SamplingParams
-from overlap.calibrate import Cell, cells
+from overlap import AsyncEngine, ConfigError, EngineClosed, SamplingParams
+from overlap.calibrate import Cell, cells_of
 from overlap.cli import main
 from overlap.microbatch.policy import SplitPolicy
 
@@ -29,13 +29,13 @@ async def test_each_way_is_measured_and_then_chosen_from(tiny_llama_dir: Path, t
     async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
         await engine.calibrate(progress=False)
         policy = policy_of(engine)
-        assert all(policy.samples(route) >= 3 for route in policy.routes), engine.explain()
+        assert policy.calibrated, engine.explain()
         assert policy._held is None
         statistics = engine.statistics()
         assert (statistics.waiting, statistics.running) == (0, 0)
     async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
         assert "were measured before" in engine.explain()
-        assert all(policy_of(engine).samples(route) >= 3 for route in policy_of(engine).routes)
+        assert policy_of(engine).calibrated
 
 
 async def test_answers_of_others_stay_as_they_are_and_a_cancelled_one_leaves_nothing(tiny_llama_dir: Path) -> None:
@@ -66,10 +66,41 @@ async def test_where_nothing_is_chosen_there_is_nothing_to_calibrate(tiny_llama_
             await engine.calibrate()
 
 
+@pytest.mark.parametrize(("option", "has", "why"), [("max_rows", 1, "be 2 or more"), ("context", 24, "be 32 or more")])
+async def test_where_no_prompt_can_be_read_beside_an_answer_it_says_so(
+    tiny_llama_dir: Path, option: str, has: int, why: str
+) -> None:
+    async with AsyncEngine(tiny_llama_dir, **{**OPTIONS, option: has}) as engine:
+        with pytest.raises(ConfigError, match=f"{option} has to {why}, not {has}"):
+            await engine.calibrate()
+        assert policy_of(engine)._held is None
+
+
+async def test_a_short_context_and_a_short_queue_are_enough_and_two_at_once_are_not(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, **{**OPTIONS, "context": 40, "max_waiting": 1}) as engine:
+        running = asyncio.create_task(engine.calibrate(progress=False))
+        await asyncio.sleep(0.05)
+        with pytest.raises(ConfigError, match="by someone else"):
+            await engine.calibrate()
+        await running
+        assert policy_of(engine).calibrated
+
+
+async def test_closing_the_engine_ends_a_calibration(tiny_llama_dir: Path) -> None:
+    engine = AsyncEngine(tiny_llama_dir, **OPTIONS)
+    await engine.start()
+    running = asyncio.create_task(engine.calibrate(progress=False))
+    await asyncio.sleep(0.1)
+    await engine.aclose()
+    with pytest.raises(EngineClosed):
+        await asyncio.wait_for(running, 20)
+
+
 def test_the_sizes_fit_an_engine_of_any_size() -> None:
-    assert cells(max_rows=256, token_budget=8192, kv_tokens=10**6) == (Cell(192, 8192), Cell(192, 2048), Cell(48, 4096))
-    assert cells(max_rows=1, token_budget=2, kv_tokens=16) == (Cell(1, 2), Cell(1, 1))
-    for size in cells(max_rows=64, token_budget=8192, kv_tokens=4096):
+    large = cells_of(max_rows=256, token_budget=8192, kv_tokens=10**6)
+    assert large == (Cell(192, 8192), Cell(192, 2048), Cell(48, 4096))
+    assert cells_of(max_rows=2, token_budget=2, kv_tokens=16) == (Cell(1, 2), Cell(1, 1))
+    for size in cells_of(max_rows=64, token_budget=8192, kv_tokens=4096):
         assert size.rows + size.tokens <= 4096
 
 
@@ -79,5 +110,5 @@ def test_a_command_does_it_and_says_what_is_known(
     given = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     assert main(["calibrate", str(tiny_llama_dir), f"--cache-dir={tmp_path}", *given]) == 0
     told = capsys.readouterr().out
-    assert "lanes: chunks that each way was measured with: mixed" in told
+    assert "lanes: steps that each way is known by: mixed" in told
     assert list(tmp_path.glob("costs/*.json"))

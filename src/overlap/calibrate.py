@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from overlap.cache.pages import PAGE
-from overlap.errors import ConfigError
+from overlap.errors import ConfigError, QueueFull
 from overlap.messages import SamplingParams
 from overlap.microbatch.cost import FIRM
 from overlap.microbatch.policy import Route, SplitPolicy
@@ -36,6 +36,10 @@ _SHORT: Final = 16
 """Tokens of a prompt whose answer is there to decode."""
 _LONGEST: Final = 16_384
 """Tokens of such an answer at most: many more than pass meanwhile."""
+_LAST: Final = -(10**6)
+"""The priority of its requests."""
+_FULL_S: Final = 0.005
+"""How long to wait while too many wait."""
 _GROWN: Final = 512
 """Tokens in KV that such an answer has room for; rarely all of them come."""
 
@@ -50,10 +54,13 @@ class Cell:
     """Of prompts, in one step."""
 
 
-def cells(*, max_rows: int, token_budget: int, kv_tokens: int) -> tuple[Cell, ...]:
-    """Return the sizes that say the most of all others: many rows beside a large and a small chunk, and few rows."""
+def cells_of(*, max_rows: int, token_budget: int, kv_tokens: int) -> tuple[Cell, ...]:
+    """Return the sizes that say the most of all others: many rows beside a large and a small chunk, and few rows.
+
+    At least one slot is left for prompts, so `max_rows` is 2 or more.
+    """
     budget = max(1, min(token_budget, kv_tokens // 4))  # two chunks are read at a time
-    many = max(1, min(max_rows * 3 // 4, token_budget // 2, kv_tokens // 4 // _GROWN))
+    many = max(1, min(max_rows * 3 // 4, max_rows - 1, token_budget // 2, kv_tokens // 4 // _GROWN))
     few = max(1, many // 4)
     return tuple(dict.fromkeys((Cell(many, budget), Cell(many, max(1, budget // 4)), Cell(few, max(1, budget // 2)))))
 
@@ -61,23 +68,38 @@ def cells(*, max_rows: int, token_budget: int, kv_tokens: int) -> tuple[Cell, ..
 async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progress: bool | None) -> None:
     """See `AsyncEngine.calibrate`."""
     planner, _ = core.parts
-    policy = planner.splitter
+    policy, resolved = planner.splitter, engine.config
     if not isinstance(policy, SplitPolicy):
         raise ConfigError(
-            f'There is nothing to calibrate: lanes is {engine.config.lanes!r} here, and only "auto" chooses. '
+            f'There is nothing to calibrate: lanes is {resolved.lanes!r} here, and only "auto" chooses. '
             "`engine.explain()` says why it is so."
         )
-    sizes = cells(
-        max_rows=engine.config.max_rows,
-        token_budget=engine.config.token_budget,
+    for name, has, needs in (("max_rows", resolved.max_rows, 2), ("context", engine.context, 2 * _SHORT)):
+        if has < needs:
+            raise ConfigError(
+                f"A calibration reads prompts beside answers: {name} has to be {needs} or more, not {has}."
+            )
+    cells = cells_of(
+        max_rows=resolved.max_rows,
+        token_budget=resolved.token_budget,
         kv_tokens=planner.statistics().num_pages * PAGE,
     )
 
     async def call(function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(core.call(function))
 
-    with bar(len(sizes) * len(policy.routes), "calibrating", "way", asked=progress) as shown:
-        await Calibration(engine, policy, call, vocab_size=vocab_size, told=shown.update).run(sizes)
+    if not await call(policy.begin):
+        raise ConfigError("The engine is being calibrated by someone else. Wait for that to end.")
+    try:
+        with bar(len(cells) * len(policy.routes), "calibrating", "way", asked=progress) as shown:
+            await Calibration(engine, policy, call, vocab_size=vocab_size, told=shown.update).run(cells)
+    finally:
+        await call(policy.end)
+    if not policy.calibrated:
+        raise ConfigError(
+            "Not every way could be measured; `engine.explain()` says how often each was. "
+            "Open the engine with more kv_cache, or calibrate when it has nothing else to do."
+        )
 
 
 class Calibration:
@@ -86,7 +108,7 @@ class Calibration:
     def __init__(
         self, engine: AsyncEngine, policy: SplitPolicy, call: Call, *, vocab_size: int, told: Callable[[], object]
     ) -> None:
-        """`told` is called when a way has been measured at a size."""
+        """`told` is called when a way has been measured in a cell."""
         self._engine, self._policy, self._call, self._told = engine, policy, call, told
         self._vocab_size = vocab_size
         self._draw = random.Random(0)
@@ -94,28 +116,22 @@ class Calibration:
         self._routes = sorted(policy.routes, key=lambda route: route[0] != "serial")
         """In turn first: that says what decode steps take alone, with which those beside a chunk are compared."""
 
-    async def run(self, sizes: tuple[Cell, ...]) -> None:
-        """Measure each way at each size. The policy chooses by itself again afterwards, whatever happens."""
-        try:
-            for cell in sizes:
-                await self._run(cell)
-        finally:
-            await self._hold(None)
-
-    async def _run(self, cell: Cell) -> None:
-        await self._hold(self._routes[0])
-        length = max(1, min(self._engine.context, _LONGEST) - _SHORT)
-        answers = [asyncio.create_task(self._answer(_SHORT, length)) for _ in range(cell.rows)]
-        try:
-            await self._answer(_SHORT, 1)  # behind all of them: now they decode
-            for route in self._routes:
-                await self._hold(route)
-                await self._measure(route, cell)
-                self._told()
-        finally:
-            for task in answers:
-                task.cancel()
-            await asyncio.gather(*answers, return_exceptions=True)
+    async def run(self, cells: tuple[Cell, ...]) -> None:
+        """Measure each way in each cell."""
+        for cell in cells:
+            await self._hold(self._routes[0])
+            answers = [asyncio.create_task(self._decode()) for _ in range(cell.rows)]
+            try:
+                await self._ask(_SHORT, 1)  # behind all of them: now they decode
+                for route in self._routes:
+                    await self._hold(route)
+                    await self._measure(route, cell)
+                    self._told()
+                    for task in answers:
+                        if task.done():
+                            task.result()  # one ends only by what it failed at
+            finally:
+                await _cancelled(answers)
 
     async def _measure(self, route: Route, cell: Cell) -> None:
         """Read chunks until enough of them are known. A second one waits while one is read, as under load."""
@@ -131,30 +147,47 @@ class Calibration:
                     break
             await asyncio.gather(*reading)
         except BaseException:
-            for task in reading:
-                task.cancel()
-            await asyncio.gather(*reading, return_exceptions=True)
+            await _cancelled(reading)
             raise
 
     async def _read(self, tokens: int) -> None:
         """Have prompts of so many tokens together read."""
         longest = max(1, min(tokens, self._engine.context - 1))
         lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-        await asyncio.gather(*(self._answer(length, 1) for length in lengths))
+        await asyncio.gather(*(self._ask(length, 1) for length in lengths))
 
-    async def _answer(self, num_prompt: int, num_tokens: int) -> None:
+    async def _decode(self) -> None:
+        """Have one answer after the other decoded, until cancelled."""
+        while True:
+            await self._ask(_SHORT, min(self._engine.context, _LONGEST) - _SHORT)
+
+    async def _ask(self, num_prompt: int, num_tokens: int) -> None:
+        """Wait for an answer, behind all requests of others."""
         prompt = self._draw.choices(range(self._vocab_size), k=num_prompt)
         params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
-        answer = self._engine.generate(prompt, params, cache_salt=self._salt, whole=True)
-        try:
-            async for _ in answer:
-                pass
-        finally:
-            await answer.aclose()
+        while True:
+            answer = self._engine.generate(
+                prompt, params, priority=_LAST, fairness_key=self._salt, cache_salt=self._salt, whole=True
+            )
+            try:
+                async for _ in answer:
+                    pass
+            except QueueFull:
+                await asyncio.sleep(_FULL_S)
+            else:
+                return
+            finally:
+                await answer.aclose()
 
-    async def _hold(self, route: Route | None) -> None:
+    async def _hold(self, route: Route) -> None:
         await self._call(lambda: self._policy.hold(route))
 
     async def _samples(self, route: Route) -> int:
         samples: int = await self._call(lambda: self._policy.samples(route))
         return samples
+
+
+async def _cancelled(tasks: Collection[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -107,8 +107,8 @@ class EngineConfig:
     """With "eagle" the directory of the head, None for the one that comes with overlap; with "draft" the small model,
     named as `model` is."""
     num_drafts: int | Literal["auto"] = "auto"
-    """How many tokens are drafted for a row at most, 1 to 15. "auto": 7 on a GPU with "ngram" and "eagle", but
-    4 where more than 16 rows decode, 4 otherwise; none while plain steps bring more tokens a second at this load."""
+    """How many tokens are drafted for a row at most, 1 to 15. "auto" on a GPU: 15 with "eagle" where one row decodes,
+    7 with "eagle" and "ngram" where up to 16 do, 4 otherwise; none while plain steps bring more tokens a second."""
     overlap: bool = True
     """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
 

@@ -1,4 +1,4 @@
-"""AsyncEngine: open, generate, abort, explain, trace, aclose."""
+"""AsyncEngine: open, generate, abort, explain, trace, calibrate, aclose."""
 
 from __future__ import annotations
 
@@ -302,9 +302,11 @@ class AsyncEngine:
 
         Prompts and answers of random tokens run in every way there is: mixed, in turn, in two lanes at each share of
         SMs. What they took is kept with what other steps took, on disk when the engine closes, so each model, type and
-        device needs this once. Without it the engine learns from the requests it gets. Requests of others are served
-        meanwhile, and may disturb what is measured. `progress` shows a bar on stderr; None shows it in a terminal and
-        in a notebook. Raises ConfigError where nothing is chosen, as with `lanes="serial"`.
+        device needs this once. Without it the engine learns from the requests it gets. Call it when nothing else runs:
+        requests of others go first, but `target_itl_ms` is not kept meanwhile, and cached prefixes may have to go.
+        `progress` shows a bar on stderr; None shows it in a terminal and in a notebook. Raises ConfigError where
+        nothing is chosen, as with `lanes="serial"`, where there is room for one request only, while another
+        calibration runs, and if some way could not be measured.
         """
         await calibrate(self, self._core, vocab_size=self._live.model.vocab_size, progress=progress)
 

@@ -338,6 +338,10 @@ def test_a_chunk_that_is_read_while_the_shares_change_teaches_nothing() -> None:
         chunk(56, 56, 30e-3, busy=True)
     chunk(0, 56, 12e-3, busy=True)
     chunk(0, 0, 12e-3, busy=True)
+    chunk(56, 0, 12e-3, busy=True)
+    chosen.hold(("mixed", 0))  # decode rows have all SMs again, beside the last chunk
+    chosen.choose(Outlook(16, 8000, 1000, side_busy=True))
+    chosen.note(Ran(0, 0, 1000, True, 20e-3, 56))
     chosen.note(Ran(16, 8000, 0, False, 1e-3))
     for share, seconds in ((0, 12e-3), (56, 30e-3)):
         assert chosen.cost.seconds("prefill beside", 16, 8000, 1000, share) == pytest.approx(seconds, rel=0.02)
@@ -449,7 +453,7 @@ def test_where_each_way_was_measured_few_trials_are_made() -> None:
                 chosen.hold(route)
                 for _ in range(3):
                     device.episode(32, 3200, 2000, 30)
-            chosen.hold(None)
+            chosen.end()
         for _ in range(60):
             device.episode(32, 3200, 2000, 30)
         trials[measured] = chosen.trials

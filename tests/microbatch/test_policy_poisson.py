@@ -372,7 +372,7 @@ def test_after_a_calibration_it_knows_the_best_way_from_the_first_load_on(factor
         part.lengths = part.lengths[:72]
         part._left = len(part.lengths)
         part.rate()
-    chosen.hold(None)
+    chosen.end()
     shares = [Offline(truth, chosen, number, met).rate() / best for number in range(4)]
     assert min(shares) > 0.97, (shares, chosen.explain())
     assert statistics.mean(shares) > 0.98, (shares, chosen.explain())

@@ -265,6 +265,24 @@ async def test_the_share_may_change_from_step_to_step_and_each_lane_keeps_its_or
         assert all(one.end <= other.start for one, other in pairwise(spans))
 
 
+async def test_the_splitter_is_told_of_all_prompts_that_wait_and_of_how_much_their_answers_will_bring() -> None:
+    told: list[Outlook] = []
+
+    class Listening(Always):
+        def choose(self, outlook: Outlook) -> Choice:
+            told.append(outlook)
+            return super().choose(outlook)
+
+    stop = MODEL.answer([2] * 8, 4)[-1]
+    rig = Rig(Listening("mixed"), max_rows=2, num_pages=60, token_budget=16)
+    short = [request(1 + key, [2] * 8, 40, stop_ids=(stop,)) for key in range(12)]  # they end at 4 of 40 tokens
+    one = request(99, [2] * 8, 1)  # says nothing of how long answers are
+    await rig.serve(request(0, [1, 2], 120), *short, one)
+    assert max(outlook.prefill_tokens for outlook in told) > 10 * 8, "most of them wait for a slot"
+    left = {outlook.owed for outlook in told if outlook.prefill_tokens == 8}
+    assert min(left) < 0.2 * max(outlook.owed for outlook in told)
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("seed", range(30))
 async def test_every_answer_is_what_it_would_have_been_alone_in_any_lane(seed: int, overlap: bool) -> None:

@@ -178,7 +178,7 @@ class SplitPolicy:
         self._sizes: dict[tuple[int, int, int, int], _Size] = {}
         self._total = 0
         self._last: Route | None = None
-        self._calibrated = all(self.samples(route) >= FIRM for route in self.routes)  # few trials are left to make
+        self._calibrated = self._all_measured()
         self._beside = Outlook(0, 0, 0, side_busy=False)
         self._spell: Spell | None = None
         self._share = 0
@@ -188,11 +188,12 @@ class SplitPolicy:
         """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
         choice = self._held or self._chosen(outlook)
         self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
+        if outlook.side_busy and choice.share != self._share:  # what is being read has other SMs from now on
+            self._end_spell(over=False)
+            self.spoil(chunk=False)
+        self._share = choice.share
         if choice.mode == "lanes":
-            if outlook.side_busy and choice.share != self._share:  # what is being read has other SMs from now on
-                self._end_spell(over=False)
-                self.spoil(chunk=False)
-            self._beside, self._share = outlook, choice.share
+            self._beside = outlook
         return choice
 
     def _chosen(self, outlook: Outlook) -> Choice:
@@ -216,19 +217,38 @@ class SplitPolicy:
             size.choice = self._look(size, outlook, later, owed)
         return size.choice
 
-    def hold(self, route: Route | None) -> None:
-        """Choose this way, whatever is known, with the largest chunks; None chooses anew by what is known then."""
+    @property
+    def calibrated(self) -> bool:
+        """Whether each way was measured, by a calibration or before: then few trials are left to make."""
+        return self._calibrated
+
+    def begin(self) -> bool:
+        """Begin a calibration; False if there is one."""
+        begun, self._held = self._held is None, self._held or _held(self.routes[0], self._budget)
+        return begun
+
+    def hold(self, route: Route) -> None:
+        """Choose this way, whatever is known, with the largest chunks."""
+        self._held = _held(route, self._budget)
+
+    def end(self) -> None:
+        """End a calibration: choose anew, by what is known now."""
+        self._held = None
+        self._calibrated = self._all_measured()
         for size in self._sizes.values():
             size.left = 0
-        self._calibrated = True
-        self._held = None if route is None else Choice(route[0], self._budget, route[1], "held, to be measured")
 
     def samples(self, route: Route) -> int:
         """Return how often a chunk read this way was measured, of any size."""
         mode, share = route
         if mode == "lanes":
             return min(self.cost.total("prefill beside", share), self.cost.total("decode beside", share))
-        return self.cost.total("mixed" if mode == "mixed" else "prefill")
+        if mode == "mixed":
+            return self.cost.total("mixed")
+        return min(self.cost.total("prefill"), self.cost.total("decode"))
+
+    def _all_measured(self) -> bool:
+        return all(self.samples(route) >= FIRM for route in self.routes)
 
     def spoil(self, *, chunk: bool) -> None:
         """Forget what ran in two lanes since the last chunk, and do not learn from one that is on its way."""
@@ -397,7 +417,7 @@ class SplitPolicy:
         aim = "most tokens a second" if self._target_s is None else f"{self._target_s * 1e3:g} ms between tokens"
         lines = [f"lanes: chosen for each step, aiming at {aim}; {self.cost.note_on_file}"]
         measured = ", ".join(f"{_name(route)} {self.samples(route)}" for route in self.routes)
-        lines.append(f"lanes: chunks that each way was measured with: {measured}")
+        lines.append(f"lanes: steps that each way is known by: {measured}")
         if self.choices:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
             lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
@@ -411,6 +431,10 @@ class SplitPolicy:
 
 def _name(route: Route) -> str:
     return route[0] if not route[1] else f"lanes sm:{route[1]}"
+
+
+def _held(route: Route, tokens: int) -> Choice:
+    return Choice(route[0], tokens, route[1], "held, to be measured")
 
 
 def _choice(way: _Way, why: str) -> Choice:

@@ -11,8 +11,8 @@ from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.schedule.slots import Slots
 from overlap.schedule.split import Outlook, Prompts, Ran, Splitter
 
-_ANSWER_WEIGHT: Final = 1 / 32
-"""Of a new answer, in how long they are."""
+_FADES: Final = 31 / 32
+"""What is left of what an answer counts for with each that ends behind it."""
 
 
 class Lane:
@@ -57,8 +57,8 @@ class Lanes:
         self._met = 0, 0
         """The newest step that found the side lane empty, and its share."""
         self._prompts_turn = False
-        self._answered = 1.0
-        """The share of its tokens that an answer has at its end, of those that it may have."""
+        self._answered = 0.0, 0.0
+        """Tokens that answers had at their ends, and might have had: sums in which older ones count less."""
 
     def __getitem__(self, lane: int) -> Lane:
         return self.side if lane == SIDE else self.main
@@ -89,8 +89,9 @@ class Lanes:
         if self.splitter is None or not prompts.tokens:
             return "mixed", self._token_budget
         context, busy = int(self._slots.next[decoding].sum()), bool(self.side.flying)
-        answers = (int(self._slots.left[decoding].sum()) + prompts.answers) * self._answered
-        owed = answers / prompts.all_tokens
+        had, most = self._answered
+        answers = int(self._slots.left[decoding].sum()) + prompts.answers
+        owed = answers * (had / most if most else 1.0) / prompts.all_tokens
         choice = self.splitter.choose(Outlook(len(decoding), context, prompts.all_tokens, busy, prompts.number, owed))
         tokens = max(1, min(choice.prefill_tokens, self._token_budget))
         self._share = choice.share
@@ -127,8 +128,10 @@ class Lanes:
         return (True, share) if plan.lane == MAIN and plan.number < number else (plan.beside, plan.share)
 
     def note_answer(self, tokens: int, limit: int) -> None:
-        """An answer has ended with so many tokens, where it might have had `limit`."""
-        self._answered += _ANSWER_WEIGHT * (tokens / limit - self._answered)
+        """An answer has ended with so many tokens, where it might have had `limit`; 1 says nothing of others."""
+        if limit > 1:
+            had, most = self._answered
+            self._answered = _FADES * had + tokens, _FADES * most + limit
 
     def note_odd(self, plan: StepPlan) -> None:
         """Tell the splitter that a landed step's launch held up the host, so that what ran meanwhile says nothing."""

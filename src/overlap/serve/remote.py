@@ -156,7 +156,9 @@ class RemoteCore(Core):
     @property
     def parts(self) -> tuple[Planner, Loop]:
         """Nothing: they are in another process."""
-        raise EngineClosed("The engine runs in another process, where it cannot be traced or cleared from here.")
+        raise EngineClosed(
+            "The engine runs in another process, where it cannot be traced, cleared or calibrated from here."
+        )
 
     def close(self) -> Future[None]:
         """Hang up: whatever still runs ends. Idempotent."""
