@@ -82,9 +82,7 @@ class _Work:
     context: int
     """Tokens in KV of all of them."""
     tokens: int
-    """Of all prompts."""
-    at_once: int
-    """Of them, in one step at most."""
+    """Of prompts, in one step at most."""
     worth_s: float
     """What a decode step is worth."""
     owed: float
@@ -298,8 +296,9 @@ class SplitPolicy:
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
     def _look(self, size: _Size, outlook: Outlook, later: int, owed: float) -> Choice:
-        rows, context, tokens = outlook.num_decode, outlook.decode_context, max(1, outlook.prefill_tokens)
-        work = _Work(rows, context, tokens, min(tokens, self._budget), self._worth_s(rows, context, later), owed)
+        rows, context = outlook.num_decode, outlook.decode_context
+        tokens = max(1, min(outlook.prefill_tokens, self._budget))
+        work = _Work(rows, context, tokens, self._worth_s(rows, context, later), owed)
         ways = {route: self._way(route, work) for route in self.routes}
         if self._total <= self._patience and not self._calibrated:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
@@ -371,18 +370,18 @@ class SplitPolicy:
     def _way(self, route: Route, work: _Work) -> _Way:
         """Return what a way costs, with the largest chunk that keeps the target."""
         most = max(1, self._budget - work.rows) if route[0] == "mixed" else self._budget
-        way = self._way_with(route, work, min(most, work.at_once))
+        way = self._way_with(route, work, min(most, work.tokens))
         if self._target_s is None:  # what is said holds for other prompts of about the size, too
             return replace(way, tokens=most)
-        chunk = size_bucket(work.at_once)
+        chunk = size_bucket(work.tokens)
         while way.between_s > self._target_s * _TARGET_MARGIN and chunk > _LEAST_CHUNK and route[0] != "lanes":
             chunk = size_bucket(chunk * 2 // 3)
-            way = self._way_with(route, work, min(chunk, most, work.at_once))
+            way = self._way_with(route, work, min(chunk, most, work.tokens))
         return way
 
     def _way_with(self, route: Route, work: _Work, chunk: int) -> _Way:
         step = self._step(route, work, chunk)
-        decode_s, times = self.cost.seconds("decode", work.rows, work.context, 0), work.at_once / chunk
+        decode_s, times = self.cost.seconds("decode", work.rows, work.context, 0), work.tokens / chunk
         total_s, slack_s = decode_s + step.extra_s * times, step.unsure_s * times
         return _Way(route, chunk, total_s, slack_s, step.between_s, step.samples)
 
@@ -403,7 +402,7 @@ class SplitPolicy:
             return _Step(
                 between_s - work.worth_s * min(1.0, steps), between_s, max(slack, decode_slack) * prompt_s, samples
             )
-        beside: tuple[tuple[Kind, int], ...] = (("prefill beside", chunk), ("decode beside", work.at_once))
+        beside: tuple[tuple[Kind, int], ...] = (("prefill beside", chunk), ("decode beside", work.tokens))
         (prompt_s, slack), (beside_s, other) = (cost.guess(kind, rows, context, n, share) for kind, n in beside)
         samples = min(cost.count(kind, rows, context, n, share) for kind, n in beside)
         extra_s = max(0.0, prompt_s - work.worth_s * min(prompt_s / beside_s, steps))
