@@ -323,6 +323,9 @@ def check_ahead(chance: random.Random) -> None:
     gate_up.cut, gate_up.unfused = Skinny.cut, ("norm_gated", "gated")
     assert not ready(gated), "the product behind is the library's"
     gate_up.unfused = ("norm_gated",)
+    large = Skinny(torch.empty(1 << 20, 16), None)
+    large.unfused = ("norm_gated",)
+    assert not ready(gated._replace(linear=large)), "a norm apart is nothing beside reading it"
     half = Skinny(weights[0].half(), None)
     assert fused.linear_add(half, x.half(), residual, gated).scaled is None, "float16 has no room for the stream"
     stream = fused.linear_add(Skinny(weights[0], None), x, residual, gated)

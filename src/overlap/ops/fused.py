@@ -21,7 +21,7 @@ from torch import Tensor
 
 from overlap.ops.activation import silu_mul
 from overlap.ops.linear import Linear
-from overlap.ops.linear_choice import Op, Tiles
+from overlap.ops.linear_choice import LARGE, Op, Tiles
 from overlap.ops.norm import add_rms_norm, rms_norm
 from overlap.ops.rope import rope_and_write
 
@@ -187,10 +187,11 @@ def linear_add(linear: Linear, x_TI: Tensor, residual_TC: Tensor, ahead: Ahead |
 def _takes_scaled(ahead: Ahead, linear: Linear, tiles: Tiles, rows: int) -> bool:
     """Whether what is ahead of a product, cut so, reads a scaled stream.
 
-    In float16 none does: its largest number is 65,504, and a stream that is not normed yet has larger ones.
+    In float16 none does: its largest number is 65,504, and a stream that is not normed yet has larger ones. Nor does a
+    large product, which takes so long to read that a norm in front of it is nothing.
     """
-    behind = ahead.tiles(rows)
-    if behind is None or linear.dtype is torch.float16:
+    behind, weights = ahead.tiles(rows), ahead.linear.out_features * ahead.linear.in_features
+    if behind is None or weights > LARGE or linear.dtype is torch.float16:
         return False
     parts = tiles.blocks(linear.out_features)
     return parts <= _MOST_PARTS and parts * behind.program_rows(rows) <= _MOST_SQUARES

@@ -77,7 +77,7 @@ def guess(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
     For at most `FEW_ROWS`. Past four rows the norm is better a kernel of its own, which runs once for all programs.
     """
     weight_rows = 2 * outputs if "gated" in op else outputs
-    large = weight_rows * inputs > _LARGE
+    large = weight_rows * inputs > LARGE
     if (rows > 4 and "norm" in op) or (large and (op == "rope" or (rows > 2 and "norm" in op))):
         return None
     block_i = 1024 if inputs <= 1024 or inputs > 2048 else 2048
@@ -94,7 +94,7 @@ def guess(op: Op, outputs: int, inputs: int, rows: int) -> Tiles | None:
 _PROGRAMS: Final = 132
 """At least so many programs: the SMs of an H100 and an H200."""
 
-_LARGE: Final = 1 << 23
+LARGE: Final = 1 << 23
 """Numbers in a weight from which on reading it takes longer than starting to."""
 
 MEASURED: Final[dict[tuple[Op, int, int, int], Tiles | None]] = {
