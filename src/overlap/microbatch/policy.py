@@ -416,7 +416,8 @@ class SplitPolicy:
         aim = "most tokens a second" if self._target_s is None else f"{self._target_s * 1e3:g} ms between tokens"
         lines = [f"lanes: chosen for each step, aiming at {aim}; {self.cost.note_on_file}"]
         measured = ", ".join(f"{_name(route)} {self.samples(route)}" for route in self.routes)
-        lines.append(f"lanes: steps that each way is known by: {measured}")
+        missing = "" if self._all_measured() else "; `overlap calibrate` measures each in seconds"
+        lines.append(f"lanes: steps that each way is known by: {measured}{missing}")
         if self.choices:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
             lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
