@@ -68,6 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 SUSTAINED_S = 1.5
+"""For how long a product runs on end."""
 WARM_REQUESTS = 48
 """So many of a workload's requests are answered, shortly, before it is measured."""
 

@@ -268,7 +268,7 @@ async def measure(asked: argparse.Namespace, shape: str) -> None:
         async with AsyncEngine(folder, **options) as engine:
             bench = Bench(engine, case, asked.target_itl_ms)
             with bar((1 + asked.rounds) * len(bench.ways) * len(asked.load), shape, "run", asked=None) as progress:
-                await warm_up(bench, asked, progress)
+                await warm_up(bench, asked, shape, progress)
                 for load in asked.load:
                     await turns(bench, asked, shape, load, progress)
             if (choices := of_shape(asked.trace_choices, shape, asked)) is not None:
@@ -292,7 +292,7 @@ def ways_of(bench: Bench, asked: argparse.Namespace, load: str) -> list[str]:
     return [way for way in bench.ways if way in wanted or (way.startswith("sm:") and "shares" in wanted)]
 
 
-async def warm_up(bench: Bench, asked: argparse.Namespace, progress: Any) -> None:
+async def warm_up(bench: Bench, asked: argparse.Namespace, shape: str, progress: Any) -> None:
     """Run a part of each load each way, and wait for the graphs that were missing."""
     await bench.prepare()
     await bench.settled(3 * asked.settle)
@@ -300,11 +300,11 @@ async def warm_up(bench: Bench, asked: argparse.Namespace, progress: Any) -> Non
         await bench.switch("auto")
         began = time.perf_counter()
         await bench.engine.calibrate(progress=False)
-        print(
-            json.dumps(
-                {"bench": "two_lanes", "figure": "calibration", "seconds": round(time.perf_counter() - began, 2)}
-            )
-        )
+        for policy in bench.ways.values():
+            if isinstance(policy, SplitPolicy):  # all of them share what was measured
+                policy.end()
+        line = {"bench": "two_lanes", "shape": shape, "figure": "calibration"}
+        print(json.dumps({**line, "seconds": round(time.perf_counter() - began, 2)}), flush=True)
     for load in asked.load:
         for way in ways_of(bench, asked, load):
             learns = asked.learn if way in ("auto", "target") else 0

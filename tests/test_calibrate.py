@@ -27,7 +27,7 @@ def policy_of(engine: AsyncEngine) -> SplitPolicy:
 
 async def test_each_way_is_measured_and_then_chosen_from(tiny_llama_dir: Path, tmp_path: Path) -> None:
     async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
-        assert "`overlap calibrate` measures each in seconds" in engine.explain()
+        assert "; `overlap calibrate` measures them" in engine.explain()
         await engine.calibrate(progress=False)
         assert "overlap calibrate" not in engine.explain()
         policy = policy_of(engine)

@@ -339,14 +339,16 @@ def _draft_ladder(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Ladde
         return ()
     if asked.num_drafts != "auto":
         return ((_ANY_ROWS, asked.num_drafts),)
-    none = "none while plain steps bring more"
+    ladder: Ladder = ((_ANY_ROWS, 4),)
+    why = "past four, few drafts are worth it"
     if on_cuda and asked.speculative == "eagle":
-        chose("num_drafts", 15, f"a draft costs a GPU little; 7 with more than one row, 4 with more than 16, {none}")
-        return (1, 15), (16, 7), (_ANY_ROWS, 4)
-    if on_cuda and asked.speculative == "ngram":
-        chose("num_drafts", 7, f"a draft costs a GPU little; 4 with more than 16 rows, {none}")
-        return (16, 7), (_ANY_ROWS, 4)
-    return ((_ANY_ROWS, chose("num_drafts", 4, f"past four, few drafts are worth it; {none}")),)
+        ladder = (1, 15), (16, 7), *ladder
+        why = "a draft costs a GPU little; 7 with more than one row, 4 with more than 16"
+    elif on_cuda and asked.speculative == "ngram":
+        ladder = (16, 7), *ladder
+        why = "a draft costs a GPU little; 4 with more than 16 rows"
+    chose("num_drafts", ladder[0][1], f"{why}; none while plain steps bring more")
+    return ladder
 
 
 def _drafts_with_prompts(asked: EngineConfig, device: str) -> bool:

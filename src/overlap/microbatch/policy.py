@@ -416,7 +416,7 @@ class SplitPolicy:
         aim = "most tokens a second" if self._target_s is None else f"{self._target_s * 1e3:g} ms between tokens"
         lines = [f"lanes: chosen for each step, aiming at {aim}; {self.cost.note_on_file}"]
         measured = ", ".join(f"{_name(route)} {self.samples(route)}" for route in self.routes)
-        missing = "" if self._all_measured() else "; `overlap calibrate` measures each in seconds"
+        missing = "" if self._all_measured() else "; `overlap calibrate` measures them"
         lines.append(f"lanes: steps that each way is known by: {measured}{missing}")
         if self.choices:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())

@@ -3,7 +3,8 @@
 The waiter sleeps until shortly before the device is expected to be there, asks it between short naps, and wakes the
 event loop (`streams.naps`). If the device is late, or nothing is known of it yet, the waiter blocks in
 `cuEventSynchronize` on an event made to block: asleep in the driver, with the GIL released. That alone would be
-simpler, but comes back 115 to 190 µs after the device is done, where naps do after 45 to 70 (H200, launching included).
+simpler, but the loop hears of it 78 to 165 µs after the device is done, and by naps after 42 to 93 (an H200,
+`bench/steady.py`).
 Not Python inside `cudaLaunchHostFunc`, which deadlocks the GIL against the driver (LMCache#2952, TensorRT-LLM#15855),
 and a host function that posts a semaphore is slower still; not `torch.Event`, which ignores `blocking` on CUDA
 (vllm#47081).
