@@ -1,11 +1,11 @@
 """What does a drafter bring? Tokens a second with and without, by the number of rows, and how many drafts were right.
 
-Each engine answers the same prompts greedily, as many at once as there are rows (and at least 8, one behind the
-other): questions that `overlap train-drafter` does not ask, about subjects that it does not know, in the model's chat
-template where it has one. An answer ends where the model ends it. A verify reads the weights once for all its
-positions, so where reading weights is the bound a confirmed draft is a token for free; where computing is (many rows,
-or a CPU) each drafted position costs what a token costs. The limit at few rows is the tokens that a verify brings,
-less drafting.
+Each engine answers the same prompts greedily, as many at once as there are rows, and several times as many in all: an
+answer that ends makes place for the next, so that rows are busy nearly to the end. Questions that `overlap
+train-drafter` does not ask, about subjects that it does not know, in the model's chat template where it has one. An
+answer ends where the model ends it. A verify reads the weights once for all its positions, so where reading weights is
+the bound a confirmed draft is a token for free; where computing is (many rows, or a CPU) each drafted position costs
+what a token costs. The limit at few rows is the tokens that a verify brings, less drafting.
 
 "ratio" is to the engine without a drafter at as many rows. "emitted" is the mean number of tokens that a verify
 brought, and "accepted" the share of drafts confirmed at each place of a run, of those with all before them confirmed.
@@ -52,8 +52,13 @@ ASKED = (
     "Write code that prints a poem about {}.",
 )  # fmt: skip
 Line = dict[str, Any]
-LEAST = 8
-"""Prompts at least, one behind the other if need be: drafts are righter in one text than in another."""
+
+
+def prompts_for(rows: int) -> int:
+    """Return how many prompts are asked with so many at once: drafts are righter in one text than in another, and the
+    last answers are left alone.
+    """
+    return max(12, min(4 * rows, rows + 256))
 
 
 def questions_of(count: int) -> list[str]:
@@ -63,7 +68,7 @@ def questions_of(count: int) -> list[str]:
 
 async def timed(engine: AsyncEngine, rows: int, params: SamplingParams) -> tuple[float, list[list[int]]]:
     """Return the tokens a second at which answers came, `rows` at once, and the answers."""
-    prompts = [await encode_question(engine, question) for question in questions_of(max(rows, LEAST))]
+    prompts = [await encode_question(engine, question) for question in questions_of(prompts_for(rows))]
     answers: list[list[int]] = [[]] * len(prompts)
     waiting = iter(range(len(prompts)))
 

@@ -39,6 +39,7 @@ HOST_ONLY = {  # (file, function): why nothing there waits for a device
     ("ops/attention.py", "_plan_decode"): "behind a test for CUDA",
     ("sample/philox.py", "gumbel"): "behind a test for CUDA",
     ("state/inputs.py", "_mixed_inputs"): "the CPU's own path",
+    ("state/strips.py", "_build"): "the CPU's own path",
 }
 SLEEPERS = {  # (file, function) of the streams: who sleeps until the device is there
     ("streams/cuda.py", "_wait"): "the waiter's thread",

@@ -256,6 +256,7 @@ def _parts(
         drafts=resolved.num_drafts,
         ladder=resolved.draft_ladder,
         drafts_with_prompts=resolved.drafts_with_prompts,
+        strips=resolved.graphs and device.type == "cuda",
         drafts_ahead=resolved.num_drafts if head is not None else 0,
         pace=Pace() if resolved.paces_drafts else None,
     )

@@ -1,9 +1,10 @@
 """The runner: turns a plan into work on a stream, and the work's end into tokens. Decides nothing.
 
 A step is one of three. A decode step that was captured is one launch: its graph fetches the plan from pinned memory
-and writes the tokens there (`graphs.lane`). Any other crosses to the device as one packed copy and comes back as one;
-its forward is run eagerly, or as captured pieces with attention in between (`graphs.pieces`). The ends on the host
-rotate: see `state.mail`. A step of the same rows as the one before is packed by what has changed and runs as that ran.
+and writes the tokens there (`graphs.lane`); so is a step with prompts if those are short (`state.strips`). Any other
+crosses to the device as one packed copy and comes back as one; its forward is run eagerly, or as captured pieces with
+attention in between (`graphs.pieces`). The ends on the host rotate: see `state.mail`. A step of the same rows as the
+one before is packed by what has changed and runs as that ran.
 
 Two lanes have a stream, a mail, an attention and graphs each; weights, KV and the slots' rows are the same. A step of
 the side lane is launched in blocks of layers, so that the main lane's next step never waits for the host to launch all
@@ -39,7 +40,7 @@ from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
 from overlap.sample.score import write_scores
 from overlap.sample.shaping import mask_logits, shape_logits, told_words
-from overlap.schedule.plan import MAIN, SIDE, StepPlan
+from overlap.schedule.plan import MAIN, SIDE, STRIP, STRIPS, StepPlan
 from overlap.spec.step import Speculation
 from overlap.state.inputs import build_inputs, sampled_rows, settle_tokens
 from overlap.state.mail import DEPTH, Mail, mask_lines
@@ -291,10 +292,14 @@ class _LaneRunner:
 
         def make(_share: int) -> GraphDriver:
             width_for = None if speculation is None else speculation.width_for
-            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows, width_for)
+            strips = tuple(size for size in STRIPS if whole and size <= max(1, token_budget // STRIP))
+            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows, width_for, strips)
             return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows)
 
-        note = f"graphs: decode steps whole, up to {max_rows} rows; others in pieces, up to {most} tokens"
+        note = (
+            f"graphs: decode steps whole, up to {max_rows} rows, those with short prompts up to {STRIPS[-1] * STRIP} "
+            f"positions; others in pieces, up to {most} tokens"
+        )
         if not self._decodes:
             note = f"graphs: in pieces, up to {most} tokens, captured when they are used again"
         elif not whole:
@@ -408,12 +413,21 @@ class _LaneRunner:
         shape = graphs.prepare(plan) if graphs is not None else None
         pieces = shape if shape is not None and shape.kind == "pieces" else None
         whole = shape if pieces is None else None
-        if graphs is not None and whole is not None and graphs.replay_decode(whole, place, layout.num_rows):
-            return
+        if graphs is not None and whole is not None:
+            self._admit_apart(plan)
+            if graphs.replay(whole, place, plan.num_tokens if whole.is_short else plan.num_rows):
+                return
         if self._speculation is not None:
             self._speculate(self._speculation, plan, layout, place, pieces, masks)
         else:
             yield from self._run(plan, layout, place, pieces, masks, block)
+
+    def _admit_apart(self, plan: StepPlan) -> None:
+        """Take in what a plan says of its new requests that no graph does: few have any of it."""
+        if plan.admissions:
+            self._rows.shapes.admit(plan.admissions, self._program.vocab_size, self._kv.device)
+            if self._speculation is not None:
+                self._speculation.remember(plan.admissions)
 
     def _speculate(
         self,

@@ -29,6 +29,6 @@ def test_it_compares_each_engine_with_the_plain_one(tiny_llama_dir: Path) -> Non
     assert [(line["engine"], line["rows"]) for line in lines] == [
         (name, rows) for name in ("none", "ngram", "ngram, waiting") for rows in (1, 2)
     ]
-    assert all(line["same"] == 8 for line in lines)
+    assert all(line["same"] == 12 for line in lines)
     assert all("sync" in line for line in lines[4:])
     assert len(lines[2]["accepted"]) == 3

@@ -25,7 +25,7 @@ from overlap.cache.pages import Ints
 from overlap.config import EngineConfig
 from overlap.graphs.driver import GraphDriver
 from overlap.graphs.lane import decode_step, part
-from overlap.graphs.policy import Shape
+from overlap.graphs.policy import Shape, short_kind
 from overlap.models.program import Attend, Batch, Forward
 from overlap.ops.attention import AttentionRows
 from overlap.runner import Runner
@@ -212,7 +212,7 @@ def compare_with_a_graph(parts: Parts, plan: StepPlan, kind: SampleKind, size: i
     assert State(runner).equals(before), "a capture changes nothing"
     for _ in range(2):
         landed[:] = -1
-        assert on_stream(runner, partial(graphs.replay_decode, shape, place, rows))
+        assert on_stream(runner, partial(graphs.replay, shape, place, rows))
         assert landed[:rows].tolist() == tokens.tolist(), kind
         assert (landed[rows:] == -1).all(), "padding lands nowhere"
         assert State(runner).equals(after)
@@ -234,6 +234,61 @@ def test_a_graph_does_bit_for_bit_what_its_calls_do_when_they_are_made_one_by_on
         assert plan.shaped
         pack(plan, parts.own._main._lane.mail.plan_words[plan.number % DEPTH])
         compare_with_a_graph(parts, plan, "shaped", size)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths", "strips"), [(0, (5,), 1), (2, (3, 40), 8), (1, (16, 17, 100), 16), (0, (1, 200), 16)]
+)
+@pytest.mark.parametrize("sample", ["greedy", "sampled", "truncated", "shaped"])
+def test_a_short_step_is_bit_for_bit_its_calls_and_leaves_what_the_step_in_pieces_does(
+    small: Path, rows: int, lengths: tuple[int, ...], strips: int, sample: SampleKind
+) -> None:
+    asked: dict[str, tuple[dict[str, Any], ...]] = {
+        "greedy": ({},), "sampled": ({"temperature": 0.8},), "truncated": PARAMS[2:3], "shaped": SHAPED[:1],
+    }  # fmt: skip
+    with opened(small, lanes="mixed") as parts:
+        runner, planner = parts.own, parts.planner
+        if rows:
+            first = prefilled(parts, rows, params=asked[sample])
+            planner.settle(first, asyncio.run(runner.launch(first).wait_landed()))
+        for key, length in enumerate(lengths, 100):
+            prompt = np.arange(length, dtype=np.int32) + 3 * key
+            planner.submit(Request(key=key, front=0, prompt=prompt, limit=9, seed=key, **asked[sample][0]))
+        plan = planner.plan()
+        assert plan is not None
+        assert short_kind(plan) == f"short {sample}"
+        graphs, lane, place = driver(runner), runner._main._lane, plan.number % DEPTH
+
+        @torch.inference_mode()
+        def admit() -> None:
+            runner._main._admit_apart(plan)
+
+        on_stream(runner, admit)
+        pack(plan, lane.mail.plan_words[place])
+        shape = Shape(f"short {sample}", strips)  # type: ignore[arg-type]
+        landed, before, total = lane.mail.landed_words[place], State(runner), plan.num_rows
+        on_stream(runner, partial(lane.mail.turn.fill_, place))
+        on_stream(runner, partial(graphs.run_eagerly, shape))
+        tokens, after = landed[:total].copy(), State(runner)
+        before.restore()
+        assert on_stream(runner, partial(graphs.capture, shape)), runner.explain()
+        assert State(runner).equals(before), "a capture changes nothing"
+        for _ in range(2):
+            landed[:] = -1
+            graphs.forget_turn()
+            assert on_stream(runner, partial(graphs.replay, shape, place, plan.num_tokens))
+            assert landed[:total].tolist() == tokens.tolist()
+            assert (landed[total:] == -1).all(), "padding lands nowhere"
+            assert State(runner).equals(after)
+            before.restore()
+        graphs.policy.lost(shape, "to be run as the host launches it")
+        replays = runner.statistics().full_replays
+        asyncio.run(runner.launch(plan).wait_landed())
+        assert runner.statistics().full_replays == replays
+        in_pieces = State(runner)
+        for name, mine, theirs in zip(SlotRows.COLUMNS, after._rows, in_pieces._rows, strict=False):
+            assert name == "last_token" or torch.equal(mine, theirs), name
+        torch.testing.assert_close(after._kv.float(), in_pieces._kv.float(), rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -293,7 +348,7 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
             runner, graphs = parts.own, driver(parts.own)
             warm(runner)
 
-            def eager(shape: Shape, place: int, num_rows: int, graphs: GraphDriver = graphs) -> bool:
+            def eager(shape: Shape, place: int, count: int, graphs: GraphDriver = graphs) -> bool:
                 assert shape.kind != "pieces"
                 graphs.run_eagerly(shape)
                 graphs._turn = (place + 1) % DEPTH
@@ -380,7 +435,7 @@ def test_tokens_drawn_under_a_graph_have_the_exact_probabilities(small: Path, ki
         for number in range(rounds):
             before.restore()
             lane.rows.seed_lo.copy_(torch.arange(33, dtype=torch.int32) + 1000 * number)
-            on_stream(runner, lambda: graphs.replay_decode(shape, place, rows))
+            on_stream(runner, lambda: graphs.replay(shape, place, rows))
             tokens = torch.from_numpy(lane.mail.landed_words[place][:rows].astype(np.int64))
             counts += torch.bincount(tokens, minlength=size)
     logits = listening.heard[0][0].double().cpu() / 0.7

@@ -22,7 +22,7 @@ from overlap import AsyncEngine, SamplingParams
 from overlap.assemble import Parts, assemble
 from overlap.config import EngineConfig
 from overlap.graphs.driver import GraphDriver
-from overlap.graphs.policy import Shape, decode_kind
+from overlap.graphs.policy import Shape, decode_kind, short_kind
 from overlap.ops.attention import AttentionRows, TorchAttention
 from overlap.runner import Runner
 from overlap.schedule.plan import StepPlan
@@ -281,12 +281,56 @@ def test_a_graph_does_bit_for_bit_what_its_calls_do_when_they_are_made_one_by_on
                 assert State(runner).equals(before), "a capture changes nothing"
                 landed[:] = -9
                 graphs.forget_turn()  # the calls above have moved it
-                assert on_stream(runner, partial(graphs.replay_decode, shape, place, rows))
+                assert on_stream(runner, partial(graphs.replay, shape, place, rows))
                 assert landed[:count].tolist() == tokens.tolist()
                 assert (landed[count:] == -9).all(), "padding lands nowhere"
                 assert State(runner).equals(after)
                 before.restore()
             print(f"\n{name}, {kind}: nodes { ({str(s): n for s, n in graphs.num_nodes.items()}) }")
+
+
+@pytest.mark.parametrize("name", ["ngram", "eagle", "itself"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_short_step_of_a_graph_does_bit_for_bit_what_its_calls_do_when_they_are_made_one_by_one(
+    small: Path, drafters: dict[str, dict[str, Any]], name: str, kind: str
+) -> None:
+    with opened(small, **drafters[name]) as parts:
+        runner, planner = parts.own, parts.planner
+        before_them = prefilled(parts, 2, KINDS[kind])
+        planner.settle(before_them, asyncio.run(runner.launch(before_them).wait_landed()))
+        for key, length in enumerate((3, 40, 16), 100):
+            prompt, params = np.arange(length, dtype=np.int32) + 3 * key, KINDS[kind][key % len(KINDS[kind])]
+            planner.submit(Request(key=key, front=0, prompt=prompt, limit=9, seed=key, **params))
+        plan = planner.plan()
+        assert plan is not None
+        assert plan.num_decode == 2
+        own = short_kind(plan)
+        assert own == f"short drafting {kind}"
+        graphs, lane, place = driver(runner), runner._main._lane, plan.number % DEPTH
+        on_stream(runner, lambda: on_inference(partial(runner._main._admit_apart, plan)))
+        pack(plan, lane.mail.plan_words[place])
+        for one in (own, f"short {kind}"):
+            shape = Shape(one, 8)  # type: ignore[arg-type]
+            landed, before = lane.mail.landed_words[place], State(runner)
+            on_stream(runner, partial(lane.mail.turn.fill_, place))
+            on_stream(runner, partial(graphs.run_eagerly, shape))
+            tokens, after = landed[:5].copy(), State(runner)
+            assert not after.equals(before)
+            before.restore()
+            assert on_stream(runner, partial(graphs.capture, shape)), runner.explain()
+            assert State(runner).equals(before), "a capture changes nothing"
+            landed[:] = -9
+            graphs.forget_turn()  # the calls above have moved it
+            assert on_stream(runner, partial(graphs.replay, shape, place, plan.num_tokens))
+            assert landed[:5].tolist() == tokens.tolist()
+            assert (landed[5:] == -9).all(), "padding lands nowhere"
+            assert State(runner).equals(after)
+            before.restore()
+
+
+@torch.inference_mode()
+def on_inference(call: Callable[[], Any]) -> Any:
+    return call()
 
 
 @pytest.mark.parametrize(
@@ -299,7 +343,8 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
 
     `drafts` is how many drafts a row verifies where rows are few, and where they are many.
     """
-    monkeypatch.setattr("overlap.config._num_drafts", lambda asked, *_, **__: drafts if asked.speculative else (0, 0))
+    ladder = (16, drafts[0]), (1 << 31, drafts[1])
+    monkeypatch.setattr("overlap.config._draft_ladder", lambda asked, *_, **__: ladder if asked.speculative else ())
     aborts = {3: 20, 7: 33, 11: 40, 12: 41}
     answers, statistics = [], []
     for replays in (True, False):
@@ -308,7 +353,7 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
             while runner.warm_up_one():
                 pass
 
-            def eager(shape: Shape, place: int, num_rows: int, graphs: GraphDriver = graphs) -> bool:
+            def eager(shape: Shape, place: int, count: int, graphs: GraphDriver = graphs) -> bool:
                 graphs.run_eagerly(shape)
                 graphs._turn = (place + 1) % DEPTH
                 return True
@@ -419,7 +464,7 @@ def test_tokens_drawn_in_a_verify_under_a_graph_have_the_exact_probabilities(
         for number in range(rounds):
             before.restore()
             lane.rows.seed_lo.copy_(torch.arange(33, dtype=torch.int32) + 1000 * number)
-            on_stream(runner, lambda: graphs.replay_decode(shape, place, rows))
+            on_stream(runner, lambda: graphs.replay(shape, place, rows))
             first = lane.mail.landed_words[place][: rows * 5].reshape(rows, 5)[:, 0].astype(np.int64)
             counts += torch.bincount(torch.from_numpy(first), minlength=VOCABULARY)
     expected = (heard[0][0].double().cpu() / 0.7).softmax(0) * rounds * rows

@@ -13,10 +13,10 @@ import torch
 from overlap.assemble import Parts, assemble
 from overlap.cache.pages import Ints
 from overlap.config import EngineConfig
-from overlap.graphs.lane import decode_step, part
+from overlap.graphs.lane import decode_step, part, short_step
 from overlap.graphs.pieces import answer_buffers, rehearse
-from overlap.graphs.policy import decode_kind, width_of
-from overlap.schedule.plan import StepPlan
+from overlap.graphs.policy import decode_kind, short_kind, short_of, width_of
+from overlap.schedule.plan import StepPlan, strips_of
 from overlap.schedule.request import Request
 from overlap.schedule.shaping import Shaping
 from overlap.state.mail import DEPTH, EMPTY
@@ -44,28 +44,36 @@ def opened(path: Path) -> Parts:
 
 
 class Replaying:
-    """Runs the decode steps of a runner by `decode_step`, with `padding` more rows than they have."""
+    """Runs the steps of a runner as graphs would, decode steps with `padding` more rows than they have, short ones with
+    as many strips more.
+    """
 
     def __init__(self, parts: Parts, padding: int) -> None:
         self._runner = parts.own
         self._padding = padding
         self._inputs = self._runner._main._lane.static_inputs(64, 64)
-        self.replayed = 0
+        self.replayed = self.short = 0
 
     async def run(self, plan: StepPlan) -> Ints:
-        kind = decode_kind(plan)
-        if kind is None or kind == "pieces":
+        kind, short = decode_kind(plan), short_kind(plan)
+        if kind is None and short is None:
             return await self._runner.launch(plan).wait_landed()
-        self.replayed += 1
         lane, place = self._runner._main._lane, plan.number % DEPTH
         pack(plan, lane.mail.plan_words[place])
         lane.mail.turn.fill_(place)
-        size = plan.num_rows + self._padding
-        decode_step(lane, part(self._inputs, size, size, size), width_of(kind)[0])
+        if short is not None:
+            self.short += 1
+            with torch.inference_mode():
+                self._runner._main._admit_apart(plan)
+            short_step(lane, strips_of(plan.counts) + self._padding, short_of(short)[0])
+        elif kind is not None:
+            self.replayed += 1
+            size = plan.num_rows + self._padding
+            decode_step(lane, part(self._inputs, size, size, size), width_of(kind)[0])
         return lane.mail.landed_words[place][: plan.num_rows].copy()
 
 
-def answer(parts: Parts, asked: tuple[dict[str, Any], ...], padding: int) -> tuple[dict[int, list[int]], int]:
+def answer(parts: Parts, asked: tuple[dict[str, Any], ...], padding: int) -> tuple[dict[int, list[int]], Replaying]:
     """Answer one request each, with other lengths; with a padding of -1 nothing is replayed."""
     replaying = Replaying(parts, padding)
     answers: dict[int, list[int]] = {key: [] for key in range(len(asked))}
@@ -86,7 +94,7 @@ def answer(parts: Parts, asked: tuple[dict[str, Any], ...], padding: int) -> tup
                 answers[key].append(token)
 
     asyncio.run(run())
-    return answers, replaying.replayed
+    return answers, replaying
 
 
 @pytest.mark.parametrize("asked", [ASKED[:1], ASKED[:2], ASKED, SHAPED])
@@ -97,12 +105,13 @@ def test_a_replayed_step_gives_the_tokens_of_a_launched_one_whatever_its_padding
     for padding in (-1, 0, 1, 7):
         parts = opened(tiny_llama_dir)
         try:
-            answers, replayed = answer(parts, asked, padding)
+            answers, replaying = answer(parts, asked, padding)
         finally:
             parts.own.close()
         expected = expected or answers
         assert answers == expected
-        assert (replayed > 15) == (padding >= 0)
+        assert (replaying.replayed > 15) == (padding >= 0)
+        assert (replaying.short > 0) == (padding >= 0)
 
 
 def test_a_run_with_nothing_but_padding_changes_no_slot_and_no_page(tiny_llama_dir: Path) -> None:
@@ -120,6 +129,8 @@ def test_a_run_with_nothing_but_padding_changes_no_slot_and_no_page(tiny_llama_d
         for kind in ("greedy", "sampled", "truncated", "shaped"):
             lane.mail.turn.fill_(EMPTY)
             decode_step(lane, part(inputs, 8, 8, 8), kind)
+            lane.mail.turn.fill_(EMPTY)
+            short_step(lane, 3, kind)
         inputs.kv_index.fill_(-1)
         batch = lane.batch(inputs)
         rehearse(lane.forward(batch), batch, answer_buffers(lane.program, 16, lane.kv))

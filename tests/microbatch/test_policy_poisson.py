@@ -336,9 +336,9 @@ def offline_rate(truth: Truth, splitter: Splitter | None, met: Counter[tuple[int
 
 @pytest.mark.slow
 def test_of_many_requests_at_once_it_has_learned_the_best_way_after_some_loads() -> None:
-    """Of 24 devices the mean was 1.003 of the best fixed way, the worst 0.945."""
+    """Of 24 devices the mean was 1.007 of the best fixed way, the worst 0.945."""
     shares = []
-    for seed in (1, 9, 16, 18):
+    for seed in (1, 2, 9, 16, 18, 23):
         truth = with_small_kernels(seed)
         met: Counter[tuple[int, ...]] = Counter()
         for splitter in FIXED:

@@ -31,7 +31,7 @@ from overlap.schedule.request import Request
 from overlap.spec import pair_triton, places_triton, runs_triton
 from overlap.spec.drafter import Drafts, Read
 from overlap.spec.rows import DraftRows
-from overlap.state import inputs_triton, replay_triton
+from overlap.state import inputs_triton, replay_triton, strips_triton
 from overlap.state.inputs import empty_inputs
 from overlap.state.mail import Mail
 from overlap.state.packing import pack
@@ -170,6 +170,7 @@ def compile_all() -> None:
     replay_triton.build_decode_inputs(mail.packed, rows, inputs)
     for dtype in (torch.int64, torch.int32):
         replay_triton.settle_decode(mail, rows, torch.zeros(4, dtype=dtype))
+    strips_triton.take_strips(mail, rows, 4)
     for width in (1, 4):
         speculated(rows, width)
 
@@ -187,7 +188,8 @@ def speculated(rows: SlotRows, width: int) -> None:
         kv_index=runs.kv_index_N, hidden=None, rows=None, last=outcome.last_D, slots=runs.slots_D,  # type: ignore[arg-type]
         token_slots=runs.token_slots_N, page_table=runs.page_table, longest=99,
     )  # fmt: skip
-    places_triton.chain_places(read, 2, 100, 2)
+    places_triton.chain_places(read, 2, 100, 2, 4)
+    runs_triton.forget_runs(mail.packed, drafts, 4)
     table, norm = torch.empty(9, 576, dtype=torch.bfloat16), torch.empty(576)
     for dtype in (torch.bfloat16, torch.float32):
         pair_triton.normed_pair(one, table, torch.empty(4, 576, dtype=dtype), norm, norm, 1e-5)

@@ -539,14 +539,14 @@ def check_places(chance: random.Random) -> None:
     tokens = rows * 3
     read = Read(
         token_ids=torch.zeros(tokens), next_tokens=torch.zeros(tokens), hidden=None,
-        positions=torch.randint(0, 60, (tokens,)).int(), kv_index=torch.randint(-1, 3, (tokens,)).int(),
+        positions=torch.randint(0, 60, (tokens,)).int(), kv_index=torch.zeros(tokens),
         rows=None,  # type: ignore[arg-type]
-        last=torch.randint(0, tokens, (rows,)), slots=torch.zeros(rows, dtype=torch.int32),
+        last=torch.randint(0, tokens, (rows,)), slots=torch.randint(0, 4, (rows,)).int(),
         token_slots=torch.zeros(tokens), page_table=torch.randint(0, 99, (rows, table)).int(), longest=99,
     )  # fmt: skip
     same(
-        places.Places(*places_triton.chain_places(read, steps, 60, 2)),
-        places.chain_places(read, steps, 60, 2),
+        places.Places(*places_triton.chain_places(read, steps, 60, 2, 3)),
+        places.chain_places(read, steps, 60, 2, 3),
         places.Places.__slots__,
     )
 

@@ -47,5 +47,6 @@ def test_each_kernel_compiles_for_hopper_on_a_machine_without_a_gpu() -> None:
         "_take_plan_kernel", "_update_pages_kernel", "_build_decode_inputs_kernel", "_settle_decode_kernel",
         "_peaks_kernel", "_narrow_kernel", "_draw_kernel", "_mask_kernel", "_decode_kernel",
         "_build_runs_kernel", "_settle_runs_kernel", "_keep_drafts_kernel", "_land_runs_kernel",
-        "_chain_places_kernel", "_normed_pair_kernel",
+        "_chain_places_kernel", "_normed_pair_kernel", "_forget_runs_kernel",
+        "_apply_plan_kernel", "_begin_rows_kernel", "_fill_strips_kernel",
     }  # fmt: skip

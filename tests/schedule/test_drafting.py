@@ -28,17 +28,17 @@ def test_a_step_is_wide_while_all_its_positions_fit_into_the_budget() -> None:
 
 def test_a_step_with_prompts_is_wide_where_it_drafts_or_has_drafts_to_verify() -> None:
     drafting = Drafting(3, 3, None)
-    assert drafting.drafts(1, 1, 0, reads=True), "a prompt alone has no rows that could be wide"
-    assert not drafting.drafts(2, 1, 2, reads=True)
+    assert drafting.drafts(1, 1, 0, 1), "a prompt alone has no rows that could be wide"
+    assert not drafting.drafts(2, 1, 2, 1)
     assert drafting.beside_prompts(4) == 4
     quiet = Drafting(3, 3, None, with_prompts=False)
-    assert not quiet.drafts(1, 1, 0, reads=True)
+    assert not quiet.drafts(1, 1, 0, 1)
     assert quiet.beside_prompts(4) == 1, "nothing was drafted in the step before"
-    assert quiet.drafts(2, 4, 2, reads=False)
+    assert quiet.drafts(2, 4, 2)
     assert quiet.beside_prompts(4) == 4
-    assert not quiet.drafts(3, 4, 2, reads=True)
+    assert not quiet.drafts(3, 4, 2, 1)
     assert quiet.beside_prompts(4) == 1
-    assert not Drafting(0, 0, None).drafts(1, 1, 0, reads=True)
+    assert not Drafting(0, 0, None).drafts(1, 1, 0, 1)
 
 
 def test_the_pace_hears_what_a_step_brings_that_has_no_drafts_since_prompts_came_in_between() -> None:
@@ -47,10 +47,10 @@ def test_the_pace_hears_what_a_step_brings_that_has_no_drafts_since_prompts_came
         told: list[float | None] = []
         pace.note_emitted = told.append  # type: ignore[method-assign, assignment]
         drafting = Drafting(3, 3, pace, with_prompts=with_prompts)
-        drafting.drafts(1, 1, 2, reads=True)
-        drafting.drafts(2, 4, 2, reads=False)
-        drafting.drafts(3, 1, 2, reads=False)
-        drafting.drafts(4, 4, 2, reads=False)  # behind a plain step: going to and fro is no fault of a wide step's
+        drafting.drafts(1, 1, 2, 1)
+        drafting.drafts(2, 4, 2)
+        drafting.drafts(3, 1, 2)
+        drafting.drafts(4, 4, 2)  # behind a plain step: going to and fro is no fault of a wide step's
         for number in (2, 4):
             drafting.note_runs(np.array([[8, UNUSED, UNUSED, UNUSED]] * 2), 2, number)
         assert told == heard

@@ -17,9 +17,10 @@ from torch import Tensor
 from overlap.assemble import Parts, assemble
 from overlap.config import EngineConfig
 from overlap.graphs.buckets import bucket_for, row_buckets
-from overlap.graphs.policy import Policy, Shape, decode_kind, width_of
+from overlap.graphs.policy import Policy, Shape, decode_kind, short_kind, short_of, width_of
 from overlap.runner import Runner
-from overlap.schedule.plan import StepPlan
+from overlap.schedule.pace import Pace
+from overlap.schedule.plan import StepPlan, strips_of
 from overlap.schedule.request import Request
 from overlap.schedule.shaping import Shaping
 from overlap.spec.chain import ChainDrafter
@@ -51,13 +52,14 @@ def opened(path: Path, **options: Any) -> Iterator[Parts]:
 class State:
     """All device state that a step changes, of target and drafter, to be compared and put back."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, short: bool = False) -> None:
+        """Behind a `short` step it is left open for how many steps a row has not drafted: nothing hangs on it there."""
         speculation: Any = runner._main._speculation
         drafts, drafter = speculation._drafts, speculation._drafter
         scratch = runner._rows.scratch
         self._columns: list[Tensor] = [getattr(runner._rows, name) for name in SlotRows.COLUMNS]
         self._columns += [drafts.tokens_SK[:scratch], drafts.num_S[:scratch], drafts.control.hits, drafts.control.tries]
-        self._columns += [drafts.control.idle, runner._kv]
+        self._columns += [runner._kv] if short else [drafts.control.idle, runner._kv]
         if isinstance(drafter, ChainDrafter):
             self._columns.append(drafter._kv)
         if isinstance(drafter, NgramDrafter):  # behind the end lies what is not kept; the scratch slot is nobody's
@@ -84,12 +86,15 @@ def on_stream(runner: Runner, call: Any) -> None:
 
 def both_ways(parts: Parts, plan: StepPlan) -> None:
     """Run a decode plan as the host launches it, then as a graph would; compare all; leave it done."""
-    runner, kind = parts.own, decode_kind(plan)
-    assert kind is not None
+    runner, kind, short = parts.own, decode_kind(plan), short_kind(plan)
     lane, speculation, place = runner._main._lane, runner._main._speculation, plan.number % DEPTH
     assert isinstance(speculation, Speculation)
     size = bucket_for(plan.num_rows, row_buckets(12)) or plan.num_rows
-    layout, mail, before = pack(plan, lane.mail.plan_words[place]), lane.mail, State(runner)
+    layout, mail = pack(plan, lane.mail.plan_words[place]), lane.mail
+    if short is not None:
+        with torch.inference_mode():  # so that what it makes at its first use is there to be put back, too
+            runner._main._admit_apart(plan)
+    before = State(runner, short=short is not None)
 
     def eager() -> None:
         with torch.inference_mode():
@@ -98,20 +103,32 @@ def both_ways(parts: Parts, plan: StepPlan) -> None:
             mail.landings[place, : plan.num_landing] = brought.tokens_L
 
     on_stream(runner, eager)
-    landed, after = mail.landed_words[place].copy(), State(runner)
+    landed, after = mail.landed_words[place].copy(), State(runner, short=short is not None)
     before.restore()
     mail.landed_words[place][:] = -9
     mail.turn.fill_(place)
-    asked, width = width_of(kind)
-    on_stream(runner, lambda: speculation.decode(mail, size, width or speculation.width, asked))
+    if short is not None:
+        asked, drafts = short_of(short)
+        with torch.inference_mode():
+            runner._main._admit_apart(plan)
+        strips = strips_of(plan.counts) + plan.number % 3
+        on_stream(runner, lambda: speculation.short(mail, strips, asked, drafts=drafts))
+    else:
+        assert kind is not None
+        asked, width = width_of(kind)
+        on_stream(runner, lambda: speculation.decode(mail, size, width or speculation.width, asked))
     assert mail.landed_words[place][: plan.num_landing].tolist() == landed[: plan.num_landing].tolist()
     assert (mail.landed_words[place][plan.num_landing :] == -9).all(), "padding lands nowhere"
     assert int(mail.turn) == (place + 1) % DEPTH
-    State(runner).assert_equals(after)
+    State(runner, short=short is not None).assert_equals(after)
 
 
-def serve(parts: Parts, params: tuple[dict[str, Any], ...], seed: int) -> set[tuple[str | None, int, int]]:
-    """Answer some requests, each decode step both ways; return (kind, width, rows) of what was compared."""
+def serve(
+    parts: Parts, params: tuple[dict[str, Any], ...], seed: int, *, short: bool = False
+) -> set[tuple[str | None, int, int]]:
+    """Answer some requests, each decode step both ways, and with `short` steps with prompts, too; return (kind, width,
+    decode rows) of what was compared.
+    """
     planner, runner, chance = parts.planner, parts.own, random.Random(seed)
     compared: set[tuple[str | None, int, int]] = set()
     for key in range(9):
@@ -128,11 +145,11 @@ def serve(parts: Parts, params: tuple[dict[str, Any], ...], seed: int) -> set[tu
     while planner.has_work:
         plan = planner.plan()
         assert plan is not None
-        if decode_kind(plan) is None:
+        if decode_kind(plan) is None and not (short and short_kind(plan)):
             asyncio.run(step(plan))
             continue
         both_ways(parts, plan)
-        compared.add((decode_kind(plan), plan.width, plan.num_rows))
+        compared.add((decode_kind(plan) or short_kind(plan), plan.width, plan.num_decode))
         place = plan.number % DEPTH
         planner.settle(plan, runner._main._mail.landed_words[place][: plan.num_landing].copy())
     return compared
@@ -173,6 +190,27 @@ def test_a_plain_step_of_an_engine_with_a_drafter_does_so_too(tiny_llama_dir: Pa
     assert {width for _, width, _ in compared} == {1, 4}
 
 
+@pytest.mark.parametrize("name", ["ngram", "itself", "eagle3", "eagle"])
+@pytest.mark.parametrize("asked", PARAMS)
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_short_step_with_prompts_does_what_the_one_that_the_host_launches_does(
+    tiny_llama_dir: Path, drafters: Any, name: str, asked: str, *, pays: bool
+) -> None:
+    with opened(tiny_llama_dir, **drafters[name], max_rows=3) as parts:  # so that some prompts come beside decode rows
+        drafting = parts.planner._drafting
+        drafting._strips, drafting._with_prompts = True, False  # as on CUDA
+        if not pays:
+            drafting._pace = Pace()
+            drafting._pace.choose = lambda num_rows, width: False  # type: ignore[method-assign]
+            drafting._pace.is_on = lambda num_rows: False  # type: ignore[method-assign]
+        compared = serve(parts, PARAMS[asked], seed=len(name), short=True)
+    shorts = {(kind, num_decode) for kind, _, num_decode in compared if kind is not None and kind.startswith("short")}
+    kind = f"short drafting {asked}" if pays else f"short {asked}"
+    assert kind in {kind for kind, _ in shorts}
+    assert {kind.startswith("short drafting") for kind, _ in shorts} == {pays}
+    assert len({num_decode for _, num_decode in shorts}) > 1, "alone, and beside decode rows"
+
+
 def test_a_run_with_padding_only_changes_nothing(tiny_llama_dir: Path, drafters: Any) -> None:
     with opened(tiny_llama_dir, **drafters["eagle3"]) as parts:
         runner, speculation = parts.own, parts.own._main._speculation
@@ -182,6 +220,10 @@ def test_a_run_with_padding_only_changes_nothing(tiny_llama_dir: Path, drafters:
         for width in (1, 4):
             mail.turn.fill_(EMPTY)
             on_stream(runner, lambda width=width: speculation.decode(mail, 8, width, "sampled"))
+            State(runner).assert_equals(before)
+        for drafts in (True, False):
+            mail.turn.fill_(EMPTY)
+            on_stream(runner, lambda drafts=drafts: speculation.short(mail, 4, "sampled", drafts=drafts))
             State(runner).assert_equals(before)
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from overlap.cache.pages import Ints
 from overlap.errors import InternalError
 from overlap.graphs.capture import CaptureError, Graph, Recorder
-from overlap.graphs.lane import Lane, decode_step, part
+from overlap.graphs.lane import Lane, decode_step, part, short_step
 from overlap.graphs.pieces import Pieces, answer_buffers, record, rehearse
-from overlap.graphs.policy import Decision, Policy, Shape, width_of
+from overlap.graphs.policy import Decision, Policy, Shape, short_of, width_of
 from overlap.models.program import Batch
-from overlap.schedule.plan import StepPlan
+from overlap.schedule.plan import STRIP, StepPlan
 from overlap.state.inputs import StepInputs
 from overlap.state.mail import DEPTH, EMPTY
 
@@ -32,7 +32,7 @@ class GraphStatistics:
     """What graphs did since the engine started."""
 
     full_replays: int = 0
-    """Decode steps that were one launch."""
+    """Steps that were one launch: decode steps, and short ones with prompts."""
     piecewise_replays: int = 0
     eager_steps: int = 0
     captures: int = 0
@@ -40,7 +40,7 @@ class GraphStatistics:
     padded_rows: int = 0
     """Rows of padding in all decode steps that were replayed."""
     padded_tokens: int = 0
-    """Tokens of padding in all forwards that were replayed in pieces."""
+    """Tokens of padding in all forwards that were replayed in pieces, and in all short steps that were one launch."""
     capture_seconds: float = 0.0
     pool_bytes: int = 0
     """Device memory of the graphs' pool."""
@@ -82,7 +82,8 @@ class GraphDriver:
         decision = self.policy.decide(plan)
         self.usual = decision.capture is None and not decision.first
         own = decision.run if decision.own else None
-        self._again = None if own is None or own.kind == "pieces" else (plan.slots, plan.width, own)
+        decodes = own is not None and own.kind != "pieces" and not own.is_short
+        self._again = (plan.slots, plan.width, own) if own is not None and decodes else None
         if decision.capture is not None and not self.capture(decision.capture):
             decision = Decision(None, None)
         if decision.run is None:
@@ -104,15 +105,18 @@ class GraphDriver:
         self._turn = None
 
     @torch.inference_mode()
-    def replay_decode(self, shape: Shape, place: int, num_rows: int) -> bool:
-        """Enqueue a whole decode step, whose plan lies at `place` of the mail; False if it could not be, nor was."""
+    def replay(self, shape: Shape, place: int, count: int) -> bool:
+        """Enqueue a whole step, whose plan lies at `place` of the mail; False if it could not be, nor was.
+
+        `count` is the plan's rows, of a short step its tokens: the rest is padding.
+        """
         if self._turn != place:
             self._lane.mail.turn.fill_(place)
-        launched = self._launch(shape, place, num_rows)
+        launched = self._launch(shape, place, count)
         self._eager += not launched
         return launched
 
-    def _launch(self, shape: Shape, place: int, num_rows: int) -> bool:
+    def _launch(self, shape: Shape, place: int, count: int) -> bool:
         graph, self._turn = self._full[shape], None
         try:
             graph.launch()
@@ -121,7 +125,10 @@ class GraphDriver:
             return False
         self._turn = (place + 1) % DEPTH
         self._replays += 1
-        self._padded_rows += shape.size - num_rows
+        if shape.is_short:
+            self._padded_tokens += shape.size * STRIP - count
+        else:
+            self._padded_rows += shape.size - count
         return True
 
     def inputs(self, shape: Shape, num_rows: int, num_emits: int) -> StepInputs:
@@ -186,8 +193,16 @@ class GraphDriver:
             self._full[shape] = recorder.end()
 
     def run_eagerly(self, shape: Shape) -> None:
-        """Make the calls of a whole decode step one by one: those that its graph replays."""
-        speculation, (kind, width) = self._lane.speculation, width_of(shape.kind)
+        """Make the calls of a whole step one by one: those that its graph replays."""
+        speculation = self._lane.speculation
+        if shape.is_short:
+            kind, drafts = short_of(shape.kind)
+            if speculation is None:
+                short_step(self._lane, shape.size, kind)
+            else:
+                speculation.short(self._lane.mail, shape.size, kind, drafts=drafts)
+            return
+        kind, width = width_of(shape.kind)
         if speculation is not None:
             speculation.decode(self._lane.mail, shape.size, width or speculation.width_for(shape.size), kind)
             return

@@ -1,4 +1,4 @@
-"""A lane: what one concurrent batch needs for itself, and a whole decode step on it with no word from the host."""
+"""A lane: what one concurrent batch needs for itself, and whole steps on it with no word from the host."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from overlap.state.inputs import StepInputs, empty_inputs
 from overlap.state.mail import Mail
 from overlap.state.replay import build_decode_inputs, settle_decode, take_plan
 from overlap.state.rows import SlotRows
+from overlap.state.strips import take_strips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +89,25 @@ def decode_step(lane: Lane, inputs: StepInputs, kind: SampleKind) -> None:
         )
     )
     hidden_TC = drive(lane.program.forward(lane.batch(inputs)), lane.attention)
+    _choose(lane, hidden_TC, inputs.emit_slots, inputs.emit_positions, kind)
+
+
+@torch.inference_mode()
+def short_step(lane: Lane, num_strips: int, kind: SampleKind) -> None:
+    """Enqueue one whole step of rows that are cut into so many strips, prompts too, from the mail and back to it."""
+    strips = take_strips(lane.mail, lane.rows, num_strips)
+    lane.attention.plan(strips.attention_rows(lane.sms))
+    columns = {"token_ids": strips.token_ids_T, "positions": strips.positions_T, "kv_index": strips.kv_index_T}
+    hidden_TC = drive(lane.program.forward(Batch(**columns, kv=lane.kv)), lane.attention)
+    _choose(lane, hidden_TC.index_select(0, strips.last_R), strips.slots_R, strips.ends_R, kind)
+
+
+def _choose(lane: Lane, hidden_EC: Tensor, slots_E: Tensor, positions_E: Tensor, kind: SampleKind) -> None:
+    """Choose a token behind each of these hidden states, and write it where it belongs."""
     if kind == "greedy":
-        tokens = lane.program.greedy(hidden_TC)
+        tokens_E = lane.program.greedy(hidden_EC)
     else:
-        logits_EV = lane.program.logits(hidden_TC)
-        tokens = sample_all(logits_EV, lane.rows, inputs.emit_slots, inputs.emit_positions, kind)
+        tokens_E = sample_all(lane.program.logits(hidden_EC), lane.rows, slots_E, positions_E, kind)
     if kind == "shaped" and lane.rows.shapes.rows is not None:
-        lane.rows.shapes.rows.note(inputs.emit_slots, tokens)
-    settle_decode(lane.mail, lane.rows, tokens)
+        lane.rows.shapes.rows.note(slots_E, tokens_E)
+    settle_decode(lane.mail, lane.rows, tokens_E)

@@ -16,20 +16,36 @@ from typing import Final, Literal, TypeAlias
 
 from overlap.errors import InternalError
 from overlap.graphs.buckets import bucket_for
-from overlap.schedule.plan import SampleKind, StepPlan
+from overlap.schedule.plan import STRIP, SampleKind, StepPlan, is_short, strips_of
 
 Kind: TypeAlias = Literal[
     "greedy", "sampled", "truncated", "shaped", "pieces",
     "wide greedy", "wide sampled", "wide truncated", "wide shaped",
+    "short greedy", "short sampled", "short truncated", "short shaped",
+    "short drafting greedy", "short drafting sampled", "short drafting truncated", "short drafting shaped",
 ]  # fmt: skip
-"""A whole decode step, by what its rows ask of the sampler (see `sample_all`), wide if it verifies drafts; or a forward
-in pieces."""
+"""A whole step, by what its rows ask of the sampler (see `sample_all`): a decode step, wide if it verifies drafts; or a
+short one with prompts, in strips (see `state.strips`), drafting if tokens are drafted behind them. Or a forward in
+pieces."""
 _WIDE: Final[dict[SampleKind, Kind]] = {
     "greedy": "wide greedy",
     "sampled": "wide sampled",
     "truncated": "wide truncated",
     "shaped": "wide shaped",
 }
+_SHORT: Final[dict[SampleKind, Kind]] = {
+    "greedy": "short greedy",
+    "sampled": "short sampled",
+    "truncated": "short truncated",
+    "shaped": "short shaped",
+}
+_SHORT_DRAFTING: Final[dict[SampleKind, Kind]] = {
+    "greedy": "short drafting greedy",
+    "sampled": "short drafting sampled",
+    "truncated": "short drafting truncated",
+    "shaped": "short drafting shaped",
+}
+_SHORTS: Final = frozenset((*_SHORT.values(), *_SHORT_DRAFTING.values()))
 SECOND_USE: Final = 2
 PATIENCE: Final = 16
 """Uses of a size before it gets its own graph although a larger one serves it."""
@@ -48,19 +64,34 @@ _SERVES: Final[dict[Kind, tuple[Kind, ...]]] = {
     "wide sampled": ("wide sampled",),
     "wide truncated": ("wide truncated",),
     "wide shaped": ("wide shaped",),
+    "short greedy": ("short greedy", "short sampled"),
+    "short sampled": ("short sampled",),
+    "short truncated": ("short truncated",),
+    "short shaped": ("short shaped",),
+    "short drafting greedy": ("short drafting greedy", "short drafting sampled"),
+    "short drafting sampled": ("short drafting sampled",),
+    "short drafting truncated": ("short drafting truncated",),
+    "short drafting shaped": ("short drafting shaped",),
 }
 """Whose graphs may run a step, the best first; by rows that are greedy a graph that samples gives the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One graph: its kind, and how many rows (of pieces: tokens) it runs."""
+    """One graph: its kind, and how many rows it runs; of pieces how many tokens, of short steps how many strips."""
 
     kind: Kind
     size: int
 
     def __str__(self) -> str:
-        return f"{self.size} tokens in pieces" if self.kind == "pieces" else f"{self.size} {self.kind} rows"
+        if self.kind == "pieces":
+            return f"{self.size} tokens in pieces"
+        return f"{self.size} {self.kind} {'strips' if self.is_short else 'rows'}"
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is of a short step, with prompts."""
+        return self.kind in _SHORTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +110,34 @@ def decode_kind(plan: StepPlan) -> Kind | None:
     """Return the kind of decode graph that runs a plan; None for prompt chunks, admissions, and what `_apart` names."""
     if plan.num_decode != plan.num_rows or plan.admissions or _apart(plan) is not None:
         return None
-    kind: SampleKind = "truncated" if plan.truncated else "sampled"
+    asked = _asked(plan)
+    return _WIDE[asked] if plan.width > 1 else asked
+
+
+def short_kind(plan: StepPlan) -> Kind | None:
+    """Return the kind of graph that runs a plan with prompts whole, if it is short; None if it is none of those."""
+    if plan.num_decode == plan.num_rows or len(plan.emits) < plan.num_rows or plan.width > 1:
+        return None
+    fits = is_short(strips_of(plan.counts), int((plan.starts + plan.counts).max()))
+    if not fits or plan.scores is not None or _apart(plan) is not None:
+        return None
+    return (_SHORT_DRAFTING if plan.drafts else _SHORT)[_asked(plan)]
+
+
+def _asked(plan: StepPlan) -> SampleKind:
     if plan.shaped:
-        kind = "shaped"
-    elif not len(plan.sampled):
-        kind = "greedy"
-    return _WIDE[kind] if plan.width > 1 else kind
+        return "shaped"
+    if plan.truncated:
+        return "truncated"
+    return "sampled" if len(plan.sampled) else "greedy"
+
+
+def short_of(kind: Kind) -> tuple[SampleKind, bool]:
+    """Return what the rows of a short step ask of the sampler, and whether tokens are drafted behind it."""
+    for asked in _SHORT:
+        if kind in (_SHORT[asked], _SHORT_DRAFTING[asked]):
+            return asked, kind == _SHORT_DRAFTING[asked]
+    raise InternalError(f"{kind} are no short step")
 
 
 def width_of(kind: Kind) -> tuple[SampleKind, int | None]:
@@ -113,9 +166,11 @@ class Policy:
         tokens: Sequence[int],
         wide_rows: Sequence[int] = (),
         width_for: Callable[[int], int] | None = None,
+        strips: Sequence[int] = (),
     ) -> None:
-        """`rows`, `wide_rows` and `tokens` are the buckets of whole decode steps, of those that verify drafts, and of
-        pieces; empty for none of the kind. `width_for` says with how many positions a row wide steps are captured.
+        """`rows`, `wide_rows`, `tokens` and `strips` are the buckets of whole decode steps, of those that verify, of
+        pieces, and of short steps; empty for none of the kind. `width_for` says with how many positions a row wide
+        steps are captured; without it nothing drafts.
         """
         self._width_for = width_for
         self._fewest = tokens[0] if tokens else 0
@@ -124,11 +179,19 @@ class Policy:
             "wide greedy": wide_rows,
             "sampled": rows,
             "greedy": rows,
+            "short sampled": strips,
+            "short greedy": strips,
+            "short drafting sampled": strips if width_for else (),
+            "short drafting greedy": strips if width_for else (),
             "pieces": tokens,
             "truncated": rows,
             "shaped": rows,
             "wide truncated": wide_rows,
             "wide shaped": wide_rows,
+            "short truncated": strips,
+            "short shaped": strips,
+            "short drafting truncated": strips if width_for else (),
+            "short drafting shaped": strips if width_for else (),
         }
         self._captured: dict[Kind, list[int]] = {kind: [] for kind in self._buckets}
         self._missed: Counter[Shape] = Counter()
@@ -146,8 +209,11 @@ class Policy:
         if plan.num_decode == plan.num_rows and (apart := _apart(plan)) is not None and self._buckets["greedy"]:
             self._not_whole[apart] += 1
         tokens = max(plan.num_tokens, self._fewest)  # fewer than the smallest pieces have take as long as those
+        count = plan.num_rows
+        if kind is None and (kind := short_kind(plan)) is not None:
+            count = strips_of(plan.counts)
         if kind is not None and self._buckets[kind]:
-            decision, reason = self._decide(kind, plan.num_rows)
+            decision, reason = self._decide(kind, count)
             if decision is None and reason == _FIRST_USE:  # its own comes soon: pieces only if they are there
                 ready = self._ready("pieces", tokens)
                 decision = None if ready is None else Decision(None, ready)
@@ -232,7 +298,11 @@ class Policy:
         lines = []
         for kind, sizes in self._captured.items():
             if self._buckets[kind]:
-                what = "pieces between joints, by tokens" if kind == "pieces" else f"whole {kind} decode steps, by rows"
+                what = f"whole {kind} decode steps, by rows"
+                if kind == "pieces":
+                    what = "pieces between joints, by tokens"
+                elif kind in _SHORTS:
+                    what = f"whole {kind} steps with prompts, by strips of {STRIP} positions"
                 listed = ", ".join(map(str, sizes)) or "none yet"
                 lines.append(f"graphs of {what}: {len(sizes)} of {len(self._buckets[kind])} captured: {listed}")
         lines += [f"no graph of {shape}: {reason}" for shape, reason in list(self._failed.items())]

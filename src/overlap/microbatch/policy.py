@@ -24,7 +24,7 @@ that are as good as equal the one with the shortest wins.
 
 **Trials.** A way whose cost is badly known is tried if it would win where it is as good as it may be; what is known of
 neighbouring sizes counts, so a new size is rarely tried. What was measured long ago is tried again, the more rarely the
-worse it was. Trials are a few to begin with, fewer where each way was measured before or held to be measured, and one
+worse it was. Trials are a few to begin with, none where each way was measured before or held to be measured, and one
 choice in a hundred in the long run. **Hysteresis.** What was chosen for a size stays until another way is better by
 more than noise, several looks in a row; those come sooner.
 
@@ -129,7 +129,11 @@ class _Size:
     route: Route | None = None
     choice: Choice | None = None
     left: int = 0
-    """Choices until the next look."""
+    """Choices until the next look, ..."""
+    rows: int = 0
+    """... while there are about so many rows, ..."""
+    later: int = 0
+    """... of which there will be about so many."""
     chosen: int = 0
     steady: int = 0
     trial: Route | None = None
@@ -209,9 +213,10 @@ class SplitPolicy:
             size = self._sizes[key] = _Size(route=self._last)
         size.chosen += 1
         self._total += 1
-        if size.left and size.choice is not None:
+        if size.left and size.choice is not None and _near(rows, size.rows) and _near(later, size.later):
             size.left -= 1
         else:
+            size.rows, size.later = rows, later
             size.choice = self._look(size, outlook, later, owed)
         return size.choice
 
@@ -313,7 +318,8 @@ class SplitPolicy:
         size.seen[chosen.route] = size.chosen
         size.left, self._last = (NEXT_LOOK if size.steady else LOOK) - 1, chosen.route
         size.why = _why(chosen, ways, self._target_s)
-        first = _TRIAL_CHOICES if self._calibrated else FIRST_TRIALS * len(self.routes)
+        # What was measured already waits until the share has room for a whole trial.
+        first = -_TRIAL_CHOICES if self._calibrated else FIRST_TRIALS * len(self.routes)
         if self.trials < first + TRIAL_SHARE * self._total:
             for way in sorted(ways.values(), key=lambda each: each.score_s - each.slack_s):
                 if way.route != chosen.route and self._is_worth_a_trial(size, way, chosen):
@@ -427,6 +433,11 @@ class SplitPolicy:
                 what = f"up to {rows} rows (soon {later}) beside {tokens} prompt tokens"
                 lines.append(f"lanes: {what}: {size.why}")
         return tuple(lines)
+
+
+def _near(count: int, other: int) -> bool:
+    """Whether two numbers are within a quarter of each other."""
+    return 4 * abs(count - other) <= other
 
 
 def _name(route: Route) -> str:

@@ -31,6 +31,9 @@ class AttentionRows:
     width: int = 1
     """Positions of each decode row in this step, the last ones that `seq_lens` counts. With more than one, `seq_lens`
     may go past the pages of `page_table`: what such positions attend to is of no use, and does no harm."""
+    strips: bool = False
+    """Whether decode rows may be parts of one text: then what a row reads may be written in this very step, in front of
+    its own positions, too."""
     seq_lens: Tensor
     """int32 [R] on the device: tokens of the row in KV, this step's included."""
     page_table: Tensor

@@ -25,6 +25,7 @@ from overlap.cache.pages import PAGE, Ints
 from overlap.ops.attention import AttentionRows
 from overlap.ops.decode_triton import DecodeKernel
 from overlap.ops.host_memory import host_zeros
+from overlap.schedule.plan import STRIP, STRIPS
 
 _WRAPPERS: Final = 2
 
@@ -55,9 +56,9 @@ class FlashInferAttention:
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
         self._sides = [(kv[:, layer, 0], kv[:, layer, 1]) for layer in range(kv.shape[1])]
-        self._decode = DecodeKernel(kv, num_heads, max_rows, width)
+        self._decode = DecodeKernel(kv, num_heads, max(max_rows, STRIPS[-1]), max(width, STRIP))
         self._num_decode = self._sms = 0
-        self._width = 1
+        self._width, self._strips = 1, False
         self._seq_lens = self._page_table = torch.empty(0, dtype=torch.int32, device=kv.device)
         backend = self._prefill_backend()
         self.name = f"decode rows by a kernel of our own, prompts by flashinfer {backend}"
@@ -79,6 +80,7 @@ class FlashInferAttention:
         """Keep the decode rows' columns, and plan the chunks from what the host knows."""
         num_decode = rows.num_decode
         self._num_decode, self._width, self._sms = num_decode, rows.width, rows.sms
+        self._strips = rows.strips
         self._seq_lens, self._page_table = rows.seq_lens[:num_decode], rows.page_table[:num_decode]
         self._prefill = None
         self._parts.clear()
@@ -117,7 +119,8 @@ class FlashInferAttention:
             parts = self._parts[place] = found or self._cut(q_THD, out)
         if self._num_decode:
             out_NHD = parts.decoded_NHD
-            self._decode.attend(layer, parts.q_NHD, self._page_table, self._seq_lens, out_NHD, self._width, self._sms)
+            where = parts.q_NHD, self._page_table, self._seq_lens, out_NHD
+            self._decode.attend(layer, *where, self._width, self._sms, strips=self._strips)
         if self._prefill is not None:
             with keeping_the_lock(self._compiled):
                 self._prefill.run(parts.q_PHD, self._sides[layer], out=parts.read_PHD)

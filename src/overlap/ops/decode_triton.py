@@ -283,11 +283,14 @@ class DecodeKernel:
         out_THD: Tensor,
         width: int = 1,
         sms: int = 0,
+        *,
+        strips: bool = False,
     ) -> None:
         """Write softmax(q k / sqrt(D)) v of N rows of `width` positions into `out_THD` [N * width, H, D], contiguous.
 
         `lengths` int32 [N] counts a row's tokens with its last position; one past `page_table` [N, P] sees what is
-        there. `q_THD` is contiguous. `sms` is how many SMs there are to fill, 0 for all.
+        there. `q_THD` is contiguous. `sms` is how many SMs there are to fill, 0 for all. With `strips` rows may read
+        what others of them write in this step: so nothing is read before that is there.
         """
         num_rows, kv = len(lengths), self._kv
         assert num_rows <= self._most[0]
@@ -295,7 +298,7 @@ class DecodeKernel:
         cut, at_once, splits, lines = self._cut_for(num_rows, width, sms or self._sms)
         options: dict[str, Any] = launch_triton.early(kv.device)
         # Behind an early start old keys are read before new ones are there: no cache line must have both.
-        ahead = cut.ahead and (self._whole_lines or not options["PDL"])
+        ahead = cut.ahead and not strips and (self._whole_lines or not options["PDL"])
         _decode_kernel[(num_rows * self._num_kv_heads * -(-width // at_once), splits)](
             q_THD, kv, page_table, lengths, out_THD, self._parts, self._peaks, self._sums, self._counters, layer,
             page_table.shape[1], page_table.stride(0), kv.stride(0), self._head_dim**-0.5 * 1.4426950408889634, width,

@@ -23,13 +23,21 @@ class Drafting:
     """Says how many positions a decode row runs, and counts what became of its drafts. False without a drafter."""
 
     def __init__(
-        self, drafts: int, ahead: int, pace: Pace | None, ladder: Ladder | None = None, *, with_prompts: bool = True
+        self,
+        drafts: int,
+        ahead: int,
+        pace: Pace | None,
+        ladder: Ladder | None = None,
+        *,
+        with_prompts: bool = True,
+        strips: bool = False,
     ) -> None:
         """`drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter.
 
         `ladder` says how many by the number of rows; None for always as many. The drafter writes to up to
         `ahead` positions behind the last token of a row. `pace` says when drafting pays; None always drafts.
-        `with_prompts` False drafts nothing in steps that read prompts.
+        `with_prompts` False drafts nothing in steps that read prompts. `strips` says that short ones of those are one
+        launch, whose rows verify nothing but may get drafts.
         """
         if not 0 <= drafts < PAGE or ahead > drafts:
             raise InternalError(f"{drafts} drafts, {ahead} ahead: a row would outgrow a page in one step")
@@ -42,6 +50,8 @@ class Drafting:
         self._first_has_none = ahead > 0  # the first wide step behind a plain one verifies no draft: it makes the first
         self._pace = pace
         self._with_prompts = with_prompts
+        self._strips = strips
+        self._wanted = False  # the decode rows of the step with prompts that is planned now would verify drafts
         self._drafted = False  # the last step did
         self._read = False  # the last step read prompts, and drafted nothing for that
         self._owing: set[int] = set()  # steps in the air that have no drafts to verify for that
@@ -62,17 +72,27 @@ class Drafting:
         fits = num_decode * wide < budget
         return wide if fits and (self._pace is None or self._pace.choose(num_decode, wide)) else 1
 
-    def drafts(self, number: int, width: int, num_decode: int, *, reads: bool) -> bool:
-        """Return whether step `number` drafts for its rows' next one; `reads` says whether it has prompt chunks."""
+    def drafts(self, number: int, width: int, num_decode: int, num_chunks: int = 0, *, short: bool = False) -> bool:
+        """Return whether step `number` drafts for its rows' next one. `short` says that its prompt chunks are."""
+        short = short and self._strips
         wide = self.most > 0 and (width > 1 or not num_decode)
-        if wide and self._read and not reads:
+        if short:
+            on = self._pace is None or self._pace.is_on(num_chunks)
+            wide = self.most > 0 and (self._wanted if num_decode else on)
+        if wide and self._read and not num_chunks:
             self._owing.add(number)
-        self._drafted = wide and (self._with_prompts or not reads)
-        self._read = reads and not self._with_prompts
+        self._drafted = wide and (self._with_prompts or short or not num_chunks)
+        self._read = num_chunks > 0 and not (self._with_prompts or short)
         return self._drafted
 
-    def beside_prompts(self, width: int) -> int:
-        """Return the width of a step with prompts too: 1 if it would neither verify drafts nor make some."""
+    def beside_prompts(self, width: int, *, short: bool = False) -> int:
+        """Return the width of a step with prompts too: 1 if it would neither verify drafts nor make some, or is short.
+
+        Of rows that have drafts those are lost then: less than what pieces take longer.
+        """
+        self._wanted = width > 1
+        if short and self._strips:
+            return 1
         return width if self._with_prompts or self._drafted else 1
 
     def needed(self, starts: Ints, context: int) -> Ints:

@@ -128,6 +128,11 @@ class Pace:
             self._await_trial(own, num_rows, gain)
         return not better
 
+    def is_on(self, num_rows: int) -> bool:
+        """Return whether steps of so many decode rows draft just now, as far as is known; decides nothing."""
+        own = self._buckets.get((num_rows - 1).bit_length())
+        return own is None or own.drafts or not own.known
+
     def _await_trial(self, own: _Bucket, num_rows: int, gain: float) -> None:
         own.trial = TRIAL if own.drafts else max(TRIAL, -(-TRIAL_ROWS // num_rows))
         loses = 1 - min(gain, 1 / gain)

@@ -48,6 +48,14 @@ SIDE: Final = 1
 Ladder: TypeAlias = tuple[tuple[int, int], ...]
 """(Decode rows, drafts), ascending: up to so many rows, one of `graphs.buckets.row_buckets`, a wide step verifies so
 many drafts of each. The last is for any number of rows."""
+STRIP: Final = 16
+"""Positions of a strip (see `state.strips`): as many as the tensor cores take at once, so fewer would cost as much."""
+STRIPS: Final = (1, 2, 4, 8, 16)
+"""The strips of short steps that are captured: 256 positions at most, for which the device takes about as long as the
+host takes to launch pieces."""
+_SHORT_READS: Final = 1 << 18
+"""Positions of a short step times tokens of its longest row, at most: its attention reads a row's keys anew for each
+few positions, where that of pieces reads them once."""
 REFUSED: Final = -1
 """What lands in place of a token for a draft that was refused."""
 UNUSED: Final = -2
@@ -165,6 +173,16 @@ PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("emitting rows ascend", lambda plan: bool((np.diff(plan.emits) > 0).all())),
 )
 """What is true of every plan, as sentences that are also the error messages. Checked in tests (14 µs at 256 rows)."""
+
+
+def strips_of(counts: Ints) -> int:
+    """Return how many strips rows of so many tokens take."""
+    return int((-(-counts // STRIP)).sum())
+
+
+def is_short(num_strips: int, longest: int) -> bool:
+    """Whether a step of so many strips, whose longest row ends at `longest` tokens, is short: one launch of a graph."""
+    return num_strips <= STRIPS[-1] and num_strips * STRIP * longest <= _SHORT_READS
 
 
 def width_for(num_rows: int, ladder: Ladder) -> int:

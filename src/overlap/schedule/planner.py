@@ -38,7 +38,7 @@ from overlap.schedule.forms import Forms
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import MAIN, SIDE, Admission, Ladder, StepPlan
+from overlap.schedule.plan import MAIN, SIDE, STRIP, Admission, Ladder, StepPlan, is_short
 from overlap.schedule.repeats import Repeats
 from overlap.schedule.request import Request
 from overlap.schedule.runs import cut_runs, runs_of
@@ -74,15 +74,17 @@ class Planner:
         pace: Pace | None = None,
         ladder: Ladder | None = None,
         drafts_with_prompts: bool = True,
+        strips: bool = False,
     ) -> None:
         """`splitter` is asked how to run prompts beside decode rows; None runs them in one mixed step, always.
 
         `drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter. The drafter
         writes to up to `drafts_ahead` positions behind the last token of a row. `pace` says when drafting pays; None
         always drafts. `ladder` says how many drafts by the number of rows; None for always as many.
-        `drafts_with_prompts` False drafts nothing in steps that read prompts.
+        `drafts_with_prompts` False drafts nothing in steps that read prompts, but for short ones with `strips`: see
+        `Drafting`.
         """
-        self._drafting = Drafting(drafts, drafts_ahead, pace, ladder, with_prompts=drafts_with_prompts)
+        self._drafting = Drafting(drafts, drafts_ahead, pace, ladder, with_prompts=drafts_with_prompts, strips=strips)
         if token_budget < max_rows + 1:
             raise InternalError(f"a budget of {token_budget} tokens leaves nothing beside {max_rows} decode rows")
         self._token_budget = token_budget
@@ -277,12 +279,22 @@ class Planner:
             if admissions:
                 raise InternalError("a request was admitted to a step that has no room for it")
             return None
+        short = False
         if chunks:  # a step may be in turn with prompts, and have no decode rows
-            width = self._drafting.beside_prompts(width) if len(decode) else 1
-        plan = self._build(decode, chunks, admissions, updates, MAIN, width)
+            short = self._is_short(decode, chunks)
+            width = self._drafting.beside_prompts(width, short=short) if len(decode) else 1
+        plan = self._build(decode, chunks, admissions, updates, MAIN, width, short=short)
         repeats = decode is self._decoding and not (chunks or admissions or plan.masked)
         self._before = plan if repeats else None
         return plan
+
+    def _is_short(self, decode: Ints, chunks: list[tuple[Request, int, int]]) -> bool:
+        """Return whether a step of these rows is short (see `plan.is_short`), and all its prompts end with it."""
+        if not self._drafting or any(request.chunked < len(request.prompt) for request, _, _ in chunks):
+            return False
+        num_strips = len(decode) + sum(-(-count // STRIP) for _, _, count in chunks)
+        longest = max(int(self._slots.next[decode].max(initial=0)), *(begin + count for _, begin, count in chunks))
+        return is_short(num_strips, longest + 1)
 
     def _goes_on(self, before: StepPlan) -> bool:
         """Whether there is nothing to consider but the rows of the step before.
@@ -492,6 +504,8 @@ class Planner:
         updates: list[Update],
         lane: int,
         width: int = 1,
+        *,
+        short: bool = False,
     ) -> StepPlan:
         self._planned += 1
         self._lanes[lane].note(self._planned)
@@ -538,7 +552,7 @@ class Planner:
             starts=starts,
             num_decode=num_decode,
             width=width,
-            drafts=self._drafting.drafts(self._planned, width, num_decode, reads=bool(chunks)),
+            drafts=self._drafting.drafts(self._planned, width, num_decode, len(chunks), short=short),
             behind=behind,
             prompt=prompt,
             emits=emits,

@@ -56,7 +56,7 @@ class ChainDrafter:
         state_TC = drive(self._begin(read), self._attention)
         tokens: list[Tensor] = []
         steps = most - (self._head.ahead == 2)
-        places = chain_places(read, steps, self._context, self._head.ahead)
+        places = chain_places(read, steps, self._context, self._head.ahead, slots.scratch)
         if self._head.ahead == 2:
             state_RC = state_TC.index_select(0, read.last)
             token_R = self._choose(state_RC, read.slots, places.says_SR[0], slots, kind)

@@ -27,15 +27,15 @@ class Places:
     """The position of the token that comes of it."""
 
 
-def chain_places(read: Read, steps: int, context: int, ahead: int) -> Places:
-    """Return the places of `steps` forwards of one token a row each; `ahead` is the head's."""
+def chain_places(read: Read, steps: int, context: int, ahead: int, scratch: int) -> Places:
+    """Return the places of `steps` forwards of a token a row; `ahead` is the head's, `scratch` the slot of padding."""
     if read.positions.is_cuda:
         from overlap.spec import places_triton
 
-        return Places(*places_triton.chain_places(read, steps, context, ahead))
+        return Places(*places_triton.chain_places(read, steps, context, ahead, scratch))
     ahead_S1 = torch.arange(steps + 1, dtype=torch.int32)[:, None]
     places_SR = read.positions.index_select(0, read.last) + ahead_S1
-    real_R = read.kv_index.index_select(0, read.last) >= 0
+    real_R = read.slots != scratch
     positions_SR = places_SR.clamp(max=context - 1)
     pages_SR = read.page_table.gather(1, (positions_SR // PAGE).long().T).T
     # Past the context nothing is written; what such a row drafts is of no use, and of no harm.

@@ -12,10 +12,10 @@ from overlap.spec.drafter import Read
 from overlap.spec.runs_triton import aligned
 
 
-@triton.jit(do_not_specialize=["context", "ahead", "table_stride", "stride"])
+@triton.jit(do_not_specialize=["context", "ahead", "scratch", "table_stride", "stride"])
 def _chain_places_kernel(
     positions,
-    kv_index,
+    slots,
     last,
     page_table,
     table_stride,
@@ -23,6 +23,7 @@ def _chain_places_kernel(
     stride,
     context,
     ahead,
+    scratch,
     STEPS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     LANES: tl.constexpr,
@@ -37,7 +38,7 @@ def _chain_places_kernel(
     step = tl.arange(0, LANES)
     inside = step < STEPS
     place = tl.load(positions + token) + step
-    real = tl.load(kv_index + token) >= 0
+    real = tl.load(slots + row) != scratch
     position = tl.minimum(place, context - 1)
     page = tl.load(page_table + row.to(tl.int64) * table_stride + position // PAGE_TOKENS, mask=inside, other=0)
     index = tl.where((place < context) & real, page * PAGE_TOKENS + position % PAGE_TOKENS, -1)
@@ -48,13 +49,13 @@ def _chain_places_kernel(
     tl.store(here + 3 * STEPS * stride, place + ahead, mask=inside)
 
 
-def chain_places(read: Read, steps: int, context: int, ahead: int) -> Tensor:
+def chain_places(read: Read, steps: int, context: int, ahead: int, scratch: int) -> Tensor:
     """See `spec.places.chain_places`; int32 [4, steps + 1, R]."""
     num_rows = len(read.slots)
     out = aligned((4, steps + 1, num_rows), read.slots.device)
     _chain_places_kernel[(num_rows,)](
         read.positions,
-        read.kv_index,
+        read.slots,
         read.last,
         read.page_table,
         read.page_table.stride(0),
@@ -62,6 +63,7 @@ def chain_places(read: Read, steps: int, context: int, ahead: int) -> Tensor:
         out.stride(1),
         context,
         ahead,
+        scratch,
         STEPS=steps + 1,
         PAGE_TOKENS=PAGE,
         LANES=triton.next_power_of_2(steps + 1),

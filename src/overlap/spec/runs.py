@@ -19,18 +19,31 @@ from overlap.spec.accept import Accepted, accept
 from overlap.spec.drafter import Drafts
 from overlap.spec.rows import DraftRows
 from overlap.state.mail import DEPTH, Mail
-from overlap.state.packing import HEADER, NUM_ROWS
+from overlap.state.packing import ADMISSION_WORDS, ADMISSIONS, HEADER, NUM_ADMISSIONS, NUM_ROWS
 from overlap.state.rows import SlotRows
+from overlap.state.strips import Strips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Runs:
-    """The inputs of D rows of J positions each, int32 on the device."""
+class Ends:
+    """What is to be settled of D rows of J positions each, int32 on the device."""
 
     packed: Tensor
     """The packed plan, whose header has the number of rows."""
     width: int
     """J"""
+    slots_D: Tensor
+    starts_D: Tensor
+    """The position of each row's first token."""
+    drafts_DK: Tensor
+    """[D, J - 1]"""
+    num_drafts_D: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs(Ends):
+    """The inputs of D rows of J positions each, int32 on the device."""
+
     token_ids_N: Tensor
     """Of each row its last token, then its drafts."""
     positions_N: Tensor
@@ -38,16 +51,10 @@ class Runs:
     kv_index_N: Tensor
     """-1 past the context, and for padding."""
     token_slots_N: Tensor
-    slots_D: Tensor
-    starts_D: Tensor
-    """The position of each row's first token."""
     seq_lens_D: Tensor
     """Where the row's J positions end."""
     page_table: Tensor
     """[D, P]"""
-    drafts_DK: Tensor
-    """[D, J - 1]"""
-    num_drafts_D: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +103,32 @@ def build_runs(packed: Tensor, rows: SlotRows, drafts: DraftRows, num_rows: int,
     )
 
 
-def settle_runs(runs: Runs, choices_N: Tensor, rows: SlotRows, drafts: DraftRows, cost: float) -> Outcome:
+def ends_of(strips: Strips, packed: Tensor) -> Ends:
+    """Return the rows of a step in strips as runs of their last token alone: what they emit is settled as that is."""
+    num_rows, device = len(strips.slots_R), packed.device
+    return Ends(
+        packed=packed,
+        width=1,
+        slots_D=strips.slots_R,
+        starts_D=strips.ends_R - 1,
+        drafts_DK=torch.empty((num_rows, 0), dtype=torch.int32, device=device),
+        num_drafts_D=torch.zeros(num_rows, dtype=torch.int32, device=device),
+    )
+
+
+def forget_runs(packed: Tensor, drafts: DraftRows, most: int) -> None:
+    """Forget what the earlier owners of slots left that are taken by the packed plan: up to `most` of them."""
+    if packed.is_cuda:
+        from overlap.spec import runs_triton
+
+        runs_triton.forget_runs(packed, drafts, most)
+        return
+    words = packed.numpy()
+    first, count = int(words[ADMISSIONS]), int(words[NUM_ADMISSIONS]) * ADMISSION_WORDS
+    drafts.admit(packed[first : first + count].view(-1, ADMISSION_WORDS)[:, 0].long())
+
+
+def settle_runs(runs: Ends, choices_N: Tensor, rows: SlotRows, drafts: DraftRows, cost: float) -> Outcome:
     """Accept, and move the slots' rows on: lengths, last tokens, what drafts were worth, none left to verify.
 
     `choices` (int32 or int64) are the target's; `cost` is that of `DraftControl.choose`.

@@ -15,9 +15,9 @@ from overlap.schedule.plan import REFUSED, UNUSED
 from overlap.spec.control import MARGIN, MEMORY, PRIOR_ACCEPTANCE, PRIOR_TRIES, PROBE_PRICE
 from overlap.spec.drafter import Drafts
 from overlap.spec.rows import DraftRows
-from overlap.spec.runs import Outcome, Runs
+from overlap.spec.runs import Ends, Outcome, Runs
 from overlap.state.mail import DEPTH, Mail
-from overlap.state.packing import HEADER, NUM_ROWS
+from overlap.state.packing import ADMISSION_WORDS, ADMISSIONS, HEADER, NUM_ADMISSIONS, NUM_ROWS
 from overlap.state.rows import SlotRows
 
 _TABLE_BLOCK: Final = 128
@@ -155,6 +155,24 @@ def _settle_runs_kernel(
 
 
 @triton.jit
+def _forget_runs_kernel(
+    packed, hits, tries, idle, num_S, ADMISSION: tl.constexpr, NUM_ADMISSIONS_WORD: tl.constexpr,
+    ADMISSIONS_WORD: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    place = tl.arange(0, LANES)
+    there = place < tl.load(packed + NUM_ADMISSIONS_WORD)
+    admissions = packed + tl.load(packed + ADMISSIONS_WORD)
+    slot = tl.load(admissions + place * ADMISSION, mask=there, other=0)
+    tl.store(hits + slot, 0.0, mask=there)
+    tl.store(tries + slot, 0.0, mask=there)
+    tl.store(idle + slot, 0, mask=there)
+    tl.store(num_S + slot, 0, mask=there)
+
+
+@triton.jit
 def _keep_drafts_kernel(
     slots, proposed, num, most, tokens, num_S, COUNT: tl.constexpr, MOST: tl.constexpr, LANES: tl.constexpr,
     PDL: tl.constexpr,
@@ -255,7 +273,7 @@ def build_runs(packed: Tensor, rows: SlotRows, drafts: DraftRows, num_rows: int,
     )
 
 
-def settle_runs(runs: Runs, choices_N: Tensor, rows: SlotRows, drafts: DraftRows, cost: float) -> Outcome:
+def settle_runs(runs: Ends, choices_N: Tensor, rows: SlotRows, drafts: DraftRows, cost: float) -> Outcome:
     """See `spec.runs.settle_runs`."""
     num_rows, width = len(runs.slots_D), runs.width
     landing_DJ = torch.empty((num_rows, width), dtype=torch.int32, device=choices_N.device)
@@ -322,4 +340,22 @@ def land_runs(mail: Mail, landing_DJ: Tensor) -> None:
         BLOCK=min(1024, triton.next_power_of_2(num_rows * width)),
         num_warps=4,
         **launch_triton.early(landing_DJ.device),
+    )
+
+
+def forget_runs(packed: Tensor, drafts: DraftRows, most: int) -> None:
+    """See `spec.runs.forget_runs`."""
+    control = drafts.control
+    _forget_runs_kernel[(1,)](
+        packed,
+        control.hits,
+        control.tries,
+        control.idle,
+        drafts.num_S,
+        ADMISSION=ADMISSION_WORDS,
+        NUM_ADMISSIONS_WORD=NUM_ADMISSIONS,
+        ADMISSIONS_WORD=ADMISSIONS,
+        LANES=max(16, triton.next_power_of_2(most)),
+        num_warps=1,
+        **launch_triton.early(packed.device),
     )

@@ -5,8 +5,8 @@ All of it is enqueued; the host plans with upper bounds and learns a step later 
 here, so here is where a slot's length moves on. Positions past the context exist in no page: they are read as the
 context's last one, write no KV, and what comes of them is past every row's limit.
 
-`decode` is a step of decode rows alone with no word from the host: what a graph records. `run` is any step. Both are
-made of the same parts.
+`decode` is a step of decode rows alone with no word from the host, `short` one with short prompts, in strips: what
+graphs record. `run` is any step. All are made of the same parts.
 
 The order of shapes is the same as without a drafter: the target's logits at each position are shaped by what stands in
 front of that position (`shape_logits` is told the drafts), then filtered, then drawn with the noise of the position.
@@ -36,17 +36,19 @@ from overlap.schedule.plan import Admission, Ladder, SampleKind, StepPlan, width
 from overlap.spec.drafter import Drafter, Read
 from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs
 from overlap.spec.rows import DraftRows
-from overlap.spec.runs import Outcome, Runs, build_runs, keep_drafts, land_runs, settle_runs
+from overlap.spec.runs import Outcome, Runs, build_runs, ends_of, forget_runs, keep_drafts, land_runs, settle_runs
 from overlap.state.inputs import apply_changes, sampled_rows
 from overlap.state.mail import Mail
 from overlap.state.packing import ADMISSION_WORDS, Layout
 from overlap.state.replay import take_plan
 from overlap.state.rows import SlotRows
 from overlap.state.shapes import to_device
+from overlap.state.strips import take_strips
 
 DRAFT_COST: Final = 0.0
 """What one more draft costs its row: nothing, for a wide step computes all its positions whether they hold drafts or
 not. Whether steps are wide the host decides, by what they take (`schedule.pace`)."""
+_ONE_ROW: Final = 4
 RunTarget: TypeAlias = Callable[[Batch], Tensor]
 """Runs the target over tokens whose attention is planned; returns what `Llama.forward` does, the taps included."""
 
@@ -125,13 +127,56 @@ class Speculation:
         choices_N = self._choose_all(final_NC, runs, kind)
         outcome = settle_runs(runs, choices_N, self._rows, self._drafts, DRAFT_COST)
         if kind == "shaped":
-            self._note(runs, outcome)
+            self._note(runs.slots_D, outcome)
         read = self._told(inputs, choices_N.int(), outcome.last_D, taps_NX, self._context - 1, width)
         if width > 1:
             keep_drafts(runs.slots_D, self._drafter.draft(read, self._rows, kind), outcome.most_D, self._drafts)
         else:
             self._drafter.take_in(read)
         land_runs(mail, outcome.landing_DJ)
+
+    @torch.inference_mode()
+    def short(self, mail: Mail, num_strips: int, kind: SampleKind, *, drafts: bool) -> None:
+        """Enqueue one whole step of rows that are cut into so many strips, prompts too, from the mail and back to it.
+
+        No row verifies drafts; with `drafts` each gets some for the next step. The requests that begin with it may have
+        to be remembered first (`remember`).
+        """
+        strips = take_strips(mail, self._rows, num_strips)
+        forget_runs(mail.packed, self._drafts, num_strips)
+        inputs = Inputs(
+            token_ids_T=strips.token_ids_T,
+            positions_T=strips.positions_T,
+            kv_index_T=strips.kv_index_T,
+            token_slots_T=strips.token_slots_T,
+            slots_R=strips.slots_R,
+            page_table=strips.row_pages,
+            rows=strips.attention_rows(),
+        )
+        final_TC, taps_TX = self._read(inputs, self._drive)
+        final_RC = final_TC.index_select(0, strips.last_R)
+        if kind == "greedy":
+            choices_R = self._program.greedy(final_RC)
+        else:
+            choices_R = sample_all(self._program.logits(final_RC), self._rows, strips.slots_R, strips.ends_R, kind)
+        outcome = settle_runs(ends_of(strips, mail.packed), choices_R, self._rows, self._drafts, DRAFT_COST)
+        if kind == "shaped":
+            self._note(strips.slots_R, outcome)
+        next_T = strips.next_tokens(choices_R)
+        # A few strips are one prompt's more often than not, and the row's next step is as wide as a row alone is.
+        width = self.width_for(1 if num_strips <= _ONE_ROW else num_strips)
+        read = self._told(inputs, next_T, strips.last_R, taps_TX, self._context - 1, width)
+        if drafts:
+            keep_drafts(strips.slots_R, self._drafter.draft(read, self._rows, kind), outcome.most_D, self._drafts)
+        else:
+            self._drafter.take_in(read)
+        land_runs(mail, outcome.landing_DJ)
+
+    def remember(self, admissions: Sequence[Admission]) -> None:
+        """Tell the drafter what the cached prefixes of new requests are, if it wants to know."""
+        for admission in admissions:
+            if admission.spared is not None:
+                self._drafter.remember(admission.slot, to_device(self._kv.device, admission.spared))
 
     def run(
         self,
@@ -203,12 +248,12 @@ class Speculation:
             most=width - 1 if width > 1 else None,
         )
 
-    def _note(self, runs: Runs, outcome: Outcome) -> None:
+    def _note(self, slots_D: Tensor, outcome: Outcome) -> None:
         """Count the tokens of runs that were taken for their slots' penalties."""
         shapes = self._rows.shapes.rows
         assert shapes is not None, "a shaped step has rows of shapes"
         taken_DJ = outcome.landing_DJ >= 0
-        noted_DJ = torch.where(taken_DJ, runs.slots_D[:, None], self._rows.scratch)  # nobody looks at the scratch slot
+        noted_DJ = torch.where(taken_DJ, slots_D[:, None], self._rows.scratch)  # nobody looks at the scratch slot
         shapes.note(noted_DJ.view(-1), outcome.landing_DJ.clamp(min=0).view(-1))
 
     # ── decode rows alone, nothing from the host ─────────────────────────────────────────────────────────────────
@@ -233,9 +278,7 @@ class Speculation:
             return
         words = packed.narrow(0, layout.admissions, layout.num_admissions * ADMISSION_WORDS)
         self._drafts.admit(words.view(-1, ADMISSION_WORDS)[:, 0].long())
-        for admission in admissions:
-            if admission.spared is not None:
-                self._drafter.remember(admission.slot, to_device(self._kv.device, admission.spared))
+        self.remember(admissions)
 
     def _emits(self, plan: StepPlan, ends_C: Tensor | None) -> Tensor:
         """Return the index among T of each place that lands, int64 [L]."""
@@ -278,7 +321,7 @@ class Speculation:
         """Move on what `settle_runs` leaves: the rows of chunks that end their prompt, and counts of tokens."""
         shapes = self._rows.shapes.rows if plan.shaped else None
         if shapes is not None and plan.num_decode:
-            self._note(runs, outcome)
+            self._note(runs.slots_D, outcome)
         if len(plan.emits) > plan.num_decode:
             ending = to_device(self._kv.device, plan.slots[plan.emits[plan.num_decode :]].astype(np.int64))
             self._rows.last_token.index_copy_(0, ending, firsts_E)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overlap.cache.pages import PAGE
+from overlap.cache.pages import PAGE, Ints
 from overlap.state.packing import ADMISSION_WORDS, Layout
 from overlap.state.rows import SlotRows
 
@@ -122,18 +122,23 @@ def _apply_changes(packed: Tensor, layout: Layout, rows: SlotRows) -> None:
     """Write admissions and page updates into the rows. They are few: numpy's views cost the least."""
     words = packed.numpy()
     if layout.num_admissions:
-        admissions = words[layout.admissions : layout.page_updates].reshape(-1, ADMISSION_WORDS)
-        slots, floats = admissions[:, 0], admissions.view(np.float32)
-        rows.seq_len.numpy()[slots] = admissions[:, 1]
-        rows.temperature.numpy()[slots] = floats[:, 2]
-        rows.top_k.numpy()[slots] = admissions[:, 3]
-        rows.top_p.numpy()[slots] = floats[:, 4]
-        rows.min_p.numpy()[slots] = floats[:, 5]
-        rows.seed_lo.numpy()[slots] = admissions[:, 6]
-        rows.seed_hi.numpy()[slots] = admissions[:, 7]
+        write_admissions(words[layout.admissions : layout.page_updates], rows)
     if layout.num_updates:
         slots, indices, pages = words[layout.page_updates : layout.prompt].reshape(3, -1)
         rows.page_table.numpy()[slots, indices] = pages
+
+
+def write_admissions(words: Ints, rows: SlotRows) -> None:
+    """Write admissions, [A * ADMISSION_WORDS] packed words, into rows on the CPU."""
+    admissions = words.reshape(-1, ADMISSION_WORDS)
+    slots, floats = admissions[:, 0], admissions.view(np.float32)
+    rows.seq_len.numpy()[slots] = admissions[:, 1]
+    rows.temperature.numpy()[slots] = floats[:, 2]
+    rows.top_k.numpy()[slots] = admissions[:, 3]
+    rows.top_p.numpy()[slots] = floats[:, 4]
+    rows.min_p.numpy()[slots] = floats[:, 5]
+    rows.seed_lo.numpy()[slots] = admissions[:, 6]
+    rows.seed_hi.numpy()[slots] = admissions[:, 7]
 
 
 def _decode_inputs(packed: Tensor, layout: Layout, rows: SlotRows) -> StepInputs:

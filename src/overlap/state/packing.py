@@ -20,11 +20,16 @@ HEADER: Final = 16
 ADMISSION_WORDS: Final = 8
 """slot, start, temperature bits, top_k, top_p bits, min_p bits, seed low, seed high."""
 NUM_ROWS: Final = 0
+NUM_DECODE: Final = 1
+NUM_ADMISSIONS: Final = 5
 NUM_UPDATES: Final = 6
+ROW_TOKENS: Final = 8
+COUNTS: Final = 9
+ADMISSIONS: Final = 12
 PAGE_UPDATES: Final = 13
 PROMPT: Final = 14
 USED: Final = 15
-"""Where the header has R, N, the offsets of page updates and prompt, and the words in use: a graph reads them there."""
+"""Where the header has R, D, A, N, the offsets of some sections, and the words in use: a graph reads them there."""
 SECTIONS: Final = (
     "slots", "row_tokens", "counts", "row_emits", "sampled", "admissions", "page_updates", "prompt",
 )  # fmt: skip

@@ -149,17 +149,7 @@ def _settle_decode_kernel(
 
 def take_plan(mail: Mail, rows: SlotRows, num_rows: int) -> None:
     """See `state.replay.take_plan`."""
-    words = min(HEADER + _USUAL_WORDS * num_rows, mail.plans.shape[1])
-    _take_plan_kernel[(triton.cdiv(words, _TAKE_BLOCK),)](
-        mail.plans,
-        mail.turn,
-        mail.packed,
-        mail.plans.stride(0),
-        words,
-        USED_WORD=USED,
-        BLOCK=_TAKE_BLOCK,
-        num_warps=4,
-    )
+    fetch_plan(mail, HEADER + _USUAL_WORDS * num_rows)
     _update_pages_kernel[(_UPDATE_PROGRAMS,)](
         mail.packed,
         rows.page_table,
@@ -170,6 +160,21 @@ def take_plan(mail: Mail, rows: SlotRows, num_rows: int) -> None:
         BLOCK=_UPDATE_BLOCK,
         num_warps=2,
         **launch_triton.early(mail.packed.device),
+    )
+
+
+def fetch_plan(mail: Mail, usual_words: int) -> None:
+    """Copy the plan whose turn it is to `mail.packed`; so many words of it are asked for at once."""
+    words = min(usual_words, mail.plans.shape[1])
+    _take_plan_kernel[(triton.cdiv(words, _TAKE_BLOCK),)](
+        mail.plans,
+        mail.turn,
+        mail.packed,
+        mail.plans.stride(0),
+        words,
+        USED_WORD=USED,
+        BLOCK=_TAKE_BLOCK,
+        num_warps=4,
     )
 
 
