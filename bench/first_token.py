@@ -46,7 +46,7 @@ def in_pieces(engine: AsyncEngine) -> Iterator[None]:
     policies = [] if graphs is None else [graphs.policy]
     kept = [dict(policy._buckets) for policy in policies]
     for policy in policies:
-        policy._buckets |= {kind: () for kind in policy._buckets if kind.startswith("short")}
+        policy._buckets |= {family: () for family in policy._buckets if family[0].startswith("short")}
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from two_lanes_cases import CASES, Case  # type: ignore[import-not-found]
 
-from overlap import AsyncEngine, SamplingParams
+from overlap import AsyncEngine, ConfigError, SamplingParams
 from overlap.graphs.policy import Kind, Shape
 from overlap.microbatch.cost import CostModel, Nominal
 from overlap.microbatch.policy import SplitPolicy
@@ -113,7 +113,7 @@ class Bench:
                     lane.turn_to(share)
                     if lane._graphs is not None:
                         policy = lane._graphs.policy
-                        policy._missed.update(Shape(kind, size) for size in policy._buckets[kind])
+                        policy._missed.update(Shape(kind, size) for size in policy._buckets[kind, 1])
                 lane.turn_to(0)
 
         await asyncio.wrap_future(self.core.call(want))
@@ -298,13 +298,16 @@ async def warm_up(bench: Bench, asked: argparse.Namespace, shape: str, progress:
     await bench.settled(3 * asked.settle)
     if asked.calibrate and "auto" in asked.lanes:
         await bench.switch("auto")
-        began = time.perf_counter()
-        await bench.engine.calibrate(progress=False)
+        began, failed = time.perf_counter(), {}
+        try:
+            await bench.engine.calibrate(progress=False)
+        except ConfigError as failure:  # the policy knows what could be measured
+            failed = {"failed": str(failure)}
         for policy in bench.ways.values():
             if isinstance(policy, SplitPolicy):  # all of them share what was measured
                 policy.end()
         line = {"bench": "two_lanes", "shape": shape, "figure": "calibration"}
-        print(json.dumps({**line, "seconds": round(time.perf_counter() - began, 2)}), flush=True)
+        print(json.dumps({**line, "seconds": round(time.perf_counter() - began, 2), **failed}), flush=True)
     for load in asked.load:
         for way in ways_of(bench, asked, load):
             learns = asked.learn if way in ("auto", "target") else 0

@@ -256,7 +256,7 @@ def _parts(
         drafts=resolved.num_drafts,
         ladder=resolved.draft_ladder,
         drafts_with_prompts=resolved.drafts_with_prompts,
-        strips=resolved.graphs and device.type == "cuda",
+        strips=resolved.short_steps,
         drafts_ahead=resolved.num_drafts if head is not None else 0,
         pace=Pace() if resolved.paces_drafts else None,
     )
@@ -391,6 +391,7 @@ def _splitter(
         kv_token_s=page_bytes(model, resolved.dtype) / PAGE / bandwidth,
         token_s=2 * weight_bytes / size / flops,
         step_s=5e-4,
+        attend_s=4 * model.num_layers * model.num_heads * model.head_dim / flops,
     )
     machine = f"{resolved.model} {resolved.dtype} on {name}"
     cost = CostModel(nominal, machine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -17,7 +17,7 @@ from overlap.cache.pages import PAGE
 from overlap.errors import ConfigError, QueueFull
 from overlap.messages import SamplingParams
 from overlap.microbatch.cost import FIRM
-from overlap.microbatch.policy import Route, SplitPolicy
+from overlap.microbatch.policy import Route, SplitPolicy, name_of
 from overlap.observe.progress import bar
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _ENOUGH: Final = FIRM
 """Chunks that are measured of a way at a size."""
 _MOST: Final = 12
 """Chunks that are read for them at most: the first of a kind may be captured as graphs, and then are no measure."""
+_ALONE: Final = 2 * FIRM
+"""Decode steps alone, in front of each way that runs them beside chunks: contexts have grown since the last."""
 _SHORT: Final = 16
 """Tokens of a prompt whose answer is there to decode."""
 _LONGEST: Final = 16_384
@@ -96,8 +98,9 @@ async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progres
     finally:
         await call(policy.end)
     if not policy.calibrated:
+        found = ", ".join(f"{name_of(route)} {policy.samples(route)}" for route in policy.routes)
         raise ConfigError(
-            "Not every way could be measured; `engine.explain()` says how often each was. "
+            f"Not every way could be measured {FIRM} times: {found}. "
             "Open the engine with more kv_cache, or calibrate when it has nothing else to do."
         )
 
@@ -114,24 +117,34 @@ class Calibration:
         self._draw = random.Random(0)
         self._salt = f"calibration {secrets.token_hex(8)}"  # no prefix of it is found, by the next one neither
         self._routes = sorted(policy.routes, key=lambda route: route[0] != "serial")
-        """In turn first: that says what decode steps take alone, with which those beside a chunk are compared."""
+        """In turn first: that says what decode steps take alone."""
 
     async def run(self, cells: tuple[Cell, ...]) -> None:
-        """Measure each way in each cell."""
+        """Measure each way in each cell, and those once more of which too little was to be learned."""
         for cell in cells:
-            await self._hold(self._routes[0])
-            answers = [asyncio.create_task(self._decode()) for _ in range(cell.rows)]
-            try:
-                await self._ask(_SHORT, 1)  # behind all of them: now they decode
-                for route in self._routes:
-                    await self._hold(route)
-                    await self._measure(route, cell)
-                    self._told()
-                    for task in answers:
-                        if task.done():
-                            task.result()  # one ends only by what it failed at
-            finally:
-                await _cancelled(answers)
+            await self._measure_all(cell, self._routes, self._told)
+        for cell in cells:
+            missing = [route for route in self._routes if await self._samples(route) < _ENOUGH]
+            if missing:
+                await self._measure_all(cell, missing, lambda: None)
+
+    async def _measure_all(self, cell: Cell, routes: Sequence[Route], told: Callable[[], object]) -> None:
+        await self._hold(self._routes[0])
+        answers = [asyncio.create_task(self._decode()) for _ in range(cell.rows)]
+        try:
+            await self._ask(_SHORT, 1)  # behind all of them: now they decode
+            for route in routes:
+                if route[0] == "lanes":  # what decode steps take alone by now, with which those beside are compared
+                    await self._hold(self._routes[0])
+                    await self._ask(_SHORT, _ALONE)
+                await self._hold(route)
+                await self._measure(route, cell)
+                told()
+                for task in answers:
+                    if task.done():
+                        task.result()  # one ends only by what it failed at
+        finally:
+            await _cancelled(answers)
 
     async def _measure(self, route: Route, cell: Cell) -> None:
         """Read chunks until enough of them are known. A second one waits while one is read, as under load."""

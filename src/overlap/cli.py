@@ -308,16 +308,17 @@ def _train_drafter(arguments: argparse.Namespace) -> int:
     from overlap.spec.train_command import Job, train_drafter
 
     device = arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    names = ("steps", "batch_size", "minutes", "unroll", "draft_vocabulary", "intermediate", "seed")
+    names = ("steps", "batch_size", "minutes", "unroll", "draft_vocabulary", "intermediate", "seed", "learning_rate")
     job = Job(
         model=arguments.model,
         output=Path(arguments.output),
         train=TrainSettings(**_given(arguments, names)),
         prompts=None if arguments.prompts is None else Path(arguments.prompts),
+        start=None if arguments.start is None else Path(arguments.start),
         device=device,
         dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
         cache_dir=None if arguments.cache_dir is None else Path(arguments.cache_dir),
-        **_given(arguments, ("num_prompts", "answer_tokens", "temperature")),
+        **_given(arguments, ("num_prompts", "answer_tokens", "temperature", "self_asked")),
     )
     report = train_drafter(job)
     shares = ", ".join(f"{share:.2f}" for share in report.accepted)
@@ -372,6 +373,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(train)
     train.add_argument("--output", metavar="DIR", required=True, help="where the head goes; a second run goes on there")
     train.add_argument("--prompts", metavar="FILE", help="prompts, one a line (default: built-in ones of many kinds)")
+    train.add_argument(
+        "--self-asked", type=float, metavar="SHARE",
+        help="share of prompts that the model makes up itself (default: 0.5; 0 with --prompts or no chat template)",
+    )  # fmt: skip
+    train.add_argument("--start", metavar="DIR", help="a head to go on from (default: begin anew)")
+    train.add_argument("--learning-rate", type=float, metavar="R", help="at the beginning (default: 0.001)")
     train.add_argument("--num-prompts", type=int, metavar="N", help="answers to make (default: 20000)")
     train.add_argument("--answer-tokens", type=int, metavar="N", help="tokens of an answer at most (default: 384)")
     train.add_argument("--temperature", type=float, help="of the answers (default: 0.8)")

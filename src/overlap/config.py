@@ -276,6 +276,8 @@ class Resolved:
     """0 lets two lanes compete for SMs."""
     drafts_with_prompts: bool = True
     """Whether steps that read prompts draft, too."""
+    short_steps: bool = False
+    """Whether steps with short prompts are one launch, and may draft in any case."""
     paces_drafts: bool = False
     """Drafts only while that pays."""
 
@@ -322,6 +324,7 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         num_drafts=max((drafts for _, drafts in ladder), default=0),
         draft_ladder=ladder,
         drafts_with_prompts=_drafts_with_prompts(asked, device),
+        short_steps=_short_steps(asked, device),
         decode_sms=_decode_sms(asked, device),
         paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
     )
@@ -339,15 +342,19 @@ def _draft_ladder(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Ladde
         return ()
     if asked.num_drafts != "auto":
         return ((_ANY_ROWS, asked.num_drafts),)
-    ladder: Ladder = ((_ANY_ROWS, 4),)
-    why = "past four, few drafts are worth it"
-    if on_cuda and asked.speculative == "eagle":
+    if not on_cuda:
+        chose("num_drafts", 4, "past four, few drafts are worth it; none while plain steps bring more")
+        return ((_ANY_ROWS, 4),)
+    # Three and the token in front of them are four positions, and products are cut for powers of two.
+    ladder: Ladder = ((_ANY_ROWS, 3),)
+    why = "at most: 3, or none while plain steps bring more"
+    if asked.speculative == "eagle":
         ladder = (1, 15), (16, 7), *ladder
-        why = "a draft costs a GPU little; 7 with more than one row, 4 with more than 16"
-    elif on_cuda and asked.speculative == "ngram":
+        why = "at most: 3, to 16 rows 7 and for a row alone 15 where they bring more, none while plain steps do"
+    elif asked.speculative == "ngram":
         ladder = (16, 7), *ladder
-        why = "a draft costs a GPU little; 4 with more than 16 rows"
-    chose("num_drafts", ladder[0][1], f"{why}; none while plain steps bring more")
+        why = "at most: 3, to 16 rows 7 where they bring more, none while plain steps do"
+    chose("num_drafts", ladder[0][1], why)
     return ladder
 
 
@@ -355,6 +362,11 @@ def _drafts_with_prompts(asked: EngineConfig, device: str) -> bool:
     """Return whether steps that read prompts draft: on a GPU no graph holds them, and drafting takes longer to launch
     than the one wide step without drafts behind them."""
     return asked.speculative not in ("eagle", "draft") or not device.startswith("cuda")
+
+
+def _short_steps(asked: EngineConfig, device: str) -> bool:
+    """Return whether steps with short prompts are one launch of a graph."""
+    return asked.graphs and device.startswith("cuda")
 
 
 def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:

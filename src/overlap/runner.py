@@ -285,15 +285,15 @@ class _LaneRunner:
         parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
         most = min(token_budget, max(max_rows, int(HOST_BOUND / (2 * parameters))))
         tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
-        wide_rows: tuple[int, ...] = ()
+        wide: dict[int, tuple[int, ...]] = {}
         if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
-            fitting = (rows for rows in range(1, max_rows + 1) if rows * speculation.width_for(rows) < token_budget)
-            wide_rows = row_buckets(max(fitting, default=1))
+            for most_rows, drafts in speculation.ladder:
+                fitting = min(most_rows, max_rows, (token_budget - 1) // (1 + drafts))
+                wide[1 + drafts] = row_buckets(max(1, fitting))
 
         def make(_share: int) -> GraphDriver:
-            width_for = None if speculation is None else speculation.width_for
             strips = tuple(size for size in STRIPS if whole and size <= max(1, token_budget // STRIP))
-            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide_rows, width_for, strips)
+            policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide, strips)
             return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows)
 
         note = (

@@ -28,6 +28,7 @@ from overlap.graphs.policy import Policy, Shape
 from overlap.graphs.shares import ShareGraphs
 from overlap.models.program import Attend, Batch
 from overlap.ops.attention import Attention
+from overlap.schedule.plan import STRIPS
 from overlap.schedule.request import Request
 
 if TYPE_CHECKING:
@@ -138,7 +139,10 @@ def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096, **more: Any)
     try:
         if whole is not None:
             rows = row_buckets(8) if whole else ()
-            policy = Policy(rows, token_buckets(64, smallest=16 if whole else 1), rows if "speculative" in more else ())
+            ladder = runner._main._speculation.ladder if runner._main._speculation is not None else ()
+            wide = {1 + drafts: rows for _, drafts in ladder}
+            tokens = token_buckets(64, smallest=16 if whole else 1)
+            policy = Policy(rows, tokens, wide, STRIPS if whole else ())
             own = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
             runner._main._shares = ShareGraphs(lambda _: own)
         yield parts
@@ -273,5 +277,5 @@ def test_every_graph_is_captured_in_idle_moments_and_then_nothing_is_left(tiny_l
             asyncio.run(runner._main._stream.wait_reached(runner._main._stream.mark()))
             count += 1
             assert runner.statistics().captures == before + 1
-        assert count == 2 * len(row_buckets(8)) + len(token_buckets(64))
+        assert count == 2 * (len(row_buckets(8)) + len(STRIPS)) + len(token_buckets(64))
         assert not runner.warm_up_one()

@@ -15,7 +15,7 @@ from overlap.cache.pages import Ints
 from overlap.config import EngineConfig
 from overlap.graphs.lane import decode_step, part, short_step
 from overlap.graphs.pieces import answer_buffers, rehearse
-from overlap.graphs.policy import decode_kind, short_kind, short_of, width_of
+from overlap.graphs.policy import asked_of, decode_kind, short_kind, short_of
 from overlap.schedule.plan import StepPlan, strips_of
 from overlap.schedule.request import Request
 from overlap.schedule.shaping import Shaping
@@ -69,7 +69,7 @@ class Replaying:
         elif kind is not None:
             self.replayed += 1
             size = plan.num_rows + self._padding
-            decode_step(lane, part(self._inputs, size, size, size), width_of(kind)[0])
+            decode_step(lane, part(self._inputs, size, size, size), asked_of(kind))
         return lane.mail.landed_words[place][: plan.num_rows].copy()
 
 

@@ -80,9 +80,9 @@ def test_a_larger_graph_serves_meanwhile_and_only_within_twice_the_size() -> Non
 
 
 def test_a_wide_step_of_few_rows_and_one_of_many_never_run_each_others_graph() -> None:
-    """Their rows have other numbers of positions: see `schedule.plan.width_for`."""
-    policy = Policy((), (), (8, FEW_ROWS, 24, 32), lambda rows: 8 if rows <= FEW_ROWS else 5)
-    few, many = (Shape("wide greedy", size) for size in (FEW_ROWS, 24))
+    """Their rows have other numbers of positions: see `schedule.plan.widths_for`."""
+    policy = Policy((), (), {8: (8, FEW_ROWS), 5: (8, FEW_ROWS, 24, 32)})
+    few, many = Shape("wide greedy", FEW_ROWS, 8), Shape("wide greedy", 24, 5)
     policy.captured(many)
     assert policy.decide(replace(plan(FEW_ROWS - 2), width=8)) == NOTHING
     assert policy.decide(replace(plan(FEW_ROWS + 1), width=5)) == Decision(None, many)
@@ -93,10 +93,10 @@ def test_a_wide_step_of_few_rows_and_one_of_many_never_run_each_others_graph() -
 
 def test_a_wide_step_of_another_width_than_its_graphs_has_none_and_it_is_said() -> None:
     """No plan should be one. If it was, the graph would bring other rows' tokens."""
-    policy = Policy((), (), (8, FEW_ROWS, 24), lambda rows: 8 if rows <= FEW_ROWS else 5)
-    for size in (8, FEW_ROWS, 24):
-        policy.captured(Shape("wide greedy", size))
-    assert policy.decide(replace(plan(7), width=8)) == Decision(None, Shape("wide greedy", 8))
+    policy = Policy((), (), {8: (8, FEW_ROWS)})
+    for size in (8, FEW_ROWS):
+        policy.captured(Shape("wide greedy", size, 8))
+    assert policy.decide(replace(plan(7), width=8)) == Decision(None, Shape("wide greedy", 8, 8))
     assert policy.decide(replace(plan(7), width=5)) == NOTHING
     assert sum(policy.not_whole.values()) == 1
     assert any("another number of drafts" in line for line in policy.explain())

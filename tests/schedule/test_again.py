@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import REFUSED, SIDE, UNUSED, StepPlan, width_for
+from overlap.schedule.plan import REFUSED, SIDE, UNUSED, StepPlan, widths_for
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
@@ -50,8 +50,8 @@ class Fickle(Pace):
         super().__init__()
         self._chance = chance
 
-    def choose(self, num_rows: int, width: int) -> bool:
-        return self._chance.random() < 0.8
+    def choose(self, num_rows: int, widths: Sequence[int]) -> int:
+        return self._chance.choice(widths) if self._chance.random() < 0.8 else 1
 
 
 def landed(plan: StepPlan, drafts: int, chance: random.Random) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -151,7 +151,7 @@ def test_a_wide_step_is_as_wide_as_its_rows_are_many_though_pages_did_not_suffic
             if plan is not None:
                 flights.append(plan)
                 if plan.num_decode and plan.width > 1:
-                    assert plan.width == width_for(plan.num_decode, LADDER)
+                    assert plan.width == widths_for(plan.num_decode, LADDER)[0]
                     widths.add((plan.num_decode <= FEW_ROWS, plan.width))
                     short += plan.num_decode <= FEW_ROWS < before
                     before = plan.num_decode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,11 @@ def test_the_pace_hears_what_a_step_brings_that_has_no_drafts_since_prompts_came
     for with_prompts, heard in ((False, [1.0, None]), (True, [None, None])):
         pace = Pace()
         told: list[float | None] = []
-        pace.note_emitted = told.append  # type: ignore[method-assign, assignment]
+
+        def note_emitted(tokens: float | None, full: float | None = None, told: list[Any] = told) -> None:
+            told.append(tokens)
+
+        pace.note_emitted = note_emitted  # type: ignore[method-assign]
         drafting = Drafting(3, 3, pace, with_prompts=with_prompts)
         drafting.drafts(1, 1, 2, 1)
         drafting.drafts(2, 4, 2)
@@ -82,7 +87,7 @@ def test_the_pace_hears_of_runs_with_drafts_and_of_those_without_only_from_a_dra
     pace = Pace()
     heard: list[float | None] = []
 
-    def note_emitted(tokens: float | None) -> None:
+    def note_emitted(tokens: float | None, full: float | None = None) -> None:
         heard.append(tokens)
 
     pace.note_emitted = note_emitted  # type: ignore[method-assign]

@@ -279,8 +279,34 @@ async def test_the_splitter_is_told_of_all_prompts_that_wait_and_of_how_much_the
     one = request(99, [2] * 8, 1)  # says nothing of how long answers are
     await rig.serve(request(0, [1, 2], 120), *short, one)
     assert max(outlook.prefill_tokens for outlook in told) > 10 * 8, "most of them wait for a slot"
-    left = {outlook.owed for outlook in told if outlook.prefill_tokens == 8}
-    assert min(left) < 0.2 * max(outlook.owed for outlook in told)
+    first = told[0]
+    assert first.owed < 0.2 * 12 * 40 / first.prefill_tokens, "one has ended by then, at a tenth of what it might have"
+
+
+async def test_while_prompts_wait_for_a_slot_nothing_is_asked_and_decode_rows_have_the_device_to_themselves() -> None:
+    rig = Rig(Always("lanes", share=24), max_rows=2, num_pages=60, token_budget=64)
+    await rig.serve(request(0, [1, 2], 90), request(1, [3] * 20, 60), request(2, [5] * 20, 60))
+    waits = [plan for plan in rig.of_lane(MAIN) if plan.num_decode == 2]
+    assert len(waits) > 50
+    assert sum(plan.beside or plan.share > 0 for plan in waits) <= 4, "but for steps at which one is read or lands"
+
+
+def test_prompts_whose_reading_is_in_the_air_are_told_of_as_rows_to_come() -> None:
+    planner = Planner(
+        max_rows=4, num_pages=60, token_budget=64, prefill_chunk=64, context=256, splitter=Always("lanes")
+    )  # fmt: skip
+    planner.submit(request(0, [1, 2], 90))
+    first = planner.plan()
+    assert first is not None
+    planner.settle(first, np.array([7], dtype=np.int32))
+    for key in (1, 2, 3):
+        planner.submit(request(key, [3] * 60, 9))
+    assert planner.plan() is not None
+    told = planner._prompts()
+    assert (told.number, told.tokens) == (3, 180)
+    assert planner.plan(SIDE) is not None
+    told = planner._prompts()
+    assert (told.number, told.tokens, told.answers) == (3, 120, 26)
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -137,11 +137,13 @@ async def test_many_rows_verify_fewer_drafts_each_and_no_token_changes(
         assert figures.tried_at[5] > 0
 
 
-@pytest.mark.parametrize("way", ["in one batch", "without overlap, in chunks", "short of pages"])
-async def test_where_steps_with_prompts_do_not_draft_no_token_changes(
-    tiny_llama_dir: Path, drafters: Any, way: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", list(WAYS)[:3])
+@pytest.mark.parametrize("short", [False, True])
+async def test_where_steps_with_prompts_do_not_draft_or_only_short_ones_no_token_changes(
+    tiny_llama_dir: Path, drafters: Any, way: str, *, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("overlap.config._drafts_with_prompts", lambda *_: False)
+    monkeypatch.setattr("overlap.config._short_steps", lambda *_: short)
     jobs = jobs_of(47, 14)
     want, _ = await answers(tiny_llama_dir, jobs)
     for name in ("ngram", "itself", "eagle3"):

@@ -20,7 +20,7 @@ from overlap.errors import InternalError
 from overlap.graphs.capture import CaptureError, Graph, Recorder
 from overlap.graphs.lane import Lane, decode_step, part, short_step
 from overlap.graphs.pieces import Pieces, answer_buffers, record, rehearse
-from overlap.graphs.policy import Decision, Policy, Shape, short_of, width_of
+from overlap.graphs.policy import Decision, Policy, Shape, asked_of, short_of
 from overlap.models.program import Batch
 from overlap.schedule.plan import STRIP, StepPlan
 from overlap.state.inputs import StepInputs
@@ -202,9 +202,9 @@ class GraphDriver:
             else:
                 speculation.short(self._lane.mail, shape.size, kind, drafts=drafts)
             return
-        kind, width = width_of(shape.kind)
+        kind = asked_of(shape.kind)
         if speculation is not None:
-            speculation.decode(self._lane.mail, shape.size, width or speculation.width_for(shape.size), kind)
+            speculation.decode(self._lane.mail, shape.size, shape.width, kind)
             return
         inputs = part(self._inputs, shape.size, shape.size, shape.size)
         decode_step(self._lane, inputs, kind)

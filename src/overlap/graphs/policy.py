@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -27,6 +27,8 @@ Kind: TypeAlias = Literal[
 """A whole step, by what its rows ask of the sampler (see `sample_all`): a decode step, wide if it verifies drafts; or a
 short one with prompts, in strips (see `state.strips`), drafting if tokens are drafted behind them. Or a forward in
 pieces."""
+Family: TypeAlias = tuple[Kind, int]
+"""A kind, and the positions of each row."""
 _WIDE: Final[dict[SampleKind, Kind]] = {
     "greedy": "wide greedy",
     "sampled": "wide sampled",
@@ -82,11 +84,19 @@ class Shape:
 
     kind: Kind
     size: int
+    width: int = 1
+    """Positions of each row that verifies drafts; 1 for all other kinds."""
 
     def __str__(self) -> str:
         if self.kind == "pieces":
             return f"{self.size} tokens in pieces"
-        return f"{self.size} {self.kind} {'strips' if self.is_short else 'rows'}"
+        each = f" of {self.width} positions" if self.width > 1 else ""
+        return f"{self.size} {self.kind} {'strips' if self.is_short else 'rows'}{each}"
+
+    @property
+    def family(self) -> Family:
+        """What it has in common with graphs of other sizes."""
+        return self.kind, self.width
 
     @property
     def is_short(self) -> bool:
@@ -140,13 +150,11 @@ def short_of(kind: Kind) -> tuple[SampleKind, bool]:
     raise InternalError(f"{kind} are no short step")
 
 
-def width_of(kind: Kind) -> tuple[SampleKind, int | None]:
-    """Return what the rows of a decode kind ask of the sampler, and how many positions each has: None if it is wide."""
+def asked_of(kind: Kind) -> SampleKind:
+    """Return what the rows of a decode kind ask of the sampler."""
     for narrow, wide in _WIDE.items():
-        if kind == wide:
-            return narrow, None
-        if kind == narrow:
-            return narrow, 1
+        if kind in (narrow, wide):
+            return narrow
     raise InternalError(f"{kind} are no decode step")
 
 
@@ -164,36 +172,27 @@ class Policy:
         self,
         rows: Sequence[int],
         tokens: Sequence[int],
-        wide_rows: Sequence[int] = (),
-        width_for: Callable[[int], int] | None = None,
+        wide: Mapping[int, Sequence[int]] | None = None,
         strips: Sequence[int] = (),
     ) -> None:
-        """`rows`, `wide_rows`, `tokens` and `strips` are the buckets of whole decode steps, of those that verify, of
-        pieces, and of short steps; empty for none of the kind. `width_for` says with how many positions a row wide
-        steps are captured; without it nothing drafts.
+        """`rows`, `tokens` and `strips` are the buckets of whole decode steps, of pieces, and of short steps; empty for
+        none of the kind. `wide` has those of steps that verify drafts, by the positions of each row; without any
+        nothing drafts.
         """
-        self._width_for = width_for
+        self._wide = dict(wide or {})
         self._fewest = tokens[0] if tokens else 0
-        self._buckets: dict[Kind, Sequence[int]] = {
-            "wide sampled": wide_rows,
-            "wide greedy": wide_rows,
-            "sampled": rows,
-            "greedy": rows,
-            "short sampled": strips,
-            "short greedy": strips,
-            "short drafting sampled": strips if width_for else (),
-            "short drafting greedy": strips if width_for else (),
-            "pieces": tokens,
-            "truncated": rows,
-            "shaped": rows,
-            "wide truncated": wide_rows,
-            "wide shaped": wide_rows,
-            "short truncated": strips,
-            "short shaped": strips,
-            "short drafting truncated": strips if width_for else (),
-            "short drafting shaped": strips if width_for else (),
-        }
-        self._captured: dict[Kind, list[int]] = {kind: [] for kind in self._buckets}
+        drafting = strips if self._wide else ()
+        usual: tuple[SampleKind, ...] = ("sampled", "greedy")
+        rare: tuple[SampleKind, ...] = ("truncated", "shaped")
+        self._buckets: dict[Family, Sequence[int]] = {}
+        for asked_for in (usual, rare):  # in the order in which they are captured
+            for width, wide_rows in self._wide.items():
+                self._buckets |= {(_WIDE[asked], width): wide_rows for asked in asked_for}
+            self._buckets |= {(asked, 1): rows for asked in asked_for}
+            self._buckets |= {(_SHORT[asked], 1): strips for asked in asked_for}
+            self._buckets |= {(_SHORT_DRAFTING[asked], 1): drafting for asked in asked_for}
+            self._buckets["pieces", 1] = tokens
+        self._captured: dict[Family, list[int]] = {family: [] for family in self._buckets}
         self._missed: Counter[Shape] = Counter()
         self._failed: dict[Shape, str] = {}
         self._reasons: Counter[str] = Counter()
@@ -203,36 +202,36 @@ class Policy:
         """Return what to capture for a plan, if now is the time, and what to run it with."""
         kind = decode_kind(plan)
         reason = _NO_GRAPHS
-        if kind in _WIDE.values() and self._width_for is not None and plan.width != self._width_for(plan.num_decode):
+        if kind in _WIDE.values() and self._wide and plan.width not in self._wide:
             kind = None  # its graph would read other positions, and bring other tokens
             self._not_whole[_OTHER_WIDTH] += 1
-        if plan.num_decode == plan.num_rows and (apart := _apart(plan)) is not None and self._buckets["greedy"]:
+        if plan.num_decode == plan.num_rows and (apart := _apart(plan)) is not None and self._buckets["greedy", 1]:
             self._not_whole[apart] += 1
         tokens = max(plan.num_tokens, self._fewest)  # fewer than the smallest pieces have take as long as those
         count = plan.num_rows
         if kind is None and (kind := short_kind(plan)) is not None:
             count = strips_of(plan.counts)
-        if kind is not None and self._buckets[kind]:
-            decision, reason = self._decide(kind, count)
+        if kind is not None and self._buckets.get((kind, plan.width)):
+            decision, reason = self._decide((kind, plan.width), count)
             if decision is None and reason == _FIRST_USE:  # its own comes soon: pieces only if they are there
-                ready = self._ready("pieces", tokens)
+                ready = self._ready(("pieces", 1), tokens)
                 decision = None if ready is None else Decision(None, ready)
             if decision is not None:
                 return decision
-        if self._buckets["pieces"] and reason != _FIRST_USE:
-            decision, reason = self._decide("pieces", tokens)
+        if self._buckets["pieces", 1] and reason != _FIRST_USE:
+            decision, reason = self._decide(("pieces", 1), tokens)
             if decision is not None:
                 return decision
         self._reasons[reason] += 1
         return Decision(None, None, first=reason == _FIRST_USE)
 
-    def _decide(self, kind: Kind, count: int) -> tuple[Decision | None, str]:
-        size = bucket_for(count, self._buckets[kind])
+    def _decide(self, family: Family, count: int) -> tuple[Decision | None, str]:
+        size = bucket_for(count, self._buckets[family])
         if size is None:
-            largest = self._buckets[kind][-1]
+            largest = self._buckets[family][-1]
             return None, "larger than any graph" if count > largest else "padding would be more than twice the size"
-        wanted = Shape(kind, size)
-        ready = self._ready(kind, count)
+        wanted = Shape(family[0], size, family[1])
+        ready = self._ready(family, count)
         if ready == wanted:
             return Decision(None, ready, own=True), ""
         self._missed[wanted] += 1
@@ -243,34 +242,28 @@ class Policy:
             return Decision(None, ready), ""
         return None, _FIRST_USE if self._may_capture(wanted) else "its capture failed"
 
-    def _ready(self, kind: Kind, count: int) -> Shape | None:
-        sizes = [(bucket_for(count, self._captured_like(own, count)), own) for own in _SERVES[kind]]
-        fitting = [Shape(own, size) for size, own in sizes if size is not None]
+    def _ready(self, family: Family, count: int) -> Shape | None:
+        kind, width = family
+        sizes = [(bucket_for(count, self._captured[own, width]), own) for own in _SERVES[kind]]
+        fitting = [Shape(own, size, width) for size, own in sizes if size is not None]
         return min(fitting, key=lambda shape: shape.size, default=None)
-
-    def _captured_like(self, kind: Kind, count: int) -> list[int]:
-        """Return the sizes that are captured; of wide steps those whose rows have as many positions."""
-        captured, width_for = self._captured[kind], self._width_for
-        if width_for is None or kind not in _WIDE.values():
-            return captured
-        return [size for size in captured if width_for(size) == width_for(count)]
 
     def _may_capture(self, shape: Shape) -> bool:
         return shape not in self._failed and sum(failed.kind == shape.kind for failed in self._failed) < GIVE_UP
 
     def next_idle(self, *, missed_only: bool = False) -> Shape | None:
         """Return what to capture in an idle moment, or None if all that is of use (or was missed) is there."""
-        missed = [shape for shape, _ in self._missed.most_common() if shape.size not in self._captured[shape.kind]]
+        missed = [shape for shape, _ in self._missed.most_common() if shape.size not in self._captured[shape.family]]
         wanted = next((shape for shape in missed if self._may_capture(shape)), None)
         if wanted is not None or missed_only:
             return wanted
         asked = {shape.kind for shape in self._missed}
-        for kind, sizes in self._buckets.items():
+        for (kind, width), sizes in self._buckets.items():
             if kind.endswith(("truncated", "shaped")) and kind not in asked:
                 continue  # sorting is dear to capture, and few ask for it; nobody has asked for the memory of shaping
             for size in reversed(sizes):
-                if size not in self._captured[kind] and self._may_capture(Shape(kind, size)):
-                    return Shape(kind, size)
+                if size not in self._captured[kind, width] and self._may_capture(Shape(kind, size, width)):
+                    return Shape(kind, size, width)
         return None
 
     @property
@@ -285,26 +278,27 @@ class Policy:
 
     def captured(self, shape: Shape) -> None:
         """Take in that a graph is there now."""
-        insort(self._captured[shape.kind], shape.size)
+        insort(self._captured[shape.family], shape.size)
 
     def lost(self, shape: Shape, reason: str) -> None:
         """Take in that a graph could not be captured, or could not be launched and is gone."""
         self._failed[shape] = reason
-        if shape.size in self._captured[shape.kind]:
-            self._captured[shape.kind].remove(shape.size)
+        if shape.size in self._captured[shape.family]:
+            self._captured[shape.family].remove(shape.size)
 
     def explain(self) -> tuple[str, ...]:
         """Return what there is, what failed and why, and how often a step had no graph and why."""
         lines = []
-        for kind, sizes in self._captured.items():
-            if self._buckets[kind]:
-                what = f"whole {kind} decode steps, by rows"
+        for family, sizes in self._captured.items():
+            kind, width = family
+            if self._buckets[family]:
+                what = f"whole {kind} decode steps{f' of {width} positions' if width > 1 else ''}, by rows"
                 if kind == "pieces":
                     what = "pieces between joints, by tokens"
                 elif kind in _SHORTS:
                     what = f"whole {kind} steps with prompts, by strips of {STRIP} positions"
                 listed = ", ".join(map(str, sizes)) or "none yet"
-                lines.append(f"graphs of {what}: {len(sizes)} of {len(self._buckets[kind])} captured: {listed}")
+                lines.append(f"graphs of {what}: {len(sizes)} of {len(self._buckets[family])} captured: {listed}")
         lines += [f"no graph of {shape}: {reason}" for shape, reason in list(self._failed.items())]
         lines += [f"decode steps not as one graph: {count}: {why}" for why, count in self._not_whole.most_common()]
         lines += [f"steps without a graph: {count}: {reason}" for reason, count in self._reasons.most_common()]

@@ -24,7 +24,7 @@ Kind: TypeAlias = Literal["decode", "prefill", "mixed", "decode beside", "prefil
 """A step of decode rows, of prompt chunks, or of both; "beside": while the other lane ran too."""
 Size: TypeAlias = tuple[str, int, int, int, int]
 """Kind, bucket of decode rows, of tokens in KV a row, of prompt tokens, and SMs of the decode rows' own."""
-VERSION: Final = 6
+VERSION: Final = 7
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
 _SURE: Final = 4 * FIRM
@@ -68,10 +68,14 @@ class Nominal:
     """To compute one token."""
     step_s: float
     """What any step takes besides."""
+    attend_s: float = 0.0
+    """To let one prompt token attend to one token."""
 
-    def seconds(self, rows: int, context: int, tokens: int) -> float:
-        """Return the guess for `rows` decode rows over `context` tokens of KV and `tokens` prompt tokens."""
-        compute = (rows + tokens) * self.token_s
+    def seconds(self, rows: int, context: int, tokens: int, attended: float = 0.0) -> float:
+        """Return the guess for `rows` decode rows over `context` tokens of KV and `tokens` prompt tokens, which attend
+        to so many in all.
+        """
+        compute = (rows + tokens) * self.token_s + attended * self.attend_s
         return self.step_s + max(self.weights_s, compute) + context * self.kv_token_s
 
 
@@ -102,6 +106,8 @@ class _Saved(msgspec.Struct):
     machine: str
     kinds: dict[str, _Known]
     sizes: list[tuple[Size, _Known]]
+    attended: float
+    """To how many tokens a prompt token has attended of late."""
 
 
 def size_bucket(count: int) -> int:
@@ -136,15 +142,32 @@ class CostModel:
         self._machine = machine
         self._kinds: dict[str, _Known] = {}
         self._sizes: dict[Size, _Known] = {}
+        self._attended = 0.0  # to how many tokens a prompt token has attended of late
         self.note_on_file = "nothing was measured before"
 
-    def note(self, kind: Kind, rows: int, context: int, tokens: int, seconds: float, share: int = 0) -> None:
-        """Take in what a step took. `rows` and `context` of a prompt step are those of the step it ran beside."""
+    def note(
+        self,
+        kind: Kind,
+        rows: int,
+        context: int,
+        tokens: int,
+        seconds: float,
+        share: int = 0,
+        attended: float | None = None,
+    ) -> None:
+        """Take in what a step took. `rows` and `context` of a prompt step are those of the step it ran beside.
+
+        `attended` is to how many tokens its prompt tokens attend in all; None for about as many as of late. A prompt of
+        8,000 tokens takes longer to read than eight of 1,000: what was measured of one way with the former is not to be
+        held against another that was measured with the latter.
+        """
         if not seconds > 0:
             return  # a clock that did not move has nothing to say
         if kind == "decode beside" and self.guess("decode", rows, context, 0).slack > _SLACK_NEAR:
             return  # nor has one that nothing is known to compare with
-        times = seconds / self._nominal_s(kind, rows, context, tokens)
+        times = seconds / self._nominal_s(kind, rows, context, tokens, attended)
+        if attended is not None and tokens:
+            self._attended += (_WEIGHT if self._attended else 1.0) * (attended / tokens - self._attended)
         _learn(self._kinds, _kind(kind, share), times)
         _learn(self._sizes, _size(kind, rows, context, tokens, share), times)
 
@@ -190,13 +213,17 @@ class CostModel:
         known = self._kinds.get(_kind(kind, share))
         return 0 if known is None else known.count
 
-    def _nominal_s(self, kind: Kind, rows: int, context: int, tokens: int) -> float:
+    def _nominal_s(self, kind: Kind, rows: int, context: int, tokens: int, attended: float | None = None) -> float:
         """Return what times are multiples of; for a decode step beside a prompt, what it takes alone."""
         if kind == "decode beside":
             return self.seconds("decode", rows, context, 0)
+        if attended is None:
+            attended = self._attended * tokens
         if kind in ("prefill", "prefill beside"):
-            return self._nominal.seconds(0, 0, tokens)
-        return self._nominal.seconds(rows, context, tokens if kind == "mixed" else 0)
+            return self._nominal.seconds(0, 0, tokens, attended)
+        if kind == "mixed":
+            return self._nominal.seconds(rows, context, tokens, attended)
+        return self._nominal.seconds(rows, context, 0)
 
     def _near(self, size: Size) -> float | None:
         """Return the mean of the measured neighbours, the nearest on either side of each of the three axes."""
@@ -217,8 +244,8 @@ class CostModel:
     def _from_parts(self, kind: Kind, rows: int, context: int, tokens: int, nominal_s: float) -> float:
         if kind == "mixed" and self._kinds:
             apart_s = self.seconds("decode", rows, context, 0) + self.seconds("prefill", 0, 0, tokens)
-            nominal = self._nominal
-            return apart_s * nominal_s / (nominal.seconds(rows, context, 0) + nominal.seconds(0, 0, tokens))
+            parts_s = self._nominal_s("decode", rows, context, 0) + self._nominal_s("prefill", 0, 0, tokens)
+            return apart_s * nominal_s / parts_s
         other = self._kinds.get("prefill" if kind == "decode" else "decode")
         return nominal_s * (other.times if other is not None else 1.0)
 
@@ -226,7 +253,7 @@ class CostModel:
 
     def save(self, path: Path) -> None:
         """Write what is known, whole or not at all. Raises OSError."""
-        saved = _Saved(VERSION, self._machine, self._kinds, list(self._sizes.items()))
+        saved = _Saved(VERSION, self._machine, self._kinds, list(self._sizes.items()), self._attended)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_bytes(msgspec.json.encode(saved))
@@ -249,7 +276,7 @@ class CostModel:
         ):
             self.note_on_file = f"{path} has times that no step can take; measuring anew"
             return
-        self._sizes, self._kinds = dict(saved.sizes), saved.kinds
+        self._sizes, self._kinds, self._attended = dict(saved.sizes), saved.kinds, saved.attended
         self.note_on_file = f"{len(self._sizes)} sizes of steps were measured before ({path})"
 
 
@@ -268,16 +295,16 @@ class Spell:
     """...tokens in KV of all of them."""
     waiting: int
     """Prompt tokens, in one step at most."""
-    chunks: list[tuple[int, float]] = field(default_factory=list)
-    """Tokens of each, and seconds."""
+    chunks: list[tuple[int, float, float]] = field(default_factory=list)
+    """Tokens of each, seconds, and to how many tokens those attend."""
     steps: list[tuple[float, float]] = field(default_factory=list)
     """Seconds of each decode step, and what it would have taken alone."""
     whole: int = 0
     """How many of them had landed when the last chunk had: the next ones may be beside a chunk that is not in here."""
 
-    def note_chunk(self, tokens: int, seconds: float) -> None:
+    def note_chunk(self, tokens: int, seconds: float, attended: float) -> None:
         """Take in a chunk that has landed."""
-        self.chunks.append((tokens, seconds))
+        self.chunks.append((tokens, seconds, attended))
         self.whole = len(self.steps)
 
     def teach(self, cost: CostModel, *, over: bool) -> None:
@@ -290,11 +317,11 @@ class Spell:
         most_s = _CLIP * longest[0] if steps else 0.0
         passed_s = sum(min(seconds, most_s) for seconds, _ in steps)
         longer_s = passed_s - sum(alone_s for _, alone_s in steps)
-        both_s = min(passed_s, sum(seconds for _, seconds in self.chunks))  # the answers may have ended before
+        both_s = min(passed_s, sum(seconds for _, seconds, _ in self.chunks))  # the answers may have ended before
         slower = both_s / max(both_s - longer_s, _STALLED * both_s) if both_s > 0 else 0.0
         decode_s = slower * cost.seconds("decode", self.rows, self.context, 0)
-        for tokens, seconds in self.chunks:
-            cost.note("prefill beside", self.rows, self.context, tokens, seconds, self.share)
+        for tokens, seconds, attended in self.chunks:
+            cost.note("prefill beside", self.rows, self.context, tokens, seconds, self.share, attended)
             cost.note("decode beside", self.rows, self.context, self.waiting, decode_s, self.share)
 
 

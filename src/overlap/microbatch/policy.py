@@ -266,7 +266,7 @@ class SplitPolicy:
                 return
         if rows and tokens:
             if not ran.beside:
-                cost.note("mixed", rows, context, tokens, ran.seconds)
+                cost.note("mixed", rows, context, tokens, ran.seconds, attended=ran.attended)
         elif rows:
             if ran.beside:
                 alone_s = cost.seconds("decode", rows, context, 0)
@@ -277,9 +277,9 @@ class SplitPolicy:
         elif ran.beside:
             if self._spell is not None and len(self._spell.chunks) >= FIRM:
                 self._end_spell(over=False)  # what lasts long is told in parts
-            self._spell_of(ran.share).note_chunk(tokens, ran.seconds)
+            self._spell_of(ran.share).note_chunk(tokens, ran.seconds, ran.attended)
         else:
-            cost.note("prefill", 0, 0, tokens, ran.seconds)
+            cost.note("prefill", 0, 0, tokens, ran.seconds, attended=ran.attended)
 
     def _spell_of(self, share: int) -> Spell:
         """Return the spell with two lanes that goes on, or a new one for another share."""
@@ -312,7 +312,7 @@ class SplitPolicy:
             if size.trial_left and way.samples < size.trial_samples + FIRM:
                 size.trial_left -= 1
                 self.trials += 1
-                return _choice(way, "a trial of " + _name(way.route))
+                return _choice(way, "a trial of " + name_of(way.route))
             size.seen[size.trial], size.trial = size.chosen, None
         chosen = self._pick(size, ways)
         size.seen[chosen.route] = size.chosen
@@ -327,7 +327,7 @@ class SplitPolicy:
                     size.trials[way.route] = size.trials.get(way.route, 0) + 1
                     size.left = 0
                     self.trials += 1
-                    return _choice(way, "a trial of " + _name(way.route))
+                    return _choice(way, "a trial of " + name_of(way.route))
         return _choice(chosen, size.why)
 
     def _pick(self, size: _Size, ways: dict[Route, _Way]) -> _Way:
@@ -421,7 +421,7 @@ class SplitPolicy:
         """Return what was chosen and why, a sentence each."""
         aim = "most tokens a second" if self._target_s is None else f"{self._target_s * 1e3:g} ms between tokens"
         lines = [f"lanes: chosen for each step, aiming at {aim}; {self.cost.note_on_file}"]
-        measured = ", ".join(f"{_name(route)} {self.samples(route)}" for route in self.routes)
+        measured = ", ".join(f"{name_of(route)} {self.samples(route)}" for route in self.routes)
         missing = "" if self._all_measured() else "; `overlap calibrate` measures them"
         lines.append(f"lanes: steps that each way is known by: {measured}{missing}")
         if self.choices:
@@ -440,7 +440,8 @@ def _near(count: int, other: int) -> bool:
     return 4 * abs(count - other) <= other
 
 
-def _name(route: Route) -> str:
+def name_of(route: Route) -> str:
+    """Return what a way is called where it is told of."""
     return route[0] if not route[1] else f"lanes sm:{route[1]}"
 
 
@@ -455,7 +456,7 @@ def _choice(way: _Way, why: str) -> Choice:
 def _why(chosen: _Way, ways: dict[Route, _Way], target_s: float | None) -> str:
     def told(way: _Way) -> str:
         between = "" if target_s is None else f" ({way.tokens} at once, {way.between_s * 1e3:.1f} ms between tokens)"
-        return f"{_name(way.route)} {way.total_s * 1e3:.2f} ms{between}"
+        return f"{name_of(way.route)} {way.total_s * 1e3:.2f} ms{between}"
 
     others = ", ".join(told(way) for way in ways.values() if way is not chosen)
     return f"{told(chosen)} for a decode step and the prompts, against {others}"

@@ -22,6 +22,7 @@ from overlap.errors import QueueFull
 from overlap.observe.metrics import SECONDS, Histogram
 from overlap.schedule.forms import may_enter
 from overlap.schedule.life import Life
+from overlap.schedule.plan import STRIP, STRIPS
 from overlap.schedule.queue import Queue
 from overlap.schedule.request import Request
 from overlap.schedule.slots import Slots, Update
@@ -63,8 +64,12 @@ class Desk:
             return None
         return request
 
-    def admit(self, budget: int) -> Iterator[tuple[Request, Update]]:
-        """Give slots and pages to those whose turn it is, while slots, pages and a budget of prompt tokens last."""
+    def admit(self, budget: int, strips: int | None = None) -> Iterator[tuple[Request, Update]]:
+        """Give slots and pages to those whose turn it is, while slots, pages and a budget of prompt tokens last.
+
+        With `strips` the prompts fit into so many strips together, unless the first does not alone.
+        """
+        needed, admitted = 0, False
         while budget > 0 and (request := self.queue.first()) is not None:
             if not self._slots.free:
                 self._pressing = request
@@ -83,6 +88,13 @@ class Desk:
             if self._is_coming(request, hit) or not may_enter(request):
                 self._store.release(hit.node)
                 return
+            needed += -((len(hit.pages) * PAGE - len(request.prompt)) // STRIP)
+            if strips is not None and needed > strips:
+                if admitted or strips < STRIPS[-1]:
+                    self._store.release(hit.node)
+                    return
+                strips = None  # it is long: others may come with it
+            admitted = True
             self.queue.pop_first()
             self.queue.charge(request.fairness_key, wanted)
             update = self._slots.take(request, hit)

@@ -12,7 +12,7 @@ import numpy as np
 from overlap.cache.pages import PAGE, Ints
 from overlap.errors import InternalError
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import REFUSED, Ladder, StepPlan, width_for
+from overlap.schedule.plan import REFUSED, Ladder, StepPlan, widths_for
 from overlap.schedule.runs import DraftCounts, count_drafts
 
 MOST_LATE: Final = 32
@@ -34,8 +34,9 @@ class Drafting:
     ) -> None:
         """`drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter.
 
-        `ladder` says how many by the number of rows; None for always as many. The drafter writes to up to
-        `ahead` positions behind the last token of a row. `pace` says when drafting pays; None always drafts.
+        `ladder` says how many by the number of rows; None for always as many. Without a pace as many as it allows are
+        verified. The drafter writes to up to
+        `ahead` positions behind the last token of a row. `pace` says how many pay; None always drafts.
         `with_prompts` False drafts nothing in steps that read prompts. `strips` says that short ones of those are one
         launch, whose rows verify nothing but may get drafts.
         """
@@ -43,6 +44,7 @@ class Drafting:
             raise InternalError(f"{drafts} drafts, {ahead} ahead: a row would outgrow a page in one step")
         self.most: Final = drafts
         self._ladder: Final = ladder or ((1, drafts),)
+        self._widths: Final[dict[int, tuple[int, ...]]] = {}  # by rows, the most first
         self.ahead: Final = max(1, ahead)
         """Positions behind a row's last token that are written to, one of which is the next token's."""
         nothing = DraftCounts(0, np.zeros(drafts, dtype=np.int64), np.zeros(drafts, dtype=np.int64))
@@ -50,7 +52,8 @@ class Drafting:
         self._first_has_none = ahead > 0  # the first wide step behind a plain one verifies no draft: it makes the first
         self._pace = pace
         self._with_prompts = with_prompts
-        self._strips = strips
+        self.strips: Final = strips and drafts > 0
+        """Whether steps with short prompts are one launch, and draft."""
         self._wanted = False  # the decode rows of the step with prompts that is planned now would verify drafts
         self._drafted = False  # the last step did
         self._read = False  # the last step read prompts, and drafted nothing for that
@@ -68,13 +71,18 @@ class Drafting:
         """Return how many positions each decode row of the next step runs, with a budget of tokens for all."""
         if not (self.most and num_decode):
             return 1
-        wide = width_for(num_decode, self._ladder)
-        fits = num_decode * wide < budget
-        return wide if fits and (self._pace is None or self._pace.choose(num_decode, wide)) else 1
+        widths = self._widths.get(num_decode)
+        if widths is None:
+            widths = self._widths[num_decode] = widths_for(num_decode, self._ladder)
+        if num_decode * widths[0] >= budget:
+            widths = tuple(width for width in widths if num_decode * width < budget)
+        if not widths:
+            return 1
+        return widths[0] if self._pace is None else self._pace.choose(num_decode, widths)
 
     def drafts(self, number: int, width: int, num_decode: int, num_chunks: int = 0, *, short: bool = False) -> bool:
         """Return whether step `number` drafts for its rows' next one. `short` says that its prompt chunks are."""
-        short = short and self._strips
+        short = short and self.strips
         wide = self.most > 0 and (width > 1 or not num_decode)
         if short:
             on = self._pace is None or self._pace.is_on(num_chunks)
@@ -91,7 +99,7 @@ class Drafting:
         Of rows that have drafts those are lost then: less than what pieces take longer.
         """
         self._wanted = width > 1
-        if short and self._strips:
+        if short and self.strips:
             return 1
         return width if self._with_prompts or self._drafted else 1
 
@@ -116,7 +124,8 @@ class Drafting:
         self._counted[1].append(runs)
         had_some = num_emitted > len(runs) or not self._first_has_none or owed or bool((runs == REFUSED).any())
         if self._pace is not None:
-            self._pace.note_emitted(num_emitted / len(runs) if had_some else None)
+            full = np.count_nonzero(runs[:, -1] >= 0) / len(runs)
+            self._pace.note_emitted(num_emitted / len(runs) if had_some else None, full)
 
     def counts(self) -> DraftCounts:
         """Return what became of all drafts so far. From any thread: it changes nothing."""

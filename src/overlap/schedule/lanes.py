@@ -144,4 +144,8 @@ class Lanes:
         if self.splitter is None or (beside and plan.lane == MAIN and len(plan.prompt)):
             return  # prompts in both lanes at once are an accident, not a way
         context = int(plan.starts[: plan.num_decode].sum())
-        self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), beside, seconds, share))
+        attended = 0.0
+        if len(plan.prompt):
+            starts, counts = (column[plan.num_decode :].astype(float) for column in (plan.starts, plan.counts))
+            attended = float((counts * (starts + (counts + 1) / 2)).sum())
+        self.splitter.note(Ran(plan.num_decode, context, len(plan.prompt), beside, seconds, share, attended))

@@ -1,11 +1,16 @@
-"""Pace: whether drafting pays at this many rows, by what steps have taken and brought.
+"""Pace: how many drafts a step verifies at this many rows, if any, by what steps have taken and brought.
 
-What a plain step and a wide one take is measured for each power of two of rows. What a wide one brings, in tokens a
-row, hangs on the text and hardly on how many rows there are: so it is learned from all steps of its width, over many
-rows or steps, for a row's run is short in one line and long in the next. (A mean of 15 steps at one row was as often
-half as twice the truth, and the way that lost then was not tried again for hundreds of steps.) Whatever brings more
-tokens a second goes on; the other is tried again now and then, the more rarely the worse it was and the more often it
-has lost. Only steps without prompts count. Which way a step goes changes no token, only how many a step brings.
+What a step takes is measured for each power of two of rows and each width (positions a row; 1 is a plain step). What it
+brings, in tokens a row, hangs on the text and hardly on how many rows there are: on the chance p that a draft is right
+where those before it were. That is learned from all wide steps, over many rows or steps, for a row's run is short in
+one line and long in the next. (A mean of 15 steps at one row was as often half as twice the truth, and the way that
+lost then was not tried again for hundreds of steps.) K drafts bring 1 + p + ... + p^K tokens, as far as this width's
+own runs do not say otherwise, and times what that was off for it so far: drafts far back are righter or wronger than
+the first ones. So one width says what the others would bring.
+
+Whatever brings the most tokens a second goes on; the others are tried again in turn (where plain steps go on, the best
+of them), the more rarely the worse they were and the more often they have lost. Only steps without prompts count. Which
+way a step goes changes no token, only how many a step brings.
 
 A step that runs without its graph, or waits for its capture, takes many times as long as those behind it. So what a
 kind of step takes is not the mean of the last ones but their lower quartile.
@@ -14,13 +19,14 @@ kind of step takes is not the mean of the last ones but their lower quartile.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 WINDOW: Final = 15
 """Measured steps of a kind whose time counts."""
 TRIAL: Final = 6
-"""Steps of a trial at least; one of wide steps has TRIAL_ROWS runs at least, too."""
+"""Steps of a trial at least; one of wide steps, where plain ones go on, has TRIAL_ROWS runs at least, too."""
 TRIAL_ROWS: Final = 96
 PRICE: Final = 0.01
 """The share of all tokens that trials may cost, after a change. Halves with each lost one, ..."""
@@ -29,74 +35,77 @@ MOST_LOST: Final = 1
 LEAST: Final = 64
 """Steps between two trials at least."""
 HALF_ROWS: Final = 256
-"""Runs after which a run counts half in what a wide step brings, or ..."""
+"""Runs after which a run counts half in what is known of p, or ..."""
 HALF_STEPS: Final = 32
 """... steps, whichever is later."""
-FIRST_GUESS: Final = 2.0
-"""What a run is taken to bring before any has come, as if FIRST_ROWS had."""
-FIRST_ROWS: Final = 12
+FIRST_GUESS: Final = 0.55
+"""What p is taken to be before any run has come, as if FIRST_TRIES drafts had."""
+FIRST_TRIES: Final = 36.0
+FIRST_ROWS: Final = 24
+"""Runs of a width for which it counts what p says of it."""
+OFF: Final = 64.0
+"""Tokens for which it counts that p is taken to be right for a width, and ..."""
+MOST_OFF: Final = 1.5
+"""... how far it may lead astray."""
+_OFF_KEPT: Final = 0.999
 MARGIN: Final = 1.02
-"""Drafting that is off has to promise this much more than plain steps bring. On, it may bring as little as they do: the
-first wide step behind a plain one has no drafts to verify, so going to and fro costs."""
+"""Another width has to promise this much more, plain steps nothing: the first wide step behind a plain one has no
+drafts to verify, so going to and fro costs."""
 
 
 @dataclass(slots=True)
 class _Brought:
-    """What runs of a width bring."""
+    """What runs of a width bring, and what they were taken to bring."""
 
-    tokens: float = FIRST_GUESS * FIRST_ROWS
-    rows: float = FIRST_ROWS
-    any: bool = False
-    """Whether any run has come."""
+    tokens: float = 0.0
+    rows: float = 0.0
+    """Sums in which older runs count less, those of other widths in between, too."""
+    came: float = OFF
+    expected: float = OFF
+    """Tokens in all, and how many were expected."""
 
-    def note(self, mean: float, num_rows: int) -> None:
-        kept = 0.5 ** min(num_rows / HALF_ROWS, 1 / HALF_STEPS)
-        self.tokens = self.tokens * kept + mean * num_rows
-        self.rows = self.rows * kept + num_rows
-        self.any = True
+    def note(self, mean: float, expected: float, num_rows: int) -> None:
+        self.tokens += mean * num_rows
+        self.rows += num_rows
+        self.came = self.came * _OFF_KEPT + mean * num_rows
+        self.expected = self.expected * _OFF_KEPT + expected * num_rows
 
-    def doubt(self, num_rows: float) -> None:
-        """Let all so far count for no more than so many rows."""
-        if self.rows > num_rows:
-            self.tokens, self.rows = self.tokens * num_rows / self.rows, num_rows
+    def keep(self, share: float) -> None:
+        """Let what is known of the text count for a share of what it does."""
+        self.tokens *= share
+        self.rows *= share
 
-    @property
-    def mean(self) -> float:
-        return self.tokens / self.rows
+    def mean(self, expected: float) -> float:
+        """Return what a run will bring, of which so many tokens are expected."""
+        off = min(max(self.came / self.expected, 1 / MOST_OFF), MOST_OFF)
+        return (self.tokens + FIRST_ROWS * expected * off) / (self.rows + FIRST_ROWS)
 
 
 def _quartile(seconds: deque[float]) -> float:
     return sorted(seconds)[len(seconds) // 4]
 
 
-def _window() -> deque[float]:
-    return deque(maxlen=WINDOW)
-
-
 @dataclass(slots=True)
 class _Bucket:
     """What is known of steps of about as many rows."""
 
-    plain: deque[float] = field(default_factory=_window)
-    """Seconds of the last ones; `wide` likewise."""
-    wide: deque[float] = field(default_factory=_window)
-    drafts: bool = True
-    """Whether wide steps brought more when that was looked at last."""
+    times: dict[int, deque[float]] = field(default_factory=dict)
+    """Of each width the seconds of the last steps."""
+    width: int = 0
+    """What brought the most when that was looked at last; 0 before that."""
     lost: int = 0
-    """Trials that the other way has lost since that changed."""
+    """Trials that the other ways have lost since that changed."""
     left: int = LEAST
     """Steps until the next trial; from 0 on down while it lasts."""
     trial: int = TRIAL
     """How many steps it will have."""
+    trying: int = 0
+    """What is tried next, or now."""
+    turn: int = 0
 
-    @property
-    def known(self) -> bool:
-        return min(len(self.plain), len(self.wide)) >= TRIAL
-
-    @property
-    def cost(self) -> float:
-        """What a wide step takes, in plain ones."""
-        plain, wide = _quartile(self.plain), _quartile(self.wide)
+    def cost(self, width: int) -> float:
+        """Return what a step of this width takes, in plain ones."""
+        plain, wide = _quartile(self.times[1]), _quartile(self.times[width])
         return wide / plain if plain > 0 and wide > 0 else 1.0
 
 
@@ -106,64 +115,102 @@ class Pace:
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
         self._brought: dict[int, _Brought] = {}
-        self._emitted: float | None = None
+        self._hits = FIRST_GUESS * FIRST_TRIES
+        self._tries = FIRST_TRIES
+        self._emitted: tuple[float, float | None] | None = None
 
-    def choose(self, num_rows: int, width: int) -> bool:
-        """Return whether the next step of so many decode rows verifies drafts, `width` positions of each row."""
-        own, brought = self._bucket(num_rows), self._brought.setdefault(width, _Brought())
-        if not own.known:
-            return len(own.wide) < TRIAL
-        gain = brought.mean / own.cost  # tokens a second, over those of plain steps
-        better = gain > (1.0 if own.drafts else MARGIN)
-        if better != own.drafts:
-            own.drafts, own.lost = better, 0
-            self._await_trial(own, num_rows, gain)
+    def choose(self, num_rows: int, widths: Sequence[int]) -> int:
+        """Return how many positions each of so many decode rows has in the next step: one of `widths`, or 1."""
+        own = self._bucket(num_rows)
+        for width in (*widths, 1):
+            if len(own.times.setdefault(width, deque(maxlen=WINDOW))) < TRIAL:
+                return width
+        gains = {width: self._brings(width) / own.cost(width) for width in widths}
+        gains[1] = 1.0
+        best = max(gains, key=lambda width: gains[width])
+        now = gains.get(own.width, 0.0)
+        if best != own.width and gains[best] > now * (MARGIN if best > 1 else 1.0):
+            own.width, own.lost = best, 0
+            self._await_trial(own, num_rows, gains)
         own.left -= 1
-        if own.left >= 0:
-            return better
-        if own.left == -1 and not better:
-            brought.doubt(own.trial * num_rows)  # the trial is to count for half at least
+        if own.left >= 0 or own.trying not in gains:
+            return own.width
+        if own.left == -1 and own.width == 1:
+            self._doubt(own.trial * num_rows)  # the trial is to count for half at least
+        trying = own.trying
         if own.left <= -own.trial:
             own.lost = min(own.lost + 1, MOST_LOST)
-            self._await_trial(own, num_rows, gain)
-        return not better
+            self._await_trial(own, num_rows, gains)
+        return trying
+
+    def _await_trial(self, own: _Bucket, num_rows: int, gains: dict[int, float]) -> None:
+        others = sorted(width for width in gains if width != own.width)
+        own.trying, own.turn = others[own.turn % len(others)], own.turn + 1
+        if own.width == 1:  # any of them tells of the text, which is what may have changed
+            own.trying = max(others, key=lambda width: gains[width])
+        own.trial = TRIAL if own.width > 1 else max(TRIAL, -(-TRIAL_ROWS // num_rows))
+        ratio = gains[own.trying] / gains[own.width]
+        own.left = max(LEAST, int(own.trial * (1 - min(ratio, 1 / ratio)) / PRICE)) << own.lost
+
+    def _brings(self, width: int) -> float:
+        """Return what a run of so many positions will bring, in tokens."""
+        return self._brought.setdefault(width, _Brought()).mean(self._expected(width))
+
+    def _expected(self, width: int) -> float:
+        chance = min(self._hits / self._tries, 0.999)
+        return (1 - chance**width) / (1 - chance)
+
+    def _doubt(self, num_runs: float) -> None:
+        """Let all so far count for no more than so many runs."""
+        if self._tries > num_runs:
+            self._hits, self._tries = self._hits * num_runs / self._tries, num_runs
+        for brought in self._brought.values():
+            if brought.rows > num_runs:
+                brought.keep(num_runs / brought.rows)
 
     def is_on(self, num_rows: int) -> bool:
         """Return whether steps of so many decode rows draft just now, as far as is known; decides nothing."""
         own = self._buckets.get((num_rows - 1).bit_length())
-        return own is None or own.drafts or not own.known
+        return own is None or own.width != 1
 
-    def _await_trial(self, own: _Bucket, num_rows: int, gain: float) -> None:
-        own.trial = TRIAL if own.drafts else max(TRIAL, -(-TRIAL_ROWS // num_rows))
-        loses = 1 - min(gain, 1 / gain)
-        own.left = max(LEAST, int(own.trial * loses / PRICE)) << own.lost
+    def note_emitted(self, tokens: float | None, full: float | None = None) -> None:
+        """A wide step has brought so many tokens a row, of which the share `full` had all its drafts confirmed.
 
-    def note_emitted(self, tokens: float | None) -> None:
-        """A wide step has brought so many tokens a row; None if it had no drafts to verify.
-
-        It counts once the step's time is told, if it is.
+        None for tokens if it had no drafts to verify; for `full` if that is not known. It counts once the step's time
+        is told, if it is.
         """
-        self._emitted = tokens
+        self._emitted = None if tokens is None else (tokens, full)
 
     def note_time(self, num_rows: int, width: int, seconds: float) -> None:
         """A step of decode rows alone took so long."""
         own, emitted = self._bucket(num_rows), self._emitted
         self._emitted = None
-        (own.wide if width > 1 else own.plain).append(seconds)
-        if width > 1 and emitted is not None:
-            self._brought.setdefault(width, _Brought()).note(emitted, num_rows)
+        own.times.setdefault(width, deque(maxlen=WINDOW)).append(seconds)
+        if width == 1 or emitted is None:
+            return
+        mean, full = emitted
+        if full is None:
+            full = min(self._hits / self._tries, 0.999) ** (width - 1)
+        kept = 0.5 ** min(num_rows / HALF_ROWS, 1 / HALF_STEPS)
+        for brought in self._brought.values():
+            brought.keep(kept)
+        self._brought.setdefault(width, _Brought()).note(mean, self._expected(width), num_rows)
+        self._hits = self._hits * kept + (mean - 1) * num_rows
+        self._tries = self._tries * kept + (mean - full) * num_rows
 
     def explain(self) -> tuple[str, ...]:
         """Return what was measured, a sentence for each width, and one for each number of rows."""
         lines = [
-            f"speculation: a row and step of {width - 1} drafts brings {brought.mean:.2f} tokens"
+            f"speculation: a row and step of {width - 1} drafts brings {brought.tokens / brought.rows:.2f} tokens"
             for width, brought in sorted(self._brought.items())
-            if brought.any
+            if brought.rows
         ]
         for bucket, own in sorted(self._buckets.items()):
-            if own.known:
-                what = f"speculation: {'on' if own.drafts else 'off'} for up to {1 << bucket} rows"
-                lines.append(f"{what}, where a step with drafts takes {own.cost:.2f} times as long as one without")
+            if own.width:
+                what = f"{own.width - 1} drafts" if own.width > 1 else "off"
+                costs = ", ".join(f"{own.cost(width):.2f} with {width - 1}" for width in sorted(own.times) if width > 1)
+                line = f"speculation: {what} for up to {1 << bucket} rows, where a step takes {costs} drafts times"
+                lines.append(f"{line} as long as one without")
         return tuple(lines)
 
     def _bucket(self, num_rows: int) -> _Bucket:

@@ -46,8 +46,8 @@ MAIN: Final = 0
 SIDE: Final = 1
 """The lane in which prompts are read beside decode steps."""
 Ladder: TypeAlias = tuple[tuple[int, int], ...]
-"""(Decode rows, drafts), ascending: up to so many rows, one of `graphs.buckets.row_buckets`, a wide step verifies so
-many drafts of each. The last is for any number of rows."""
+"""(Decode rows, drafts), rows ascending and drafts descending: with up to so many rows, one of
+`graphs.buckets.row_buckets`, a wide step may verify so many drafts of each. The last is for any number of rows."""
 STRIP: Final = 16
 """Positions of a strip (see `state.strips`): as many as the tensor cores take at once, so fewer would cost as much."""
 STRIPS: Final = (1, 2, 4, 8, 16)
@@ -185,9 +185,9 @@ def is_short(num_strips: int, longest: int) -> bool:
     return num_strips <= STRIPS[-1] and num_strips * STRIP * longest <= _SHORT_READS
 
 
-def width_for(num_rows: int, ladder: Ladder) -> int:
-    """Return the positions of each decode row in a wide step of so many: one more than its drafts."""
-    return 1 + next((drafts for rows, drafts in ladder if num_rows <= rows), ladder[-1][1])
+def widths_for(num_rows: int, ladder: Ladder) -> tuple[int, ...]:
+    """Return how many positions each decode row of a wide step of so many may have, the most first: drafts and one."""
+    return tuple(1 + drafts for rows, drafts in ladder if num_rows <= rows) or (1 + ladder[-1][1],)
 
 
 def broken_rules(plan: StepPlan) -> list[str]:

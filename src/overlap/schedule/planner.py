@@ -38,7 +38,7 @@ from overlap.schedule.forms import Forms
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import MAIN, SIDE, STRIP, Admission, Ladder, StepPlan, is_short
+from overlap.schedule.plan import MAIN, SIDE, STRIP, STRIPS, Admission, Ladder, StepPlan, is_short
 from overlap.schedule.repeats import Repeats
 from overlap.schedule.request import Request
 from overlap.schedule.runs import cut_runs, runs_of
@@ -50,6 +50,8 @@ from overlap.schedule.split import Prompts, Splitter
 
 NONE: Final = np.empty(0, dtype=np.int32)
 NO_UPDATES: Final[Update] = (NONE, NONE, NONE)
+_FEW_TOKENS: Final = 4 * STRIP * STRIPS[-1]
+"""Prompt tokens that wait, up to which they are read in short steps, a few at a time."""
 
 
 class Planner:
@@ -98,6 +100,7 @@ class Planner:
         self._queue = self._desk.queue
         self._requests: dict[int, Request] = {}
         self._prefilling: list[Request] = []
+        self._went_first = False  # short prompts had the last step, though there were decode rows
         self._planned = self._settled = self._preemptions = 0
         self._lanes = Lanes(self._slots, splitter, token_budget)
 
@@ -271,9 +274,14 @@ class Planner:
             width = self._drafting.width(len(decode), self._token_budget)
         alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._prompts())
         stalled = max(0, len(free) - len(decode)) * width
-        admissions = self._admit(updates, budget - stalled) if budget else []
+        apart = self._drafting.strips and len(decode) > 0
+        if apart and self._went_first:  # prompts had the step before
+            budget = 0
+        few = apart and self._queue.prompt_tokens <= _FEW_TOKENS
+        admissions = self._admit(updates, budget - stalled, few=few) if budget else []
         chunks = self._cut_chunks(budget, MAIN)
-        if alone and chunks:
+        self._went_first = bool(chunks) and apart and self._go_first(decode, chunks, width)
+        if chunks and (alone or self._went_first):
             decode = NONE
         if not len(decode) and not chunks:
             if admissions:
@@ -287,6 +295,14 @@ class Planner:
         repeats = decode is self._decoding and not (chunks or admissions or plan.masked)
         self._before = plan if repeats else None
         return plan
+
+    def _go_first(self, decode: Ints, chunks: list[tuple[Request, int, int]], width: int) -> bool:
+        """Return whether short prompts are read by a step of their own in front of decode rows, with a drafter.
+
+        Such a step is one launch. One with all of them is one only if it is short, too, and then verifies nothing; else
+        it takes as long to launch as several others.
+        """
+        return self._is_short(NONE, chunks) and (width > 1 or not self._is_short(decode, chunks))
 
     def _is_short(self, decode: Ints, chunks: list[tuple[Request, int, int]]) -> bool:
         """Return whether a step of these rows is short (see `plan.is_short`), and all its prompts end with it."""
@@ -362,15 +378,20 @@ class Planner:
     def _prompts(self) -> Prompts:
         """Return what there is of prompts. Those that slots are free for are taken to be as long as the next one."""
         queue, reading = self._queue, self._prefilling
+        at = self._slots
+        flying = at.reading & (at.left > 0)  # whose prompts are in the air: they will decode, too
+        flying[self._decoding] = False
+        flying[[request.slot for request in reading]] = False
+        number = len(reading) + int(np.count_nonzero(flying))
         tokens = sum(len(request.prompt) - request.chunked for request in reading)
-        answers = sum(request.limit - request.made for request in reading)
+        answers = sum(request.limit - request.made for request in reading) + int(at.left[flying].sum())
         coming = queue.first() if len(queue) else None
         if coming is None:
-            return Prompts(tokens, len(reading), tokens, answers)
-        others = max(1, min(len(queue), len(self._slots.free)))
+            return Prompts(tokens, number, tokens, answers)
+        others = min(len(queue), len(self._slots.free))
         now = tokens + others * len(coming.prompt)
         every = max(now, tokens + queue.prompt_tokens)
-        return Prompts(now, len(reading) + others, every, answers + queue.answer_tokens)
+        return Prompts(now, number + others, every, answers + queue.answer_tokens)
 
     def _refresh_decoding(self) -> None:
         """Drop rows that have no more to run, add those whose prompt is through. Costs nothing in a steady step."""
@@ -448,11 +469,15 @@ class Planner:
             if last.priority < pressing.priority:
                 self._preempt(last)
 
-    def _admit(self, updates: list[Update], budget: int) -> list[Admission]:
-        """Admit who comes next, while slots, pages and a budget of prompt tokens last."""
+    def _admit(self, updates: list[Update], budget: int, *, few: bool = False) -> list[Admission]:
+        """Admit who comes next, while slots, pages and a budget of prompt tokens last.
+
+        `few` takes no more than fit into a short step, as far as they are short.
+        """
         admissions: list[Admission] = []
         budget -= sum(len(r.prompt) - r.chunked for r in self._prefilling)
-        for request, update in self._desk.admit(budget):
+        strips = STRIPS[-1] - sum(-((r.chunked - len(r.prompt)) // STRIP) for r in self._prefilling) if few else -1
+        for request, update in self._desk.admit(budget, strips if strips >= 0 else None):
             updates.append(update)
             self._forms.enter(request)
             self._prefilling.append(request)

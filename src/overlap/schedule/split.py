@@ -21,7 +21,8 @@ class Outlook:
     side_busy: bool
     """Whether the side lane has a step in the air."""
     num_prompts: int = 0
-    """How many of the prompts have a slot, or one is free for: rows that will decode, too, once they are read."""
+    """How many of the prompts have a slot, or one is free for: rows that will decode, too, once they are read. With
+    those whose reading is in the air."""
     owed: float = float("inf")
     """Tokens that all answers still have for each of `prefill_tokens`, as far as is known."""
 
@@ -32,11 +33,11 @@ class Prompts(NamedTuple):
     tokens: int
     """Of the prompts that could run now: they have a slot, or one is free."""
     number: int
-    """How many these are."""
+    """How many these are, with those that are being read in the air."""
     all_tokens: int
     """Of these and of all that wait."""
     answers: int
-    """The most tokens that the answers to all of them may have."""
+    """The most tokens that the answers to all of them may have, and to those in the air."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class Ran:
     seconds: float
     share: int = 0
     """SMs that were the decode rows' own."""
+    attended: float = 0.0
+    """To how many tokens its prompt tokens attend, all together."""
 
 
 class Splitter(Protocol):

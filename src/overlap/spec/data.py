@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,13 @@ from overlap.errors import ConfigError
 from overlap.messages import SamplingParams
 from overlap.spec.asking import Asked, encode_question
 from overlap.spec.prompts import built_in
+
+QUESTION_TOKENS: Final = 96
+"""Of a question that the model makes up, at most; a longer one is none."""
+LEAST_WORDS: Final = 3
+TRIES_A_QUESTION: Final = 2
+WINDOW: Final = 64
+"""Batches among whose texts those of about the same length are put together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +93,35 @@ def split(prompts: Sequence[str], held_out: int) -> tuple[list[str], list[str]]:
     return [prompt for prompt in prompts if prompt not in kept], judged
 
 
+async def self_asked(engine: Asked, count: int, *, seed: int, progress: bool | None) -> list[str]:
+    """Let a chat model make up `count` different questions itself, or as many of them as it can; in no order.
+
+    Told nothing but that a user speaks now, it says what users say: it asks of more than any list of ours, and about as
+    often as it was asked itself. Source: Magpie (arXiv:2406.08464). Raises ConfigError for a model without a template.
+    """
+    if engine.chat_template is None:
+        raise ConfigError("The model has no chat template, so it can not make up questions. Give it --self-asked 0.")
+    one, other = [await encode_question(engine, text) for text in ("Alpha", "9 is")]
+    begun = one[: next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])]
+    tries = count * TRIES_A_QUESTION
+    params = [
+        SamplingParams(temperature=1.0, top_p=0.95, seed=seed + number, max_tokens=QUESTION_TOKENS)
+        for number in range(tries)
+    ]
+    found: dict[str, None] = {}
+    outputs = engine.generate_batch([begun] * tries, params, progress=progress)
+    try:
+        async for output in outputs:
+            text = output.text.strip()
+            if output.finish_reason == "stop" and len(text.split()) >= LEAST_WORDS:
+                found[text] = None
+            if len(found) == count:
+                break
+    finally:
+        await outputs.aclose()  # type: ignore[attr-defined]  # it is an async generator
+    return list(found)
+
+
 async def answer(
     engine: Asked,
     prompts: Sequence[str],
@@ -97,14 +134,14 @@ async def answer(
 ) -> Corpus:
     """Let the engine answer `prompts` in its chat template, as many as `seconds` allow, and return the texts.
 
-    The first answer to every other prompt is greedy, all else is drawn at `temperature`. Seeds are `seed`, `seed + 1`
-    and so on.
+    The first answers to three of four prompts are greedy, all else is drawn at `temperature`. Seeds are `seed`,
+    `seed + 1` and so on.
     """
     known = {prompt: await encode_question(engine, prompt) for prompt in dict.fromkeys(prompts)}
     ids = [known[prompt] for prompt in prompts]
     params, met = [], set[str]()
     for number, prompt in enumerate(prompts):
-        heat = 0.0 if prompt not in met and number % 2 == 0 else temperature
+        heat = 0.0 if prompt not in met and number % 4 else temperature
         met.add(prompt)
         params.append(SamplingParams(temperature=heat, seed=seed + number, max_tokens=answer_tokens))
     texts: list[tuple[list[int], list[int]]] = []
@@ -146,13 +183,27 @@ class TextBatch:
 def batches(corpus: Corpus, size: int, length: int, seed: int, first: int = 0) -> Iterator[TextBatch]:
     """Yield batches for ever from batch number `first` on: which texts are in it depends on seed and number alone.
 
-    Each pass over the corpus has another order. Texts longer than `length` are cut; L is a multiple of 16.
+    Each pass over the corpus has another order. The texts of a batch are of about the same length: what is shorter than
+    the longest is padding. Texts longer than `length` are cut; L is a multiple of 16.
     """
     a_pass = max(1, len(corpus) // size)
+    lengths = np.minimum(np.diff(corpus.ends, prepend=0), length)
+    order: npt.NDArray[np.int64] | None = None
     for number in itertools.count(first):
-        order = np.random.default_rng((seed, number // a_pass)).permutation(len(corpus))
-        start = number % a_pass * size
-        yield text_batch(corpus, order[start : start + size], length)
+        if order is None or number % a_pass == 0:
+            order = _order(lengths, size, a_pass, np.random.default_rng((seed, number // a_pass)))
+        yield text_batch(corpus, order[number % a_pass], length)
+
+
+def _order(
+    lengths: npt.NDArray[np.int64], size: int, a_pass: int, chance: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Return the texts of each batch of a pass, [a_pass, size] (fewer if there are not as many)."""
+    texts = chance.permutation(len(lengths))[: a_pass * size]
+    for start in range(0, len(texts), WINDOW * size):
+        window = texts[start : start + WINDOW * size]
+        window[:] = window[np.argsort(lengths[window], kind="stable")]
+    return chance.permutation(texts.reshape(a_pass, -1))
 
 
 def text_batch(corpus: Corpus, which: Sequence[int] | npt.NDArray[np.int64], length: int) -> TextBatch:

@@ -10,7 +10,7 @@ D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,13 @@ class HeadModule(nn.Module):
         table = rope_table(config.head_dim, context, config.rope_theta, config.rope_scaling, "cpu")
         self.register_buffer("rope", table, persistent=False)
         self.rope: Tensor
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the weights of a head, by their published names; what is not among them stays as it is."""
+        for name, parameter in self.weights.items():
+            found = tensors.get(name.replace("/", "."))
+            if found is not None:
+                parameter.data.copy_(found)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return the parameters under their published names."""

@@ -103,7 +103,7 @@ def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
         return ()
     ladder = resolved.draft_ladder
     fewer = "".join(f", {drafts} of more than {rows}" for (rows, _), (_, drafts) in pairwise(ladder))
-    when = "" if resolved.drafts_with_prompts else "; none in steps with prompts"
+    when = "" if resolved.drafts_with_prompts else "; with prompts only in short steps"
     most = f"up to {ladder[0][1]} tokens a row{fewer}{' rows' * bool(fewer)}, verified and accepted on the device{when}"
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)

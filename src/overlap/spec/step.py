@@ -32,7 +32,7 @@ from overlap.models.program import Batch, Forward
 from overlap.ops.attention import Attention
 from overlap.sample.sampler import sample, sample_all
 from overlap.sample.shaping import mask_logits, shape_logits
-from overlap.schedule.plan import Admission, Ladder, SampleKind, StepPlan, width_for
+from overlap.schedule.plan import Admission, Ladder, SampleKind, StepPlan, widths_for
 from overlap.spec.drafter import Drafter, Read
 from overlap.spec.inputs import Inputs, last_of_chunks, mixed_inputs, run_inputs
 from overlap.spec.rows import DraftRows
@@ -49,6 +49,7 @@ DRAFT_COST: Final = 0.0
 """What one more draft costs its row: nothing, for a wide step computes all its positions whether they hold drafts or
 not. Whether steps are wide the host decides, by what they take (`schedule.pace`)."""
 _ONE_ROW: Final = 4
+_ANY_ROWS: Final = 1 << 31
 RunTarget: TypeAlias = Callable[[Batch], Tensor]
 """Runs the target over tokens whose attention is planned; returns what `Llama.forward` does, the taps included."""
 
@@ -84,7 +85,7 @@ class Speculation:
     ) -> None:
         """`kv` is the target's memory, which `attention` is bound to; `context` the most tokens of a request.
 
-        `ladder` says how many drafts a row verifies by the number of rows; None for always as many.
+        `ladder` says how many drafts a row may verify by the number of rows; None for always as many.
         """
         self._program = program
         self._attention = attention
@@ -92,17 +93,14 @@ class Speculation:
         self._rows = rows
         self._drafter = drafter
         self._context = context
-        self._ladder = ladder or ((1, drafter.max_drafts),)
+        self.ladder: Final = ladder or ((_ANY_ROWS, drafter.max_drafts),)
+        """How many drafts a row may verify, by the number of rows."""
         self._drafts = DraftRows(rows.scratch, drafter.max_drafts, kv.device)
 
     @property
     def width(self) -> int:
         """The most positions of a decode row: K + 1."""
         return self._drafter.max_drafts + 1
-
-    def width_for(self, num_rows: int) -> int:
-        """Return the positions of each decode row in a wide step of so many."""
-        return width_for(num_rows, self._ladder)
 
     @property
     def captures(self) -> bool:
@@ -163,8 +161,8 @@ class Speculation:
         if kind == "shaped":
             self._note(strips.slots_R, outcome)
         next_T = strips.next_tokens(choices_R)
-        # A few strips are one prompt's more often than not, and the row's next step is as wide as a row alone is.
-        width = self.width_for(1 if num_strips <= _ONE_ROW else num_strips)
+        # A few strips are one prompt's more often than not; its next step may be as wide as a row alone is.
+        width = widths_for(1 if num_strips <= _ONE_ROW else num_strips, self.ladder)[0]
         read = self._told(inputs, next_T, strips.last_R, taps_TX, self._context - 1, width)
         if drafts:
             keep_drafts(strips.slots_R, self._drafter.draft(read, self._rows, kind), outcome.most_D, self._drafts)

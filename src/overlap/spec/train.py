@@ -24,7 +24,8 @@ from overlap.errors import ConfigError
 from overlap.models.llama import Llama
 from overlap.observe.progress import bar
 from overlap.spec.data import Corpus, TextBatch, batches, draft_vocabulary, text_batch
-from overlap.spec.head_files import HeadConfig
+from overlap.spec.eagle import load_head
+from overlap.spec.head_files import HeadConfig, read_head
 from overlap.spec.head_module import HeadModule
 from overlap.spec.target_states import TargetStates
 
@@ -77,7 +78,11 @@ class Report:
 class HeadTraining:
     """One run: the head, its optimizer, and the number of steps done."""
 
-    def __init__(self, target: Llama, corpus: Corpus, settings: TrainSettings) -> None:
+    def __init__(self, target: Llama, corpus: Corpus, settings: TrainSettings, start: Path | None = None) -> None:
+        """`start` is a head to go on from: its shape and draft vocabulary hold, not those of the settings.
+
+        Raises ModelError if it is none, or not one of the target.
+        """
         self.settings = settings
         self.target = target
         self.corpus = corpus
@@ -87,10 +92,18 @@ class HeadTraining:
         length = min(settings.length, target.config.context // 16 * 16)
         self._length = length
         self._states = TargetStates(target, settings.batch_size, length)
-        ids_N = draft_vocabulary(corpus, target.vocab_size, settings.draft_vocabulary)
-        self.config = head_shape(target, settings, len(ids_N))
+        if start is None:
+            ids_N = draft_vocabulary(corpus, target.vocab_size, settings.draft_vocabulary)
+            self.config, begun = head_shape(target, settings, len(ids_N)), dict[str, Tensor]()
+        else:
+            load_head(start, target)  # says what does not fit
+            self.config, begun = read_head(start)
+            if self.config.kind != "eagle3":
+                raise ConfigError(f"{str(start)!r} is an {self.config.kind} head; only EAGLE-3 heads are trained.")
+            ids_N = torch.arange(self.config.draft_vocab_size) + begun.get("d2t", torch.zeros((), dtype=torch.int64))
         width = len(self._states.taps) * target.config.hidden_size
         module = HeadModule(self.config, width, target.config.context + settings.unroll, settings.seed)
+        module.take(begun)
         self.head = module.to(self._device)
         self.ids_N = ids_N.to(self._device)
         self._draft_id_V = torch.full((target.vocab_size,), -1, device=self._device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from overlap import AsyncEngine
 from overlap.config import cache_directory, package_index
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
-from overlap.spec.data import Corpus, answer, prompts_from, split
+from overlap.spec.data import Corpus, answer, prompts_from, self_asked, split
 from overlap.spec.forms import KINDS
 from overlap.spec.head_files import write_eagle3
 from overlap.spec.shipped import shape_of
@@ -26,6 +27,8 @@ DATA_SHARE: Final = 0.3
 """The share of `minutes` that goes into making the texts."""
 
 
+_MADE_UP: Final = "made_up.txt"
+"""How many of the prompts the model has made up itself."""
 ROWS: Final = 384
 """Answers at once on a GPU: a small model makes the more tokens a second the more rows it has."""
 
@@ -40,6 +43,11 @@ class Job:
     train: TrainSettings
     prompts: Path | None = None
     """A text file of one prompt a line; None for built-in ones."""
+    self_asked: float | None = None
+    """The share of prompts that the model makes up itself (`data.self_asked`); None for half of them, but for none
+    where prompts are given or the model has no chat template."""
+    start: Path | None = None
+    """The directory of a head to go on from; None begins anew."""
     num_prompts: int = 20000
     held_out: int = 64
     """Prompts that are not trained on, and by which the head is judged."""
@@ -62,11 +70,12 @@ def train_drafter(job: Job) -> Report:
     began = time.monotonic()
     corpus_path, judged_path = work / "texts.safetensors", work / "judged.safetensors"
     if not (corpus_path.is_file() and judged_path.is_file()):
-        asyncio.run(_make_texts(job, corpus_path, judged_path))
+        asyncio.run(_make_texts(job, work, corpus_path, judged_path))
         gc.collect()  # the engine's memory is wanted for training
         torch.cuda.empty_cache()
     corpus, judged = Corpus.load(corpus_path), Corpus.load(judged_path)
-    training = HeadTraining(_target(job), corpus, _left(job, time.monotonic() - began))
+    training = HeadTraining(_target(job), corpus, _left(job, time.monotonic() - began), job.start)
+    before = None if job.start is None else training.report(judged)
     checkpoint = work / "checkpoint.safetensors"
     if checkpoint.is_file():
         training.resume(checkpoint)
@@ -75,21 +84,29 @@ def train_drafter(job: Job) -> Report:
     half = torch.bfloat16 if job.dtype is not torch.float32 else torch.float32
     notes = {"dtype": str(half).removeprefix("torch."), "target": Path(job.model).name, **shape_of(training.target)}
     write_eagle3(job.output, training.config, training.tensors(half), **notes)
-    card = _card(job, training, corpus, judged, report)
+    made_up = int((work / _MADE_UP).read_text()) if (work / _MADE_UP).is_file() else 0
+    card = _card(job, training, corpus, judged, report, before, made_up)
     (job.output / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
-async def _make_texts(job: Job, corpus_path: Path, judged_path: Path) -> None:
-    """Answer the held-out prompts greedily and the others by sampling, and write both."""
-    prompts = prompts_from(job.prompts, job.num_prompts, job.train.seed)
-    kept, judged = split(prompts, job.held_out)
+async def _make_texts(job: Job, work: Path, corpus_path: Path, judged_path: Path) -> None:
+    """Answer the held-out prompts greedily and the others mostly so, and write both."""
     seconds = math.inf if job.train.minutes is None else job.train.minutes * 60 * DATA_SHARE
     options: dict[str, Any] = {"cache_dir": job.cache_dir, "progress": job.progress}
     if job.device != "cpu":
         options |= {"max_rows": ROWS, "token_budget": 8192, "context": job.train.length + job.answer_tokens}
     name = str(job.dtype).removeprefix("torch.")
     async with AsyncEngine(job.model, device=job.device, dtype=name, **options) as engine:
+        share = job.self_asked
+        if share is None:
+            share = 0.0 if job.prompts is not None or engine.chat_template is None else 0.5
+        wanted = int(job.num_prompts * share)
+        own = await self_asked(engine, wanted, seed=job.train.seed, progress=job.progress) if wanted else []
+        (work / _MADE_UP).write_text(str(len(own)))
+        prompts = prompts_from(job.prompts, job.num_prompts - len(own), job.train.seed) + own
+        random.Random(job.train.seed).shuffle(prompts)
+        kept, judged = split(prompts, job.held_out)
         for path, some, temperature in ((judged_path, judged, 0.0), (corpus_path, kept, job.temperature)):
             made = await answer(
                 engine,
@@ -120,23 +137,36 @@ def _target(job: Job) -> Llama:
         checkpoint.close()
 
 
-def _card(job: Job, training: HeadTraining, corpus: Corpus, judged: Corpus, report: Report) -> str:
+def _card(
+    job: Job,
+    training: HeadTraining,
+    corpus: Corpus,
+    judged: Corpus,
+    report: Report,
+    before: Report | None,
+    made_up: int,
+) -> str:
     """Return the README.md of a head."""
     positions = "\n".join(f"| {place} | {share:.3f} |" for place, share in enumerate(report.accepted, 1))
     source = (
         f"built-in prompts of {len(KINDS)} kinds" if job.prompts is None else f"the {job.num_prompts} prompts given"
     )
+    if made_up:
+        source += f" and to {made_up} that the model made up itself"
+    begun = "" if before is None else ", from an earlier head on"
+    earlier = "" if before is None else f" (the earlier head: {before.mean_emitted:.2f})"
+    loss = (training.losses or [float("nan")])[-1]
     name = Path(job.model).name
     return f"""# An EAGLE-3 head for {name}
 
 Made by `overlap train-drafter`. It drafts for `{name}` and for no other model. Format: that of the published
 EAGLE-3 heads (config.json, model.safetensors).
 
-- **Data:** {len(corpus)} answers ({len(corpus.tokens)} tokens with their prompts) to {source}, sampled from the
-  model itself, {job.answer_tokens} tokens at most each: the first answer to every other prompt greedily, all else
-  at temperature {job.temperature}.
-- **Training:** {training.step} steps of {job.train.batch_size} texts of up to {job.train.length} tokens, unrolled over
-  {job.train.unroll} drafts, seed {job.train.seed}. Last loss: {(training.losses or [float("nan")])[-1]:.3f}.
+- **Data:** {len(corpus)} answers ({len(corpus.tokens)} tokens with their prompts) to {source},
+  sampled from the model itself, {job.answer_tokens} tokens at most each: the first answers to three of four prompts
+  greedily, all else at temperature {job.temperature}.
+- **Training:** {training.step} steps of {job.train.batch_size} texts of up to {job.train.length} tokens{begun},
+  unrolled over {job.train.unroll} drafts, seed {job.train.seed}. Last loss: {loss:.3f}.
 - **Draft vocabulary:** the {len(training.ids_N)} most frequent tokens of the data.
 
 ## Acceptance
@@ -148,5 +178,5 @@ where all drafts before it were accepted.
 |---|---|
 {positions}
 
-Mean tokens of a verify: **{report.mean_emitted:.2f}**.
+Mean tokens of a verify: **{report.mean_emitted:.2f}**{earlier}.
 """
