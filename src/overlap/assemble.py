@@ -256,7 +256,7 @@ def _parts(
         drafts=resolved.num_drafts,
         ladder=resolved.draft_ladder,
         drafts_with_prompts=resolved.drafts_with_prompts,
-        strips=resolved.short_steps,
+        strips=own.short_steps,
         drafts_ahead=resolved.num_drafts if head is not None else 0,
         pace=Pace() if resolved.paces_drafts else None,
     )
@@ -271,7 +271,12 @@ def _parts(
         planner=planner,
         runner=runner,
         own=own,
-        notes=(*notes, *share_notes, *drafter_notes(resolved, head), *(f"slower: {reason}" for reason in fallbacks)),
+        notes=(
+            *notes,
+            *share_notes,
+            *drafter_notes(resolved, head, short=own.short_steps),
+            *(f"slower: {reason}" for reason in fallbacks),
+        ),
         team=team,
         costs=costs,
         fallbacks=fallbacks,

@@ -276,8 +276,6 @@ class Resolved:
     """0 lets two lanes compete for SMs."""
     drafts_with_prompts: bool = True
     """Whether steps that read prompts draft, too."""
-    short_steps: bool = False
-    """Whether steps with short prompts are one launch, and may draft in any case."""
     paces_drafts: bool = False
     """Drafts only while that pays."""
 
@@ -324,7 +322,6 @@ def resolve(asked: EngineConfig, model: ModelConfig, machine: Machine) -> Resolv
         num_drafts=max((drafts for _, drafts in ladder), default=0),
         draft_ladder=ladder,
         drafts_with_prompts=_drafts_with_prompts(asked, device),
-        short_steps=_short_steps(asked, device),
         decode_sms=_decode_sms(asked, device),
         paces_drafts=asked.speculative is not None and asked.num_drafts == "auto",
     )
@@ -362,11 +359,6 @@ def _drafts_with_prompts(asked: EngineConfig, device: str) -> bool:
     """Return whether steps that read prompts draft: on a GPU no graph holds them, and drafting takes longer to launch
     than the one wide step without drafts behind them."""
     return asked.speculative not in ("eagle", "draft") or not device.startswith("cuda")
-
-
-def _short_steps(asked: EngineConfig, device: str) -> bool:
-    """Return whether steps with short prompts are one launch of a graph."""
-    return asked.graphs and device.startswith("cuda")
 
 
 def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:

@@ -220,6 +220,11 @@ class Runner:
         """Return the bytes of device memory that slots, mail and KV take."""
         return self._rows.nbytes + self._kv.nbytes + sum(lane.nbytes for lane in self._lanes)
 
+    @property
+    def short_steps(self) -> bool:
+        """Whether each step with short prompts (`schedule.plan.is_short`) is one launch, once its graph is captured."""
+        return self._main.short_steps
+
     def statistics(self) -> GraphStatistics:
         """Return what graphs did so far, in all lanes: zeros without any."""
         return sum((lane.statistics() for lane in self._lanes[1:]), self._main.statistics())
@@ -270,6 +275,8 @@ class _LaneRunner:
         self._lane = Lane(
             program=program, attention=attention, kv=kv, rows=self._rows, mail=self._mail, speculation=speculation
         )
+        self.short_steps = False
+        """Whether each step with short prompts is one launch."""
         self._share = 0
         self._shares: ShareGraphs | None = None
         if not graphs:
@@ -291,14 +298,16 @@ class _LaneRunner:
                 fitting = min(most_rows, max_rows, (token_budget - 1) // (1 + drafts))
                 wide[1 + drafts] = row_buckets(max(1, fitting))
 
+        strips = tuple(size for size in STRIPS if whole and size <= max(1, token_budget // STRIP))
+        self.short_steps = strips == STRIPS
+
         def make(_share: int) -> GraphDriver:
-            strips = tuple(size for size in STRIPS if whole and size <= max(1, token_budget // STRIP))
             policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide, strips)
             return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows)
 
         note = (
-            f"graphs: decode steps whole, up to {max_rows} rows, those with short prompts up to {STRIPS[-1] * STRIP} "
-            f"positions; others in pieces, up to {most} tokens"
+            f"graphs: decode steps whole, up to {max_rows} rows, those with short prompts up to "
+            f"{(strips or (0,))[-1] * STRIP} positions; others in pieces, up to {most} tokens"
         )
         if not self._decodes:
             note = f"graphs: in pieces, up to {most} tokens, captured when they are used again"

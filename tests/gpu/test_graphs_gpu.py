@@ -93,7 +93,7 @@ def requests(count: int, seed: int) -> list[tuple[int, Request]]:
     chance = random.Random(seed)
     asked = []
     for key in range(count):
-        prompt = np.array([chance.randrange(511) for _ in range(chance.choice([1, 5, 40, 130]))], dtype=np.int32)
+        prompt = np.array([chance.randrange(511) for _ in range(chance.choice([1, 5, 40, 130, 300]))], dtype=np.int32)
         params, limit = {**chance.choice(PARAMS), "seed": key}, chance.choice([9, 30, 150])
         asked.append((chance.randrange(60), Request(key=key, front=0, prompt=prompt, limit=limit, **params)))
     return asked

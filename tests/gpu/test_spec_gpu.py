@@ -148,7 +148,7 @@ def requests(count: int, seed: int, kinds: tuple[str, ...] = tuple(KINDS)) -> li
     chance = random.Random(seed)
     asked = []
     for key in range(count):
-        stem = [chance.randrange(511) for _ in range(chance.choice([1, 5, 20, 60]))]
+        stem = [chance.randrange(511) for _ in range(chance.choice([1, 5, 20, 60, 150]))]
         params = {**chance.choice(KINDS[chance.choice(kinds)]), "seed": key}
         prompt, limit = np.array(stem * 2, dtype=np.int32), chance.choice([9, 30, 150])
         asked.append((chance.randrange(60), Request(key=key, front=0, prompt=prompt, limit=limit, **params)))

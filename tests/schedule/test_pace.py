@@ -192,3 +192,10 @@ def test_a_text_that_gets_easier_gets_more_drafts_and_fewer_when_it_gets_harder_
             chosen[width] += step > 4500
         found.append(chosen.most_common(1)[0][0])
     assert found == [1, 16, 1]
+
+
+def test_it_explains_itself_while_a_width_has_not_been_measured_yet() -> None:
+    pace = Pace()
+    share_of_wide(pace, 40, 8, 1.2, 2.5)
+    assert pace.choose(5, (9, WIDTH)) == 9
+    assert any("drafts for up to 8 rows" in line for line in pace.explain())

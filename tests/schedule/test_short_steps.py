@@ -86,6 +86,15 @@ def test_many_prompts_that_wait_are_read_in_one_large_step() -> None:
     assert (plan.num_decode, len(plan.prompt)) == (2, 30 * 3 * STRIP)
 
 
+def test_what_no_graph_holds_is_no_short_step() -> None:
+    own = planner()
+    decoding(own, 2)
+    own.submit(Request(key=9, front=0, prompt=np.arange(40, dtype=np.int32), limit=9, logprobs=True))
+    read = own.plan()
+    assert read is not None
+    assert (read.num_decode, read.drafts) == (2, False), "beside the rows, and nothing is drafted kernel by kernel"
+
+
 def test_rows_that_verify_nothing_share_a_short_step_with_prompts() -> None:
     own = planner()
     decoding(own, 2)

@@ -143,7 +143,7 @@ async def test_where_steps_with_prompts_do_not_draft_or_only_short_ones_no_token
     tiny_llama_dir: Path, drafters: Any, way: str, *, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("overlap.config._drafts_with_prompts", lambda *_: False)
-    monkeypatch.setattr("overlap.config._short_steps", lambda *_: short)
+    monkeypatch.setattr("overlap.runner.Runner.short_steps", short)
     jobs = jobs_of(47, 14)
     want, _ = await answers(tiny_llama_dir, jobs)
     for name in ("ngram", "itself", "eagle3"):

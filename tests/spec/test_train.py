@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from overlap import AsyncEngine
 from overlap.errors import ConfigError
 from overlap.models.llama import Llama
-from overlap.spec.data import Corpus, batches, draft_vocabulary, join, prompts_from, split
+from overlap.spec.data import Corpus, batches, draft_vocabulary, join, prompts_from, self_asked, split
 from overlap.spec.eagle import load_head
 from overlap.spec.head_files import write_eagle3
 from overlap.spec.train import HeadTraining, TrainSettings
@@ -115,6 +118,14 @@ def test_no_prompt_is_both_trained_on_and_judged_by(tmp_path: Path) -> None:
         prompts_from(tmp_path / "prompts.txt", 4, 0)
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.2, 50])
+def test_a_share_of_made_up_questions_that_is_none_is_refused_before_anything_is_made(
+    tmp_path: Path, share: float
+) -> None:
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        Job(model="m", output=tmp_path, train=settings(), self_asked=share, device="cpu", dtype=torch.float32)
+
+
 def test_a_draft_vocabulary_is_the_most_frequent_tokens_in_order() -> None:
     made = join([([7, 7, 3], [9, 9, 9, 1])])
     assert draft_vocabulary(made, 12, 3).tolist() == [1, 7, 9]
@@ -126,6 +137,60 @@ def test_batches_go_on_from_any_number_as_if_they_had_begun_there(corpus: Corpus
     later = list(itertools.islice(batches(corpus, 5, 48, 3, first=4), 5))
     for one, other in zip(begun[4:], later, strict=True):
         assert torch.equal(one.tokens_BL, other.tokens_BL)
+
+
+def test_texts_of_about_the_same_length_share_a_batch_and_none_comes_twice_in_a_pass() -> None:
+    chance = np.random.default_rng(1)
+    texts = [([number + 3], chance.integers(3, 90, int(length)).tolist()) for number, length in
+             enumerate(chance.integers(1, 200, 400))]  # fmt: skip
+    made = join(texts)
+    met, padding, filled = [], 0, 0
+    for batch in itertools.islice(batches(made, 8, 512, 5), 50):
+        met += batch.tokens_BL[:, 0].tolist()
+        padding += batch.tokens_BL.numel() - int(batch.lengths_B.sum())
+        filled += int(batch.lengths_B.sum())
+    assert sorted(met) == [number + 3 for number in range(400)]
+    assert padding < 0.15 * filled
+    again = [batch.tokens_BL[:, 0].tolist() for batch in itertools.islice(batches(made, 8, 512, 5), 100)]
+    assert sorted(again[:50]) != again[:50]
+    assert again[:50] != again[50:], "another order in the next pass"
+
+
+def test_a_run_may_go_on_from_a_head_that_is_there(target: Llama, corpus: Corpus, spec: Any, tmp_path: Path) -> None:
+    first = HeadTraining(target, corpus, settings())
+    first.run(progress=False)
+    write_eagle3(tmp_path / "head", first.config, first.tensors(torch.float32))
+    fixed = next(batches(corpus, 4, 48, 0))
+    other = settings(intermediate=64, draft_vocabulary=50)  # the head's own hold
+    again = HeadTraining(target, corpus, other, tmp_path / "head")
+    assert again.config == first.config
+    assert torch.equal(again.ids_N, first.ids_N)
+    assert again.loss(fixed).item() == pytest.approx(first.loss(fixed).item(), rel=1e-5)
+    (tmp_path / "eagle").mkdir()
+    spec.write_random_head(tmp_path / "eagle", target, "eagle")
+    with pytest.raises(ConfigError, match="only EAGLE-3 heads are trained"):
+        HeadTraining(target, corpus, other, tmp_path / "eagle")
+
+
+async def test_a_chat_model_makes_up_questions_and_one_without_a_template_says_that_it_can_not(
+    smollm2_path: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache": 4096, "context": 512}
+    async with AsyncEngine(str(smollm2_path), max_rows=8, **options) as engine:
+        asked = await self_asked(engine, 4, seed=1, progress=False)
+        assert 2 <= len(asked) <= 4
+        assert len(set(asked)) == len(asked)
+        assert all(len(question.split()) >= 3 and "<|" not in question for question in asked)
+        assert set(await self_asked(engine, 4, seed=1, progress=False)) == set(asked), "a seed says which"
+    plain = shutil.copytree(tiny_llama_dir, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    told = json.loads((plain / "tokenizer_config.json").read_text())
+    told.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(told))
+    async with AsyncEngine(str(plain), device="cpu", dtype="float32", kv_cache=512) as engine:
+        assert engine.chat_template is None
+        with pytest.raises(ConfigError, match="no chat template"):
+            await self_asked(engine, 4, seed=1, progress=False)
 
 
 def test_the_command_line_trains_a_head(

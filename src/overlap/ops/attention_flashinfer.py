@@ -25,7 +25,6 @@ from overlap.cache.pages import PAGE, Ints
 from overlap.ops.attention import AttentionRows
 from overlap.ops.decode_triton import DecodeKernel
 from overlap.ops.host_memory import host_zeros
-from overlap.schedule.plan import STRIP, STRIPS
 
 _WRAPPERS: Final = 2
 
@@ -56,7 +55,7 @@ class FlashInferAttention:
         self._num_heads = num_heads
         self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
         self._sides = [(kv[:, layer, 0], kv[:, layer, 1]) for layer in range(kv.shape[1])]
-        self._decode = DecodeKernel(kv, num_heads, max(max_rows, STRIPS[-1]), max(width, STRIP))
+        self._decode = DecodeKernel(kv, num_heads, max_rows, width)
         self._num_decode = self._sms = 0
         self._width, self._strips = 1, False
         self._seq_lens = self._page_table = torch.empty(0, dtype=torch.int32, device=kv.device)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from overlap.cache.pages import PAGE
 from overlap.ops import launch_triton
+from overlap.schedule.plan import STRIP, STRIPS
 
 _SMS: Final = 132
 """SMs of the GPUs that `cut_of` was measured on."""
@@ -252,23 +253,26 @@ class DecodeKernel:
     def __init__(self, kv: Tensor, num_heads: int, max_rows: int, max_width: int = 1, cut: Cut | None = None) -> None:
         """`kv` is [pages, layers, 2, PAGE, K, D], contiguous, with G <= 64. Takes steps of up to `max_rows` rows.
 
-        `max_width` is the most positions of a row. `cut` is for all steps; None takes what is best for each.
+        `max_width` is the most positions of a row. Short steps fit in any case. `cut` is for all steps; None takes what
+        is best for each.
         """
         self._kv = kv
         self._num_kv_heads, self._head_dim = kv.shape[4], kv.shape[5]
         self._group = num_heads // self._num_kv_heads
         self._whole_lines = kv.stride(3) * kv.element_size() % _LINE_BYTES == 0  # a token's keys are
         self._block_d = max(16, triton.next_power_of_2(self._head_dim))
-        self._most = max_rows, max_width
+        self._limits = (max_rows, max_width), (STRIPS[-1], STRIP)
         self._sms = torch.cuda.get_device_properties(kv.device).multi_processor_count if kv.is_cuda else _SMS
         self._cut = cut
         units = lines = 1
-        for rows in range(1, max_rows + 1):
-            for width in range(1, max_width + 1):
-                _, at_once, splits, each = self._cut_for(rows, width, self._sms)
-                if splits > 1:
-                    needed = rows * self._num_kv_heads * -(-width // at_once)
-                    units, lines = max(units, needed), max(lines, needed * splits * each)
+        sizes = {
+            (rows, width) for most, wide in self._limits for rows in range(1, most + 1) for width in range(1, wide + 1)
+        }
+        for rows, width in sizes:
+            _, at_once, splits, each = self._cut_for(rows, width, self._sms)
+            if splits > 1:
+                needed = rows * self._num_kv_heads * -(-width // at_once)
+                units, lines = max(units, needed), max(lines, needed * splits * each)
         self._counters = torch.zeros(units, dtype=torch.int32, device=kv.device)
         self._peaks = torch.empty(lines, dtype=torch.float32, device=kv.device)
         self._sums = torch.empty_like(self._peaks)
@@ -293,8 +297,7 @@ class DecodeKernel:
         what others of them write in this step: so nothing is read before that is there.
         """
         num_rows, kv = len(lengths), self._kv
-        assert num_rows <= self._most[0]
-        assert width <= self._most[1]
+        assert any(num_rows <= most and width <= wide for most, wide in self._limits)
         cut, at_once, splits, lines = self._cut_for(num_rows, width, sms or self._sms)
         options: dict[str, Any] = launch_triton.early(kv.device)
         # Behind an early start old keys are read before new ones are there: no cache line must have both.

@@ -80,12 +80,17 @@ class Drafting:
             return 1
         return widths[0] if self._pace is None else self._pace.choose(num_decode, widths)
 
-    def drafts(self, number: int, width: int, num_decode: int, num_chunks: int = 0, *, short: bool = False) -> bool:
-        """Return whether step `number` drafts for its rows' next one. `short` says that its prompt chunks are."""
+    def drafts(
+        self, number: int, width: int, num_decode: int, num_chunks: int = 0, *, short: bool = False, then: int = 0
+    ) -> bool:
+        """Return whether step `number` drafts for its rows' next one.
+
+        `short` says that its prompt chunks are, `then` how many rows will decode behind it.
+        """
         short = short and self.strips
         wide = self.most > 0 and (width > 1 or not num_decode)
         if short:
-            on = self._pace is None or self._pace.is_on(num_chunks)
+            on = self._pace is None or self._pace.is_on(max(then, num_chunks))
             wide = self.most > 0 and (self._wanted if num_decode else on)
         if wide and self._read and not num_chunks:
             self._owing.add(number)

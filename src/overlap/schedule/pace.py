@@ -208,7 +208,8 @@ class Pace:
         for bucket, own in sorted(self._buckets.items()):
             if own.width:
                 what = f"{own.width - 1} drafts" if own.width > 1 else "off"
-                costs = ", ".join(f"{own.cost(width):.2f} with {width - 1}" for width in sorted(own.times) if width > 1)
+                known = [width for width in sorted(own.times) if width > 1 and own.times[width]]
+                costs = ", ".join(f"{own.cost(width):.2f} with {width - 1}" for width in known)
                 line = f"speculation: {what} for up to {1 << bucket} rows, where a step takes {costs} drafts times"
                 lines.append(f"{line} as long as one without")
         return tuple(lines)

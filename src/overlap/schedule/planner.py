@@ -305,9 +305,12 @@ class Planner:
         return self._is_short(NONE, chunks) and (width > 1 or not self._is_short(decode, chunks))
 
     def _is_short(self, decode: Ints, chunks: list[tuple[Request, int, int]]) -> bool:
-        """Return whether a step of these rows is short (see `plan.is_short`), and all its prompts end with it."""
-        if not self._drafting or any(request.chunked < len(request.prompt) for request, _, _ in chunks):
+        """Return whether a step of these rows is short (see `plan.is_short`) and has nothing that no graph has."""
+        if not self._drafting.strips or self._forms or bool(self._slots.logprobs[decode].any()):
             return False
+        for request, _, _ in chunks:
+            if request.chunked < len(request.prompt) or request.scoring or request.logprobs or request.matcher:
+                return False
         num_strips = len(decode) + sum(-(-count // STRIP) for _, _, count in chunks)
         longest = max(int(self._slots.next[decode].max(initial=0)), *(begin + count for _, begin, count in chunks))
         return is_short(num_strips, longest + 1)
@@ -577,7 +580,9 @@ class Planner:
             starts=starts,
             num_decode=num_decode,
             width=width,
-            drafts=self._drafting.drafts(self._planned, width, num_decode, len(chunks), short=short),
+            drafts=self._drafting.drafts(
+                self._planned, width, num_decode, len(chunks), short=short, then=len(self._decoding) + len(chunks)
+            ),
             behind=behind,
             prompt=prompt,
             emits=emits,

@@ -8,6 +8,7 @@ Legend: A answers.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -93,8 +94,10 @@ def split(prompts: Sequence[str], held_out: int) -> tuple[list[str], list[str]]:
     return [prompt for prompt in prompts if prompt not in kept], judged
 
 
-async def self_asked(engine: Asked, count: int, *, seed: int, progress: bool | None) -> list[str]:
-    """Let a chat model make up `count` different questions itself, or as many of them as it can; in no order.
+async def self_asked(
+    engine: Asked, count: int, *, seed: int, seconds: float = math.inf, progress: bool | None
+) -> list[str]:
+    """Let a chat model make up `count` different questions itself, or as many as it can in `seconds`; in no order.
 
     Told nothing but that a user speaks now, it says what users say: it asks of more than any list of ours, and about as
     often as it was asked itself. Source: Magpie (arXiv:2406.08464). Raises ConfigError for a model without a template.
@@ -109,13 +112,14 @@ async def self_asked(engine: Asked, count: int, *, seed: int, progress: bool | N
         for number in range(tries)
     ]
     found: dict[str, None] = {}
+    late = time.monotonic() + seconds
     outputs = engine.generate_batch([begun] * tries, params, progress=progress)
     try:
         async for output in outputs:
             text = output.text.strip()
             if output.finish_reason == "stop" and len(text.split()) >= LEAST_WORDS:
                 found[text] = None
-            if len(found) == count:
+            if len(found) == count or time.monotonic() > late:
                 break
     finally:
         await outputs.aclose()  # type: ignore[attr-defined]  # it is an async generator

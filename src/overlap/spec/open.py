@@ -97,13 +97,14 @@ def _drafter(resolved: Resolved, head: Head | None, kv: Tensor, context: int, fa
     return ChainDrafter(head, own_kv, own_attention, resolved.num_drafts, context)
 
 
-def drafter_notes(resolved: Resolved, head: Head | None) -> tuple[str, ...]:
-    """Return a sentence on what drafts; none without a drafter."""
+def drafter_notes(resolved: Resolved, head: Head | None, *, short: bool) -> tuple[str, ...]:
+    """Return a sentence on what drafts; none without a drafter. `short` is `Runner.short_steps`."""
     if resolved.speculative is None:
         return ()
     ladder = resolved.draft_ladder
     fewer = "".join(f", {drafts} of more than {rows}" for (rows, _), (_, drafts) in pairwise(ladder))
-    when = "" if resolved.drafts_with_prompts else "; with prompts only in short steps"
+    beside = "; with prompts only in short steps" if short else "; none in steps with prompts"
+    when = "" if resolved.drafts_with_prompts else beside
     most = f"up to {ladder[0][1]} tokens a row{fewer}{' rows' * bool(fewer)}, verified and accepted on the device{when}"
     if head is None:
         return (f"speculation: {most}; drafted by prompt lookup, without weights",)

@@ -48,7 +48,8 @@ from overlap.state.strips import take_strips
 DRAFT_COST: Final = 0.0
 """What one more draft costs its row: nothing, for a wide step computes all its positions whether they hold drafts or
 not. Whether steps are wide the host decides, by what they take (`schedule.pace`)."""
-_ONE_ROW: Final = 4
+_ONE_PROMPT: Final = 4
+_FEW_ROWS: Final = 2
 _ANY_ROWS: Final = 1 << 31
 RunTarget: TypeAlias = Callable[[Batch], Tensor]
 """Runs the target over tokens whose attention is planned; returns what `Llama.forward` does, the taps included."""
@@ -161,8 +162,8 @@ class Speculation:
         if kind == "shaped":
             self._note(strips.slots_R, outcome)
         next_T = strips.next_tokens(choices_R)
-        # A few strips are one prompt's more often than not; its next step may be as wide as a row alone is.
-        width = widths_for(1 if num_strips <= _ONE_ROW else num_strips, self.ladder)[0]
+        # A few strips are one prompt's more often than not, alone or beside some rows that decode.
+        width = widths_for(_FEW_ROWS if num_strips <= _ONE_PROMPT else num_strips, self.ladder)[0]
         read = self._told(inputs, next_T, strips.last_R, taps_TX, self._context - 1, width)
         if drafts:
             keep_drafts(strips.slots_R, self._drafter.draft(read, self._rows, kind), outcome.most_D, self._drafts)

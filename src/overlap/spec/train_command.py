@@ -15,6 +15,7 @@ import torch
 
 from overlap import AsyncEngine
 from overlap.config import cache_directory, package_index
+from overlap.errors import ConfigError
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
 from overlap.spec.data import Corpus, answer, prompts_from, self_asked, split
@@ -27,6 +28,8 @@ DATA_SHARE: Final = 0.3
 """The share of `minutes` that goes into making the texts."""
 
 
+ASKING_SHARE: Final = 0.3
+"""The share of that which may go into making up questions."""
 _MADE_UP: Final = "made_up.txt"
 """How many of the prompts the model has made up itself."""
 ROWS: Final = 384
@@ -58,6 +61,11 @@ class Job:
     dtype: torch.dtype
     cache_dir: Path | None = None
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a share that is none."""
+        if self.self_asked is not None and not 0 <= self.self_asked <= 1:
+            raise ConfigError(f"self_asked is a share of the prompts, from 0 to 1, not {self.self_asked!r}.")
 
 
 def train_drafter(job: Job) -> Report:
@@ -97,16 +105,22 @@ async def _make_texts(job: Job, work: Path, corpus_path: Path, judged_path: Path
     if job.device != "cpu":
         options |= {"max_rows": ROWS, "token_budget": 8192, "context": job.train.length + job.answer_tokens}
     name = str(job.dtype).removeprefix("torch.")
+    began = time.monotonic()
     async with AsyncEngine(job.model, device=job.device, dtype=name, **options) as engine:
         share = job.self_asked
         if share is None:
             share = 0.0 if job.prompts is not None or engine.chat_template is None else 0.5
         wanted = int(job.num_prompts * share)
-        own = await self_asked(engine, wanted, seed=job.train.seed, progress=job.progress) if wanted else []
+        own: list[str] = []
+        if wanted:
+            own = await self_asked(
+                engine, wanted, seed=job.train.seed, seconds=seconds * ASKING_SHARE, progress=job.progress
+            )
         (work / _MADE_UP).write_text(str(len(own)))
         prompts = prompts_from(job.prompts, job.num_prompts - len(own), job.train.seed) + own
         random.Random(job.train.seed).shuffle(prompts)
         kept, judged = split(prompts, job.held_out)
+        seconds = max(seconds - (time.monotonic() - began), seconds * (1 - ASKING_SHARE) / 2)
         for path, some, temperature in ((judged_path, judged, 0.0), (corpus_path, kept, job.temperature)):
             made = await answer(
                 engine,
@@ -148,11 +162,9 @@ def _card(
 ) -> str:
     """Return the README.md of a head."""
     positions = "\n".join(f"| {place} | {share:.3f} |" for place, share in enumerate(report.accepted, 1))
-    source = (
-        f"built-in prompts of {len(KINDS)} kinds" if job.prompts is None else f"the {job.num_prompts} prompts given"
-    )
+    source = f"built-in prompts of {len(KINDS)} kinds" if job.prompts is None else "the prompts given"
     if made_up:
-        source += f" and to {made_up} that the model made up itself"
+        source += f" and to questions that the model made up itself ({made_up} of {job.num_prompts})"
     begun = "" if before is None else ", from an earlier head on"
     earlier = "" if before is None else f" (the earlier head: {before.mean_emitted:.2f})"
     loss = (training.losses or [float("nan")])[-1]
