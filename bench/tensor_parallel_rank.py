@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -361,4 +363,9 @@ def be_rank(asked: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    be_rank(argparse.Namespace(**json.loads(sys.argv[1])))
+    try:
+        be_rank(argparse.Namespace(**json.loads(sys.argv[1])))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at once: a group that others have not left yet may end the process by a signal on its way out
