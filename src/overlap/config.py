@@ -107,8 +107,9 @@ class EngineConfig:
     """With "eagle" the directory of the head, None for the one that comes with overlap; with "draft" the small model,
     named as `model` is."""
     num_drafts: int | Literal["auto"] = "auto"
-    """How many tokens are drafted for a row at most, 1 to 15. "auto" on a GPU: 15 with "eagle" where one row decodes,
-    7 with "eagle" and "ngram" where up to 16 do, 4 otherwise; none while plain steps bring more tokens a second."""
+    """How many tokens are drafted for a row, 1 to 15. "auto": what brings the most tokens a second at this load, or
+    none while plain steps do. On a GPU that may be 3, with "eagle" and "ngram" also 7 where up to 16 rows decode, with
+    "eagle" also 15 where one does; on a CPU 4."""
     overlap: bool = True
     """Plan and launch step N+1 while step N runs. False waits for each step: for measuring what overlap brings."""
 
@@ -344,20 +345,20 @@ def _draft_ladder(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Ladde
         return ((_ANY_ROWS, 4),)
     # Three and the token in front of them are four positions, and products are cut for powers of two.
     ladder: Ladder = ((_ANY_ROWS, 3),)
-    why = "at most: 3, or none while plain steps bring more"
+    why = "or none while plain steps bring more"
     if asked.speculative == "eagle":
         ladder = (1, 15), (16, 7), *ladder
-        why = "at most: 3, to 16 rows 7 and for a row alone 15 where they bring more, none while plain steps do"
+        why = "at most, for a row alone; 7 or 3 for up to 16, 3 for more: what brings the most, or none"
     elif asked.speculative == "ngram":
         ladder = (16, 7), *ladder
-        why = "at most: 3, to 16 rows 7 where they bring more, none while plain steps do"
+        why = "at most, for up to 16 rows; 3 for more: what brings the most, or none"
     chose("num_drafts", ladder[0][1], why)
     return ladder
 
 
 def _drafts_with_prompts(asked: EngineConfig, device: str) -> bool:
-    """Return whether steps that read prompts draft: on a GPU no graph holds them, and drafting takes longer to launch
-    than the one wide step without drafts behind them."""
+    """Return whether all steps that read prompts draft: on a GPU no graph holds those that are not short, and drafting
+    takes longer to launch than the one wide step without drafts behind them."""
     return asked.speculative not in ("eagle", "draft") or not device.startswith("cuda")
 
 

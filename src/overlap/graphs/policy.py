@@ -29,6 +29,12 @@ short one with prompts, in strips (see `state.strips`), drafting if tokens are d
 pieces."""
 Family: TypeAlias = tuple[Kind, int]
 """A kind, and the positions of each row."""
+_PLAIN: Final[dict[SampleKind, Kind]] = {
+    "greedy": "greedy",
+    "sampled": "sampled",
+    "truncated": "truncated",
+    "shaped": "shaped",
+}
 _WIDE: Final[dict[SampleKind, Kind]] = {
     "greedy": "wide greedy",
     "sampled": "wide sampled",
@@ -57,23 +63,9 @@ _FIRST_USE: Final = "first use of its size"
 _NO_GRAPHS: Final = "no graphs of this kind here"
 _OTHER_WIDTH: Final = "its rows verify another number of drafts than captured steps of so many rows"
 _SERVES: Final[dict[Kind, tuple[Kind, ...]]] = {
-    "greedy": ("greedy", "sampled"),
-    "sampled": ("sampled",),
-    "truncated": ("truncated",),
-    "shaped": ("shaped",),
-    "pieces": ("pieces",),
-    "wide greedy": ("wide greedy", "wide sampled"),
-    "wide sampled": ("wide sampled",),
-    "wide truncated": ("wide truncated",),
-    "wide shaped": ("wide shaped",),
-    "short greedy": ("short greedy", "short sampled"),
-    "short sampled": ("short sampled",),
-    "short truncated": ("short truncated",),
-    "short shaped": ("short shaped",),
-    "short drafting greedy": ("short drafting greedy", "short drafting sampled"),
-    "short drafting sampled": ("short drafting sampled",),
-    "short drafting truncated": ("short drafting truncated",),
-    "short drafting shaped": ("short drafting shaped",),
+    kind: (kind, form["sampled"]) if asked == "greedy" else (kind,)
+    for form in (_PLAIN, _WIDE, _SHORT, _SHORT_DRAFTING)
+    for asked, kind in form.items()
 }
 """Whose graphs may run a step, the best first; by rows that are greedy a graph that samples gives the same tokens."""
 
@@ -244,7 +236,7 @@ class Policy:
 
     def _ready(self, family: Family, count: int) -> Shape | None:
         kind, width = family
-        sizes = [(bucket_for(count, self._captured[own, width]), own) for own in _SERVES[kind]]
+        sizes = [(bucket_for(count, self._captured[own, width]), own) for own in _SERVES.get(kind, (kind,))]
         fitting = [Shape(own, size, width) for size, own in sizes if size is not None]
         return min(fitting, key=lambda shape: shape.size, default=None)
 

@@ -381,6 +381,9 @@ class Planner:
     def _prompts(self) -> Prompts:
         """Return what there is of prompts. Those that slots are free for are taken to be as long as the next one."""
         queue, reading = self._queue, self._prefilling
+        coming = queue.first() if len(queue) else None
+        if not reading and coming is None:
+            return Prompts(0, 0, 0, 0)
         at = self._slots
         flying = at.reading & (at.left > 0)  # whose prompts are in the air: they will decode, too
         flying[self._decoding] = False
@@ -388,7 +391,6 @@ class Planner:
         number = len(reading) + int(np.count_nonzero(flying))
         tokens = sum(len(request.prompt) - request.chunked for request in reading)
         answers = sum(request.limit - request.made for request in reading) + int(at.left[flying].sum())
-        coming = queue.first() if len(queue) else None
         if coming is None:
             return Prompts(tokens, number, tokens, answers)
         others = min(len(queue), len(self._slots.free))

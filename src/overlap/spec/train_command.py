@@ -26,10 +26,8 @@ from overlap.spec.train import HeadTraining, Report, TrainSettings
 
 DATA_SHARE: Final = 0.3
 """The share of `minutes` that goes into making the texts."""
-
-
 ASKING_SHARE: Final = 0.3
-"""The share of that which may go into making up questions."""
+"""The share of the time for texts that may go into making up questions."""
 _MADE_UP: Final = "made_up.txt"
 """How many of the prompts the model has made up itself."""
 ROWS: Final = 384

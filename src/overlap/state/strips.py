@@ -32,12 +32,10 @@ from overlap.state.packing import (
     NUM_ADMISSIONS,
     NUM_DECODE,
     NUM_ROWS,
-    NUM_UPDATES,
-    PAGE_UPDATES,
     PROMPT,
     ROW_TOKENS,
-    USED,
 )
+from overlap.state.replay import take_plan
 from overlap.state.rows import SlotRows
 
 
@@ -95,14 +93,10 @@ def take_strips(mail: Mail, rows: SlotRows, num_strips: int) -> Strips:
         from overlap.state import strips_triton
 
         return strips_triton.take_strips(mail, rows, num_strips)
+    take_plan(mail, rows, num_strips)
     words = mail.packed.numpy()
-    plan = mail.plan_words[int(mail.turn.numpy()[0])]
-    words[: plan[USED]] = plan[: plan[USED]]
     first, count = words[ADMISSIONS], words[NUM_ADMISSIONS] * ADMISSION_WORDS
     write_admissions(words[first : first + count], rows)
-    first, count = words[PAGE_UPDATES], words[NUM_UPDATES]
-    slots, indices, pages = words[first : first + 3 * count].reshape(3, -1)
-    rows.page_table.numpy()[slots, indices] = pages
     return _build(mail.packed, rows, num_strips)
 
 
