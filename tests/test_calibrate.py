@@ -99,11 +99,16 @@ async def test_closing_the_engine_ends_a_calibration(tiny_llama_dir: Path) -> No
 
 
 def test_the_sizes_fit_an_engine_of_any_size() -> None:
-    large = cells_of(max_rows=256, token_budget=8192, kv_tokens=10**6)
-    assert large == (Cell(192, 8192), Cell(192, 2048), Cell(48, 4096))
-    assert cells_of(max_rows=2, token_budget=2, kv_tokens=16) == (Cell(1, 2), Cell(1, 1))
-    for size in cells_of(max_rows=64, token_budget=8192, kv_tokens=4096):
+    large = cells_of(max_rows=256, token_budget=8192, kv_tokens=10**6, context=4096)
+    assert large == (
+        Cell(192, 790, 8192, 1024), Cell(192, 790, 2048, 1024), Cell(192, 16, 4096, 4095), Cell(48, 1024, 8192, 1024)
+    )  # fmt: skip
+    assert cells_of(max_rows=2, token_budget=2, kv_tokens=16, context=32) == (Cell(1, 16, 2, 2), Cell(1, 16, 1, 1))
+    few_slots = cells_of(max_rows=6, token_budget=8192, kv_tokens=10**6, context=9000)
+    assert few_slots[0] == Cell(4, 1024, 8192, 8192), "two chunks at a time, and two slots for them"
+    for size in cells_of(max_rows=64, token_budget=8192, kv_tokens=4096, context=100):
         assert size.rows + size.tokens <= 4096
+        assert max(size.context, size.prompt) < 100
 
 
 def test_a_command_does_it_and_says_what_is_known(

@@ -35,15 +35,18 @@ _MOST: Final = 12
 _ALONE: Final = 2 * FIRM
 """Decode steps alone, in front of each way that runs them beside chunks: contexts have grown since the last."""
 _SHORT: Final = 16
-"""Tokens of a prompt whose answer is there to decode."""
+"""Tokens of a prompt that is read for the decode steps in front of it."""
+_USUAL: Final = 1024
+"""Tokens of a prompt, and in KV of an answer, where there is room: lanes hold each other up by how much the answers
+read, and a prompt as long as the budget takes longer than several shorter ones."""
 _LONGEST: Final = 16_384
-"""Tokens of such an answer at most: many more than pass meanwhile."""
+"""Tokens of an answer that is there to decode, at most: many more than pass meanwhile."""
 _LAST: Final = -(10**6)
 """The priority of its requests."""
 _FULL_S: Final = 0.005
 """How long to wait while too many wait."""
 _GROWN: Final = 512
-"""Tokens in KV that such an answer has room for; rarely all of them come."""
+"""Tokens that such an answer has room to grow by; rarely all of them come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +54,36 @@ class Cell:
     """A size of work."""
 
     rows: int
-    """That decode."""
+    """That decode, ..."""
+    context: int
+    """... each with so many tokens in KV when they begin."""
     tokens: int
-    """Of prompts, in one step."""
+    """Of prompts, in one step, ..."""
+    prompt: int
+    """... each of so many at most."""
 
 
-def cells_of(*, max_rows: int, token_budget: int, kv_tokens: int) -> tuple[Cell, ...]:
-    """Return the sizes that say the most of all others: many rows beside a large and a small chunk, and few rows.
+def cells_of(*, max_rows: int, token_budget: int, kv_tokens: int, context: int) -> tuple[Cell, ...]:
+    """Return the sizes that say the most of all others: many rows beside a large and a small chunk; with short contexts
+    beside a long prompt; and few rows.
 
     At least one slot is left for prompts, so `max_rows` is 2 or more.
     """
     budget = max(1, min(token_budget, kv_tokens // 4))  # two chunks are read at a time
     many = max(1, min(max_rows * 3 // 4, max_rows - 1, token_budget // 2, kv_tokens // 4 // _GROWN))
     few = max(1, many // 4)
-    return tuple(dict.fromkeys((Cell(many, budget), Cell(many, max(1, budget // 4)), Cell(few, max(1, budget // 2)))))
+
+    def cell(rows: int, usual: int, tokens: int, longest: int) -> Cell:
+        held = max(_SHORT, min(usual, kv_tokens // 4 // rows - _GROWN, context // 2))
+        at_once = max(1, (max_rows - rows) // 2)
+        prompt = min(context - 1, tokens, max(longest, -(-tokens // at_once)))
+        return Cell(rows, held, tokens, prompt)
+
+    cells = (
+        cell(many, _USUAL, budget, _USUAL), cell(many, _USUAL, -(-budget // 4), _USUAL),
+        cell(many, _SHORT, -(-budget // 2), budget), cell(few, _USUAL, budget, _USUAL),
+    )  # fmt: skip
+    return tuple(dict.fromkeys(cells))
 
 
 async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progress: bool | None) -> None:
@@ -85,6 +104,7 @@ async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progres
         max_rows=resolved.max_rows,
         token_budget=resolved.token_budget,
         kv_tokens=planner.statistics().num_pages * PAGE,
+        context=engine.context,
     )
 
     async def call(function: Callable[[], T]) -> T:
@@ -130,7 +150,7 @@ class Calibration:
 
     async def _measure_all(self, cell: Cell, routes: Sequence[Route], told: Callable[[], object]) -> None:
         await self._hold(self._routes[0])
-        answers = [asyncio.create_task(self._decode()) for _ in range(cell.rows)]
+        answers = [asyncio.create_task(self._decode(cell.context)) for _ in range(cell.rows)]
         try:
             await self._ask(_SHORT, 1)  # behind all of them: now they decode
             for route in routes:
@@ -151,7 +171,7 @@ class Calibration:
         before, reading = await self._samples(route), set[asyncio.Task[None]]()
         try:
             for _ in range(_MOST):
-                reading.add(asyncio.create_task(self._read(cell.tokens)))
+                reading.add(asyncio.create_task(self._read(cell)))
                 if len(reading) == 2:
                     done, reading = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
@@ -163,16 +183,15 @@ class Calibration:
             await _cancelled(reading)
             raise
 
-    async def _read(self, tokens: int) -> None:
-        """Have prompts of so many tokens together read."""
-        longest = max(1, min(tokens, self._engine.context - 1))
-        lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-        await asyncio.gather(*(self._ask(length, 1) for length in lengths))
+    async def _read(self, cell: Cell) -> None:
+        """Have the prompts of one chunk read."""
+        whole, rest = divmod(cell.tokens, cell.prompt)
+        await asyncio.gather(*(self._ask(length, 1) for length in [cell.prompt] * whole + [rest] * (rest > 0)))
 
-    async def _decode(self) -> None:
-        """Have one answer after the other decoded, until cancelled."""
+    async def _decode(self, held: int) -> None:
+        """Have one answer after the other decoded behind so many tokens, until cancelled."""
         while True:
-            await self._ask(_SHORT, min(self._engine.context, _LONGEST) - _SHORT)
+            await self._ask(held, min(self._engine.context, held + _LONGEST) - held)
 
     async def _ask(self, num_prompt: int, num_tokens: int) -> None:
         """Wait for an answer, behind all requests of others."""

@@ -435,10 +435,10 @@ def test_nothing_between_plan_and_launch_waits_for_the_device_not_even_a_capture
 def test_tokens_drawn_in_a_verify_under_a_graph_have_the_exact_probabilities(
     small: Path, drafters: dict[str, dict[str, Any]]
 ) -> None:
-    rounds, rows = 200, 32
+    rounds, rows, temperature = 200, 32, 1.5  # warm: some places of a text have one likely token
     with opened(small, prefix_cache=False, **drafters["itself"]) as parts:
         runner, lane = parts.own, parts.own._main._lane
-        plan = prefilled(parts, rows, ({"temperature": 0.7},), steps=0)
+        plan = prefilled(parts, rows, ({"temperature": temperature},), steps=0)
         graphs, place, slots = driver(runner), plan.number % DEPTH, torch.from_numpy(plan.slots).long()
         pack(plan, lane.mail.plan_words[place])
         with torch.inference_mode():  # all in the same place of the same text, with the same drafts
@@ -468,7 +468,7 @@ def test_tokens_drawn_in_a_verify_under_a_graph_have_the_exact_probabilities(
             on_stream(runner, lambda: graphs.replay(shape, place, rows))
             first = lane.mail.landed_words[place][: rows * 5].reshape(rows, 5)[:, 0].astype(np.int64)
             counts += torch.bincount(torch.from_numpy(first), minlength=VOCABULARY)
-    expected = (heard[0][0].double().cpu() / 0.7).softmax(0) * rounds * rows
+    expected = (heard[0][0].double().cpu() / temperature).softmax(0) * rounds * rows
     order = expected.argsort(descending=True)
     counts, expected = counts[order], expected[order]
     cells = int((expected >= 5).sum())  # what is rarer makes one cell together

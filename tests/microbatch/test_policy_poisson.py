@@ -6,21 +6,23 @@ Its two lanes slow each other down, and its host takes time to plan and to launc
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import statistics
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import pytest
 
 from overlap.cache.pages import Ints
+from overlap.calibrate import Cell, cells_of
 from overlap.loop import Loop
 from overlap.microbatch.cost import CostModel, Nominal
-from overlap.microbatch.policy import SplitPolicy
+from overlap.microbatch.policy import Route, SplitPolicy
 from overlap.schedule.plan import SIDE, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
@@ -340,7 +342,7 @@ def offline_rate(truth: Truth, splitter: Splitter | None, met: Counter[tuple[int
 
 @pytest.mark.slow
 def test_of_many_requests_at_once_it_has_learned_the_best_way_after_some_loads() -> None:
-    """Of 24 devices the mean was 1.007 of the best fixed way, the worst 0.945."""
+    """Of 24 devices the mean is 1.025 of the best fixed way, the worst 0.996; it was 1.010 and 0.945."""
     shares = []
     for seed in (1, 2, 9, 16, 18, 23):
         truth = with_small_kernels(seed)
@@ -352,8 +354,8 @@ def test_of_many_requests_at_once_it_has_learned_the_best_way_after_some_loads()
         for number in range(6):
             Offline(truth, chosen, number, met).rate()
         shares.append(offline_rate(truth, chosen, met) / max(fixed))
-    assert statistics.mean(shares) > 0.98, shares
-    assert min(shares) > 0.93, shares
+    assert statistics.mean(shares) > 1.0, shares
+    assert min(shares) > 0.98, shares
 
 
 def like_smollm2_on_an_h200(factor: float) -> Truth:
@@ -377,6 +379,9 @@ def test_after_a_calibration_it_knows_the_best_way_from_the_first_load_on(factor
         part._left = len(part.lengths)
         part.rate()
     chosen.end()
+    Offline(
+        truth, copy.deepcopy(chosen), 0, met
+    ).rate()  # first steps of a kind are held up, as they were for the others
     shares = [Offline(truth, chosen, number, met).rate() / best for number in range(4)]
     assert min(shares) > 0.97, (shares, chosen.explain())
     assert statistics.mean(shares) > 0.98, (shares, chosen.explain())
@@ -420,3 +425,99 @@ def test_what_was_measured_with_long_prompts_is_not_held_against_a_way_that_then
     assert chosen.calibrated
     shares = [Few(LIKE_8B, chosen, number, met).rate() / best for number in range(4)]
     assert min(shares) > 0.97, (shares, chosen.explain())
+
+
+class LikeMeasured(Truth):
+    """What an 8B model was measured to take on an H200, in which prompts carry most of what decode rows need: reading
+    the weights. `mixed` is the share of a decode step that a mixed one takes beyond its prompts."""
+
+    def step(self, plan: StepPlan) -> float:
+        context = int(plan.starts[: plan.num_decode].sum())
+        decode_s = self.step_s + plan.num_decode * self.row_s + context * self.kv_s if plan.num_decode else 0.0
+        prompt_s = self.prompt_s + len(plan.prompt) * self.token_s if len(plan.prompt) else 0.0
+        counts = plan.counts[plan.num_decode :].astype(float)
+        prompt_s += float((counts * (plan.starts[plan.num_decode :] + counts / 2)).sum()) * self.attend_s
+        return prompt_s + decode_s * (self.mixed if prompt_s else 1.0)
+
+
+OVER_LONG_CONTEXTS = {0: (1.16, 5.9), 24: (1.31, 4.2), 40: (1.5, 2.45), 56: (1.77, 1.83)}
+"""How lanes held each other up there while decode rows read a thousand tokens each, and..."""
+OVER_SHORT_CONTEXTS = {0: (1.16, 5.9), 24: (1.34, 3.2), 40: (1.53, 2.2), 56: (1.81, 1.7)}
+"""...next to nothing."""
+
+
+class Calibrating(Few):
+    """What a calibration runs of a size, one way: rows decode on, and chunks come two at a time until some are known.
+
+    The loop is closed by what it is told; `first` is the first key of a prompt of these chunks.
+    """
+
+    first: Final = 1000
+
+    def __init__(self, truth: Truth, chosen: SplitPolicy, seed: int, cell: Cell, route: Route) -> None:
+        super().__init__(truth, chosen, seed, Counter())
+        self.chosen, self.cell, self.route = chosen, cell, route
+        self.lengths = [(cell.context, 4000)] * cell.rows
+        self.steps = self.sent = self.read = 0
+        self.before: int | None = None
+
+    def tell_settled(self, settled: Settled) -> None:
+        self.read += sum(key >= self.first for key in settled.keys.tolist())
+        self.steps += len(settled.keys) >= self.cell.rows
+        if self.before is None and self.steps >= 8:
+            self.chosen.hold(self.route)
+            self.before = self.chosen.samples(self.route)
+            self.send()
+        if self.before is None:
+            return
+        per_chunk = self.cell.tokens // self.cell.prompt
+        enough = self.chosen.samples(self.route) >= self.before + 3 or self.sent >= 12 * per_chunk
+        if not enough and self.sent - self.read <= per_chunk:
+            self.send()
+        if enough and self.sent == self.read:
+            for key in range(self.cell.rows):
+                self.loop.end(key)
+            asyncio.get_running_loop().call_soon(self.loop.close)
+
+    def send(self) -> None:
+        for _ in range(self.cell.tokens // self.cell.prompt):
+            prompt = np.full(self.cell.prompt, 5, dtype=np.int32)
+            self.loop.submit(Request(key=self.first + self.sent, front=0, prompt=prompt, limit=1))
+            self.sent += 1
+
+
+class FewOfManyLengths(Few):
+    """The bench's: short answers among them let prompts in one by one, and the last ones decide when it ends."""
+
+    def __init__(self, truth: Truth, splitter: Splitter | None, seed: int, met: Counter[tuple[int, ...]]) -> None:
+        super().__init__(truth, splitter, seed, met)
+        draw = random.Random(0)
+        self.lengths = [(1024, draw.randint(48, 144)) for _ in range(80)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_calibration_of_its_own_sizes_tells_a_large_model_what_a_load_takes_to_its_last_answer(seed: int) -> None:
+    """It lost 3% to 5%, on an H200 and here: calibrated over short contexts, with decode steps that counted in full
+    while the last prompts were read, and small chunks taken for large ones. Of 32 such loads the mean is 0.999 now."""
+    nominal = Nominal(5.35e-3, 4.4e-8, 4e-5, 5e-4, attend_s=1.3e-9)
+    truth = LikeMeasured(
+        4.75e-3, 5e-6, 4.6e-8, 5e-4, 2.2e-5, 0.45, OVER_LONG_CONTEXTS, 1e-4, 1e-4, 4e-3, 1e-4, attend_s=1e-9
+    )  # fmt: skip
+    met = Counter[tuple[int, ...]]()
+    for splitter in FIXED:
+        FewOfManyLengths(truth, splitter, 0, met).rate()
+    best = max(
+        statistics.mean(FewOfManyLengths(truth, splitter, number, met).rate() for number in (6, 7))
+        for splitter in FIXED
+    )  # fmt: skip
+    chosen = SplitPolicy(CostModel(nominal), token_budget=8192, shares=SHARES, patience=256)
+    for cell in cells_of(max_rows=64, token_budget=8192, kv_tokens=640_000, context=16_384):
+        here = truth if cell.context > 100 else replace(truth, slower=OVER_SHORT_CONTEXTS)
+        for route in sorted(chosen.routes, key=lambda route: route[0] != "serial"):
+            chosen.hold(("serial", 0))
+            Calibrating(here, chosen, 17 + seed, cell, route).rate()
+    chosen.end()
+    FewOfManyLengths(truth, copy.deepcopy(chosen), 50, met).rate()
+    shares = [FewOfManyLengths(truth, chosen, 100 * number + seed, met).rate() / best for number in range(4)]
+    assert min(shares) > 0.96, (shares, chosen.explain())
+    assert statistics.mean(shares) > 0.98, (shares, chosen.explain())

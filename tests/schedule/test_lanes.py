@@ -283,6 +283,37 @@ async def test_the_splitter_is_told_of_all_prompts_that_wait_and_of_how_much_the
     assert first.owed < 0.2 * 12 * 40 / first.prefill_tokens, "one has ended by then, at a tenth of what it might have"
 
 
+async def test_decode_steps_save_what_slots_are_waited_for_and_all_they_do_while_requests_keep_coming() -> None:
+    told: list[Outlook] = []
+
+    class Listening(Always):
+        def choose(self, outlook: Outlook) -> Choice:
+            told.append(outlook)
+            return super().choose(outlook)
+
+    rig = Rig(Listening("mixed"), max_rows=4, num_pages=200, token_budget=16)
+    await rig.serve(*(request(key, [2] * 16, 20 + 10 * (key % 3)) for key in range(20)))
+    assert all(outlook.saved < 1 for outlook in told), "all came at once: more are not expected"
+    many, few = (min(told, key=lambda outlook: abs(outlook.prefill_tokens - tokens)) for tokens in (16 * 12, 16))
+    assert many.prefill_tokens * many.saved == pytest.approx(12 / 4 * 30, rel=0.3), "twelve answers, four at a time"
+    assert few.prefill_tokens * few.saved < 20, "the last one decides when it ends"
+    assert max(outlook.ready_tokens for outlook in told) <= 4 * 16, "of the prompts that have a slot"
+    assert all(0 < outlook.left <= 40 and 20 <= outlook.answer <= 40 for outlook in told)
+
+    told.clear()
+    rig = Rig(Listening("mixed"), max_rows=4, num_pages=200, token_budget=16)
+    coming = iter(range(1, 9))
+
+    def one_more() -> None:
+        if len(rig.answers[0]) % 20 == 0 and (key := next(coming, None)) is not None:
+            rig.loop.submit(request(key, [2] * 40, 20))
+
+    rig.on_settled = one_more
+    await rig.serve(request(0, [1, 2], 300))
+    assert len(rig.answers) == 9
+    assert [outlook for outlook in told if outlook.saved < float("inf")] == []
+
+
 async def test_while_prompts_wait_for_a_slot_nothing_is_asked_and_decode_rows_have_the_device_to_themselves() -> None:
     rig = Rig(Always("lanes", share=24), max_rows=2, num_pages=60, token_budget=64)
     await rig.serve(request(0, [1, 2], 90), request(1, [3] * 20, 60), request(2, [5] * 20, 60))

@@ -2,17 +2,18 @@
 
 What is kept of a size is not seconds but how a step compares with what the model's bytes and operations would take at a
 nominal speed of the device. So one measurement serves the whole bucket that a size falls into, and its neighbours. A
-size is, in this order: measured; between measured neighbours; like others of its kind; put together from the decode
-step and the prompt step that it does the work of; nominal. `Guess.slack` says by how much that may be off.
+size is, in this order: measured; between measured neighbours; like the nearest others of its kind; put together from
+the decode step and the prompt step that it does the work of; nominal. `Guess.slack` says by how much that may be off.
 
 Steps of two lanes at once are kept apart. Decode rows come and go while a chunk is read, so what one chunk says of a
-size is little: their sizes are coarse, what all of a share of SMs say counts with what one size does, and a decode step
-is compared with what it takes alone. (docs/log.md says what finer sizes lost.)
+size is little: contexts and prompts are coarse there, what the nearest others with this share of SMs say counts with
+what one size does, and a decode step is compared with what it takes alone. (docs/log.md says what finer sizes lost.)
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ Kind: TypeAlias = Literal["decode", "prefill", "mixed", "decode beside", "prefil
 """A step of decode rows, of prompt chunks, or of both; "beside": while the other lane ran too."""
 Size: TypeAlias = tuple[str, int, int, int, int]
 """Kind, bucket of decode rows, of tokens in KV a row, of prompt tokens, and SMs of the decode rows' own."""
-VERSION: Final = 7
+VERSION: Final = 8
 FIRM: Final = 3
 """Measurements of a size from which on it is known."""
 _SURE: Final = 4 * FIRM
@@ -43,6 +44,8 @@ _SHORTER: Final = 2
 """So many in a row that are far off what is known are the new truth."""
 _REACH: Final = 2
 """How many buckets away a neighbour may be."""
+_FEW: Final = 5
+"""Sizes that speak for one that has no neighbour."""
 _BESIDES: Final[tuple[Kind, ...]] = ("decode beside", "prefill beside")
 _DOUBT: Final = 6
 """Measurements that those at other sizes count for where the lanes ran beside each other."""
@@ -142,6 +145,7 @@ class CostModel:
         self._machine = machine
         self._kinds: dict[str, _Known] = {}
         self._sizes: dict[Size, _Known] = {}
+        self._nearest: dict[Size, list[tuple[float, Size]]] = {}  # the nearest other sizes of a kind, and how near
         self._attended = 0.0  # to how many tokens a prompt token has attended of late
         self.note_on_file = "nothing was measured before"
 
@@ -169,7 +173,10 @@ class CostModel:
         if attended is not None and tokens:
             self._attended += (_WEIGHT if self._attended else 1.0) * (attended / tokens - self._attended)
         _learn(self._kinds, _kind(kind, share), times)
-        _learn(self._sizes, _size(kind, rows, context, tokens, share), times)
+        size = _size(kind, rows, context, tokens, share)
+        if size not in self._sizes:
+            self._nearest.clear()
+        _learn(self._sizes, size, times)
 
     def seconds(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> float:
         """Return what such a step takes, as far as is known."""
@@ -181,27 +188,27 @@ class CostModel:
         nominal_s = self._nominal_s(kind, rows, context, tokens)
         known = self._sizes.get(size)
         if kind in _BESIDES:
-            return self._guess_beside(kind, known, self._kinds.get(_kind(kind, share)), nominal_s, tokens)
+            return self._guess_beside(size, known, nominal_s, tokens)
         near = self._near(size) if known is None or known.count < _SURE else None
         if known is not None and (near is None or known.times < near * _CLIP):
             return Guess(known.times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
         if near is not None:
             return Guess(near * nominal_s, _SLACK_NEAR)
-        of_kind = self._kinds.get(kind)
-        if of_kind is not None:
-            return Guess(of_kind.times * nominal_s, _SLACK_KIND)
+        far = self._far(size)
+        if far is not None:
+            return Guess(far * nominal_s, _SLACK_KIND)
         return Guess(self._from_parts(kind, rows, context, tokens, nominal_s), _SLACK_PARTS)
 
-    def _guess_beside(
-        self, kind: Kind, known: _Known | None, all_over: _Known | None, nominal_s: float, tokens: int
-    ) -> Guess:
-        if all_over is None:
-            alone_s = nominal_s if kind == "decode beside" else self.seconds("prefill", 0, 0, tokens)
-            return Guess(_BESIDE * alone_s, _SLACK_PARTS)
-        if known is None:
-            return Guess(all_over.times * nominal_s, _SLACK_NEAR)
-        times = (known.count * known.times + _DOUBT * all_over.times) / (known.count + _DOUBT)
-        return Guess(times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
+    def _guess_beside(self, size: Size, known: _Known | None, nominal_s: float, tokens: int) -> Guess:
+        others = self._far(size)
+        if known is not None:
+            doubt = 0 if others is None else _DOUBT
+            times = (known.count * known.times + doubt * (others or 0.0)) / (known.count + doubt)
+            return Guess(times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
+        if others is not None:
+            return Guess(others * nominal_s, _SLACK_NEAR)
+        alone_s = nominal_s if size[0] == "decode beside" else self.seconds("prefill", 0, 0, tokens)
+        return Guess(_BESIDE * alone_s, _SLACK_PARTS)
 
     def count(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> int:
         """Return how often such a step was measured."""
@@ -241,6 +248,23 @@ class CostModel:
                         break
         return total / weights if weights else None
 
+    def _far(self, size: Size) -> float | None:
+        """Return the mean of the few other sizes of the kind that are nearest, however far; None if there is none.
+
+        Not of all: what is measured of small steps, of which most is launching them, says nothing of large ones.
+        """
+        nearest = self._nearest.get(size)
+        if nearest is None:
+            like = [other for other in self._sizes if other[0] == size[0] and other[4] == size[4] and other != size]
+            nearest = self._nearest[size] = sorted((_distance(size, other), other) for other in like)[:_FEW]
+        total = weights = 0.0
+        for distance, other in nearest:
+            known = self._sizes[other]
+            weight = min(known.count, _SURE) / distance**2
+            total += weight * known.times
+            weights += weight
+        return total / weights if weights else None
+
     def _from_parts(self, kind: Kind, rows: int, context: int, tokens: int, nominal_s: float) -> float:
         if kind == "mixed" and self._kinds:
             apart_s = self.seconds("decode", rows, context, 0) + self.seconds("prefill", 0, 0, tokens)
@@ -277,6 +301,7 @@ class CostModel:
             self.note_on_file = f"{path} has times that no step can take; measuring anew"
             return
         self._sizes, self._kinds, self._attended = dict(saved.sizes), saved.kinds, saved.attended
+        self._nearest.clear()
         self.note_on_file = f"{len(self._sizes)} sizes of steps were measured before ({path})"
 
 
@@ -370,6 +395,12 @@ def _kind(kind: Kind, share: int) -> str:
 
 
 def _size(kind: Kind, rows: int, context: int, tokens: int, share: int) -> Size:
-    if kind in _BESIDES:  # rows come and go while a chunk is read: sizes that are near each other are not told apart
-        return kind, alike(rows), 0, alike(tokens), share
+    if kind in _BESIDES:  # decode rows hold a chunk up the more, the more they read
+        return kind, size_bucket(rows), alike(context // rows if rows else 0), alike(tokens), share
     return kind, size_bucket(rows), size_bucket(context // rows if rows else 0), size_bucket(tokens), share
+
+
+def _distance(size: Size, other: Size) -> float:
+    """Return how many doublings two sizes of a kind are apart, and a little."""
+    axes = zip(size[1:4], other[1:4], strict=True)
+    return 0.1 + sum(abs(math.log2((one + 1) / (two + 1))) for one, two in axes)

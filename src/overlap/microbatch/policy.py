@@ -7,18 +7,23 @@ what a decode step and a chunk of c tokens take alone:
     mixed      (m - v) / c                  one step of m does the work of a chunk and of a decode step
     lanes      (P - v min(P / D, n)) / c    during the P of a chunk, decode steps of D pass
 
-Chunks are as large as the budget while prompts wait, for a step or for a slot; a mixed step has room for one beside its
-decode rows. D is found from by how much all decode steps that ran beside a chunk for any part of their time took longer
-than alone (see `Spell`), and a step counts with what the device waited for it: that is lost as surely as what the
-device works.
+A chunk is what could be read now, up to the budget; a mixed step has room for one beside its decode rows. D is found
+from by how much all decode steps that ran beside a chunk for any part of their time took longer than alone (see
+`Spell`), and a step counts with what the device waited for it: that is lost as surely as what the device works.
 
-v is what a decode step's tokens are worth: what they would cost later. With no more prompts to come that is d. But r
-rows of which there will be R once the waiting prompts are read can be had later for r / R of a step of R rows, and a
-step of a few rows takes about as long as one of many: then it does not pay to decode beside prompts, and what reads
-them fastest wins. And n is how many decode steps there are for each chunk until all answers have ended (a mixed step
-counts for no more, either): with short answers and SMs of their own, decode rows would wait for prompts in the end, and
-what they did so quickly was worth nothing. All work takes (decode steps) * d + (prompt tokens) * that, so the least
-wins. With a target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the
+v is what a decode step's tokens are worth: what they would cost later. r rows of which there will be R once the waiting
+prompts are read can be had later for r / R of a step of R rows. Such a step costs no more than in the best mix: with R
+rows each way reads a chunk in some time, in which some steps pass; answers need some steps for each chunk; and of the
+mix of ways (and of steps alone) that gives these in the least time one more step has a price. So where prompts are what
+takes long, what reads them fastest wins.
+
+Of a batch that nothing more is expected to come to, the last answer to begin decides when it ends. Then only those
+steps are worth that which must pass for slots to be free, or which running answers have more than the last one
+(`saved`); what others are worth is what their rows would add to later steps. And n is how many steps of r rows do what
+is done while all prompts are read: meanwhile answers end, and others begin one after the other. All work takes (decode
+steps) * d + (prompt tokens) * that, so the least wins.
+
+With a target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the
 largest chunk that keeps it; if none does, those that come nearest. Without one that time weighs ITL_WEIGHT: of ways
 that are as good as equal the one with the shortest wins.
 
@@ -84,9 +89,34 @@ class _Work:
     tokens: int
     """Of prompts, in one step at most."""
     worth_s: float
-    """What a decode step is worth."""
-    owed: float
-    """Decode steps of these rows that there are for each prompt token."""
+    """What a decode step is worth, ..."""
+    saved: float
+    """... so many of them for each prompt token, ..."""
+    rest_s: float
+    """... and what those beyond are."""
+    ready: int
+    """Tokens of prompts that could be read now."""
+    outlook: Outlook
+
+    def steps_worth_s(self, steps: float, tokens: int) -> float:
+        """Return what decode steps are worth that pass while so many prompt tokens are read."""
+        steps = self._with_all_rows(steps, tokens)
+        full = min(steps, self.saved * tokens)
+        return self.worth_s * full + self.rest_s * (steps - full)
+
+    def _with_all_rows(self, steps: float, tokens: int) -> float:
+        """Return how many steps of these rows do what so many do until all prompts are read.
+
+        Meanwhile answers end, the running ones one after the other (those have between nothing and twice the mean to
+        go), and the others begin one after the other.
+        """
+        outlook, rows = self.outlook, max(1, self.rows)
+        owed, left, answer = outlook.owed * outlook.prefill_tokens, outlook.left, outlook.answer
+        passed = steps * outlook.prefill_tokens / tokens
+        running = rows * (passed - passed**2 / (4 * left) if passed < 2 * left else left)
+        begun = passed / (2 * answer) if passed < answer else 1 - answer / (2 * passed)
+        others = (owed - rows * left) * begun if owed > rows * left else 0.0
+        return min(steps, min(running + others, owed) * tokens / outlook.prefill_tokens / rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +207,7 @@ class SplitPolicy:
         lanes: tuple[Route, ...] = tuple(("lanes", share) for share in (0, *shares)) if two_lanes else ()
         self.routes: Final[tuple[Route, ...]] = (("mixed", 0), *lanes, ("serial", 0))
         self._held: Choice | None = None
-        self._sizes: dict[tuple[int, int, int, int], _Size] = {}
+        self._sizes: dict[tuple[int, ...], _Size] = {}
         self._total = 0
         self._last: Route | None = None
         self._calibrated = self._all_measured()
@@ -205,9 +235,11 @@ class SplitPolicy:
         # Not by context: it grows all the time, and each size would begin anew with trials. With a target the chunk
         # that keeps it hangs on the size, and is kept for some choices; without one the sizes may be coarse.
         like = alike if self._target_s is None else size_bucket
-        owed = outlook.owed / max(1, rows)
-        steps = math.ceil(min(owed * self._budget, _MANY_STEPS))
-        key = like(rows), like(min(outlook.prefill_tokens, self._budget)), like(later), like(steps)
+        key = (
+            like(rows), like(min(outlook.prefill_tokens, self._budget)), like(later),
+            like(self._steps(outlook.owed / max(1, rows))), like(self._steps(outlook.saved)),
+            like(min(outlook.ready_tokens, self._budget)),
+        )  # fmt: skip
         size = self._sizes.get(key)
         if size is None:
             size = self._sizes[key] = _Size(route=self._last)
@@ -217,8 +249,12 @@ class SplitPolicy:
             size.left -= 1
         else:
             size.rows, size.later = rows, later
-            size.choice = self._look(size, outlook, later, owed)
+            size.choice = self._look(size, outlook, later)
         return size.choice
+
+    def _steps(self, each: float) -> int:
+        """Return how many decode steps there are for a chunk, with so many for each of its tokens."""
+        return math.ceil(min(each * self._budget, _MANY_STEPS))
 
     @property
     def calibrated(self) -> bool:
@@ -300,10 +336,8 @@ class SplitPolicy:
 
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self, size: _Size, outlook: Outlook, later: int, owed: float) -> Choice:
-        rows, context = outlook.num_decode, outlook.decode_context
-        tokens = max(1, min(outlook.prefill_tokens, self._budget))
-        work = _Work(rows, context, tokens, self._worth_s(rows, context, later), owed)
+    def _look(self, size: _Size, outlook: Outlook, later: int) -> Choice:
+        work = self._work(outlook, later)
         ways = {route: self._way(route, work) for route in self.routes}
         if self._total <= self._patience and not self._calibrated:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
@@ -365,24 +399,50 @@ class SplitPolicy:
 
     # ── the ways ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _worth_s(self, rows: int, context: int, later: int) -> float:
-        """Return what the tokens of a decode step would cost as part of a step of the `later` rows there will be."""
-        now_s, _ = self.cost.guess("decode", rows, context, 0)
-        if later <= rows or not rows:
-            return now_s
-        later_s, _ = self.cost.guess("decode", later, context * later // rows, 0)
-        return min(now_s, later_s * rows / later)
+    def _work(self, outlook: Outlook, later: int) -> _Work:
+        rows, context = outlook.num_decode, outlook.decode_context
+        tokens = max(1, min(outlook.prefill_tokens, self._budget))
+        ready = max(1, min(outlook.ready_tokens, tokens))
+        now_s = worth_s = rest_s = self.cost.seconds("decode", rows, context, 0)
+        owed = outlook.owed / max(1, rows)
+        if rows:
+            share, context_later = rows / later, context * later // rows
+            worth_s = min(now_s, self._price_s(later, context_later, owed * share * self._budget) * share)
+            later_s = self.cost.seconds("decode", later, context_later, 0)
+            rest_s = min(worth_s, max(0.0, later_s - self.cost.seconds("decode", 1, context // rows, 0)) * share)
+        return _Work(rows, context, tokens, worth_s, outlook.saved * later / max(1, rows), rest_s, ready, outlook)
+
+    def _price_s(self, rows: int, context: int, steps: float) -> float:
+        """Return what one more decode step costs in the best mix of ways that gives so many for each chunk."""
+        cost, budget = self.cost, self._budget
+        alone_s, prompt_s = cost.seconds("decode", rows, context, 0), cost.seconds("prefill", 0, 0, budget)
+        ways = [(1.0, prompt_s + alone_s)]  # decode steps that pass while a chunk is read, and what both take
+        for mode, share in self.routes:
+            if mode == "mixed":
+                ways.append((1.0, cost.seconds("mixed", rows, context, max(1, budget - rows))))
+            elif mode == "lanes":
+                beside_s = cost.seconds("prefill beside", rows, context, budget, share)
+                ways.append((beside_s / cost.seconds("decode beside", rows, context, budget, share), beside_s))
+        fewer, more = [way for way in ways if way[0] <= steps], [way for way in ways if way[0] > steps]
+        if not fewer:
+            return 0.0
+        mixes = [(seconds + (steps - passed) * alone_s, alone_s) for passed, seconds in fewer]
+        for passed, seconds in fewer:
+            for others, longer_s in more:
+                price_s = (longer_s - seconds) / (others - passed)
+                mixes.append((seconds + (steps - passed) * price_s, price_s))
+        return min(alone_s, max(0.0, min(mixes)[1]))
 
     def _way(self, route: Route, work: _Work) -> _Way:
         """Return what a way costs, with the largest chunk that keeps the target."""
         most = max(1, self._budget - work.rows) if route[0] == "mixed" else self._budget
-        way = self._way_with(route, work, min(most, work.tokens))
+        way = self._way_with(route, work, min(most, work.ready))
         if self._target_s is None:  # what is said holds for other prompts of about the size, too
             return replace(way, tokens=most)
         chunk = size_bucket(work.tokens)
         while way.between_s > self._target_s * _TARGET_MARGIN and chunk > _LEAST_CHUNK and route[0] != "lanes":
             chunk = size_bucket(chunk * 2 // 3)
-            way = self._way_with(route, work, min(chunk, most, work.tokens))
+            way = self._way_with(route, work, min(chunk, most, work.ready))
         return way
 
     def _way_with(self, route: Route, work: _Work, chunk: int) -> _Way:
@@ -394,24 +454,23 @@ class SplitPolicy:
     def _step(self, route: Route, work: _Work, chunk: int) -> _Step:
         (mode, share), cost, rows, context = route, self.cost, work.rows, work.context
         decode_s, decode_slack = cost.guess("decode", rows, context, 0)
-        steps = work.owed * chunk
         if mode == "mixed":
             mixed_s, slack = cost.guess("mixed", rows, context, chunk)
             samples = cost.count("mixed", rows, context, chunk)
             return _Step(
-                max(0.0, mixed_s - work.worth_s * min(1.0, steps)), mixed_s, max(slack, decode_slack) * mixed_s, samples
+                max(0.0, mixed_s - work.steps_worth_s(1.0, chunk)), mixed_s, max(slack, decode_slack) * mixed_s, samples
             )
         if mode == "serial":
             prompt_s, slack = cost.guess("prefill", 0, 0, chunk)
             between_s = prompt_s + decode_s
             samples = min(cost.count("prefill", 0, 0, chunk), cost.count("decode", rows, context, 0))
             return _Step(
-                between_s - work.worth_s * min(1.0, steps), between_s, max(slack, decode_slack) * prompt_s, samples
+                between_s - work.steps_worth_s(1.0, chunk), between_s, max(slack, decode_slack) * prompt_s, samples
             )
         beside: tuple[tuple[Kind, int], ...] = (("prefill beside", chunk), ("decode beside", work.tokens))
         (prompt_s, slack), (beside_s, other) = (cost.guess(kind, rows, context, n, share) for kind, n in beside)
         samples = min(cost.count(kind, rows, context, n, share) for kind, n in beside)
-        extra_s = max(0.0, prompt_s - work.worth_s * min(prompt_s / beside_s, steps))
+        extra_s = max(0.0, prompt_s - work.steps_worth_s(prompt_s / beside_s, chunk))
         between_s = min(beside_s, decode_s + prompt_s * max(0.0, 1 - decode_s / beside_s))
         return _Step(extra_s, between_s, max(slack, other, decode_slack) * prompt_s, samples)
 
@@ -428,7 +487,7 @@ class SplitPolicy:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
             lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
         often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
-        for (rows, tokens, later, _), size in often:
+        for (rows, tokens, later, *_), size in often:
             if size.why:
                 what = f"up to {rows} rows (soon {later}) beside {tokens} prompt tokens"
                 lines.append(f"lanes: {what}: {size.why}")

@@ -57,6 +57,8 @@ class Lanes:
         self._met = 0, 0
         """The newest step that found the side lane empty, and its share."""
         self._prompts_turn = False
+        self._came = self._none_ran = 0
+        """The main lane's steps when the newest request came, and when there was nothing to decode."""
         self._answered = 0.0, 0.0
         """Tokens that answers had at their ends, and might have had: sums in which older ones count less."""
 
@@ -71,6 +73,8 @@ class Lanes:
         `decoding` are the slots that decode, `num_decode` of which have a page to go on.
         """
         room = self._token_budget - num_decode
+        if not len(decoding):
+            self._none_ran = self.main.planned
         if self.side.flying:
             return False, 0
         if self.splitter is None or not num_decode or not prompts.tokens:
@@ -90,9 +94,18 @@ class Lanes:
             return "mixed", self._token_budget
         context, busy = int(self._slots.next[decoding].sum()), bool(self.side.flying)
         had, most = self._answered
-        answers = int(self._slots.left[decoding].sum()) + prompts.answers
-        owed = answers * (had / most if most else 1.0) / prompts.all_tokens
-        choice = self.splitter.choose(Outlook(len(decoding), context, prompts.all_tokens, busy, prompts.number, owed))
+        scale, lefts = had / most if most else 1.0, self._slots.left[decoding]
+        left, saved = int(lefts.sum()), float("inf")
+        if self.main.planned - self._came > self._came - self._none_ran:  # as long as they came, none has
+            saved = (prompts.slot_steps + max(0.0, int(lefts.max(initial=0)) - prompts.longest)) * scale
+        choice = self.splitter.choose(
+            Outlook(
+                len(decoding), context, prompts.all_tokens, busy, prompts.number,
+                owed=(left + prompts.answers) * scale / prompts.all_tokens, left=left * scale / max(1, len(decoding)),
+                answer=prompts.answers * scale / max(1, prompts.num_answers),
+                saved=saved / prompts.all_tokens, ready_tokens=prompts.tokens,
+            )
+        )  # fmt: skip
         tokens = max(1, min(choice.prefill_tokens, self._token_budget))
         self._share = choice.share
         self.choices[choice.mode if not choice.share else f"{choice.mode} sm:{choice.share}"] += 1
@@ -126,6 +139,10 @@ class Lanes:
         """
         number, share = self._met
         return (True, share) if plan.lane == MAIN and plan.number < number else (plan.beside, plan.share)
+
+    def note_request(self) -> None:
+        """A request has come."""
+        self._came = self.main.planned
 
     def note_answer(self, tokens: int, limit: int) -> None:
         """An answer has ended with so many tokens, where it might have had `limit`; 1 says nothing of others."""

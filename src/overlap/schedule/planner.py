@@ -198,6 +198,7 @@ class Planner:
         if request.key in self._requests:
             raise InternalError(f"the key {request.key} is in use")
         self._desk.submit(request)
+        self._lanes.note_request()
         self._requests[request.key] = request
         self._forms.requests += request.matcher is not None
 
@@ -390,13 +391,19 @@ class Planner:
         flying[[request.slot for request in reading]] = False
         number = len(reading) + int(np.count_nonzero(flying))
         tokens = sum(len(request.prompt) - request.chunked for request in reading)
-        answers = sum(request.limit - request.made for request in reading) + int(at.left[flying].sum())
+        limits = [request.limit - request.made for request in reading] + at.left[flying].tolist()
+        answers, longest = sum(limits), max(limits, default=0)
         if coming is None:
-            return Prompts(tokens, number, tokens, answers)
+            return Prompts(tokens, number, tokens, answers, len(limits), longest)
         others = min(len(queue), len(self._slots.free))
         now = tokens + others * len(coming.prompt)
         every = max(now, tokens + queue.prompt_tokens)
-        return Prompts(now, number + others, every, answers + queue.answer_tokens)
+        mean = queue.answer_tokens / len(queue)
+        slot_steps = (len(queue) - others) * mean / len(at.left)
+        return Prompts(
+            now, number + others, every, answers + queue.answer_tokens, len(limits) + len(queue),
+            max(longest, mean), slot_steps,
+        )  # fmt: skip
 
     def _refresh_decoding(self) -> None:
         """Drop rows that have no more to run, add those whose prompt is through. Costs nothing in a steady step."""

@@ -25,6 +25,16 @@ class Outlook:
     those whose reading is in the air."""
     owed: float = float("inf")
     """Tokens that all answers still have for each of `prefill_tokens`, as far as is known."""
+    left: float = float("inf")
+    """Tokens that a running answer still has, on the mean, and..."""
+    answer: float = float("inf")
+    """...an answer to a prompt that waits or is read."""
+    saved: float = float("inf")
+    """How many decode steps all work is shorter by, for each of `prefill_tokens`, if they pass while prompts are read:
+    those that have to pass for slots to be free, and those that running answers have more than the last one to come.
+    Infinite while more requests are to be expected."""
+    ready_tokens: int = 2**31
+    """Of `prefill_tokens`, those of prompts that could be read now: they have a slot, or one is free."""
 
 
 class Prompts(NamedTuple):
@@ -38,6 +48,12 @@ class Prompts(NamedTuple):
     """Of these and of all that wait."""
     answers: int
     """The most tokens that the answers to all of them may have, and to those in the air."""
+    num_answers: int = 1
+    """How many those are."""
+    longest: float = 0.0
+    """The most tokens that one of these answers may have; those that wait for a slot count by their mean."""
+    slot_steps: float = 0.0
+    """Decode steps of all rows that have to pass until there is a slot for each."""
 
 
 @dataclass(frozen=True, slots=True)
