@@ -35,7 +35,7 @@ _MOST: Final = 12
 _ALONE: Final = 2 * FIRM
 """Decode steps alone, in front of each way that runs them beside chunks: contexts have grown since the last."""
 _SHORT: Final = 16
-"""Tokens of a prompt that is read for the decode steps in front of it."""
+"""Tokens of a prompt that is read for the decode steps in front of it, and in KV of an answer with a short context."""
 _USUAL: Final = 1024
 """Tokens of a prompt, and in KV of an answer, where there is room: lanes hold each other up by how much the answers
 read, and a prompt as long as the budget takes longer than several shorter ones."""
@@ -74,7 +74,9 @@ def cells_of(*, max_rows: int, token_budget: int, kv_tokens: int, context: int) 
     few = max(1, many // 4)
 
     def cell(rows: int, usual: int, tokens: int, longest: int) -> Cell:
-        held = max(_SHORT, min(usual, kv_tokens // 4 // rows - _GROWN, context // 2))
+        usual = min(usual, context // 4)
+        rows = max(1, min(rows, kv_tokens // 4 // (usual + _GROWN)))
+        held = max(_SHORT, min(usual, kv_tokens // 4 // rows - _GROWN))
         at_once = max(1, (max_rows - rows) // 2)
         prompt = min(context - 1, tokens, max(longest, -(-tokens // at_once)))
         return Cell(rows, held, tokens, prompt)

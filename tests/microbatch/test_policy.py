@@ -415,7 +415,7 @@ def test_it_says_what_it_chose_and_by_which_numbers() -> None:
     run(Device(small_gpu(random.Random(0)), chosen, hiccups(0)), 100, 0)
     text = "\n".join(chosen.explain())
     assert "5 ms between tokens" in text
-    assert "prompt tokens: " in text
+    assert " prompt tokens, " in text
     assert " for a decode step and the prompts, against" in text
     assert "at once, " in text
     assert sum(chosen.choices.values()) > 100

@@ -301,6 +301,14 @@ async def test_decode_steps_save_what_slots_are_waited_for_and_all_they_do_while
     assert all(0 < outlook.left <= 40 and 20 <= outlook.answer <= 40 for outlook in told)
 
     told.clear()
+    rig = Rig(Listening("mixed"), max_rows=24, num_pages=14, token_budget=32)
+    await rig.serve(*(request(key, [2] * 16, 20 + 10 * (key % 3)) for key in range(20)))
+    many = min(told, key=lambda outlook: abs(outlook.prefill_tokens - 16 * 12))
+    assert many.num_decode < 8
+    assert many.prefill_tokens * many.saved > 40, "slots are free, and pages are not"
+    assert many.ready_tokens < 8 * 16
+
+    told.clear()
     rig = Rig(Listening("mixed"), max_rows=4, num_pages=200, token_budget=16)
     coming = iter(range(1, 9))
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import insort
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -145,7 +147,8 @@ class CostModel:
         self._machine = machine
         self._kinds: dict[str, _Known] = {}
         self._sizes: dict[Size, _Known] = {}
-        self._nearest: dict[Size, list[tuple[float, Size]]] = {}  # the nearest other sizes of a kind, and how near
+        self._nearest: dict[tuple[str, int], dict[Size, list[tuple[float, Size]]]] = {}
+        """By kind and SMs: for each size that was asked for, how near the nearest others are, and which."""
         self._attended = 0.0  # to how many tokens a prompt token has attended of late
         self.note_on_file = "nothing was measured before"
 
@@ -175,7 +178,10 @@ class CostModel:
         _learn(self._kinds, _kind(kind, share), times)
         size = _size(kind, rows, context, tokens, share)
         if size not in self._sizes:
-            self._nearest.clear()
+            for asked, nearest in self._nearest.get((kind, share), {}).items():
+                if asked != size:
+                    insort(nearest, (_distance(asked, size), size))
+                    del nearest[_FEW:]
         _learn(self._sizes, size, times)
 
     def seconds(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> float:
@@ -202,8 +208,9 @@ class CostModel:
     def _guess_beside(self, size: Size, known: _Known | None, nominal_s: float, tokens: int) -> Guess:
         others = self._far(size)
         if known is not None:
-            doubt = 0 if others is None else _DOUBT
-            times = (known.count * known.times + doubt * (others or 0.0)) / (known.count + doubt)
+            times = known.times
+            if others is not None:
+                times = (known.count * times + _DOUBT * others) / (known.count + _DOUBT)
             return Guess(times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
         if others is not None:
             return Guess(others * nominal_s, _SLACK_NEAR)
@@ -253,10 +260,11 @@ class CostModel:
 
         Not of all: what is measured of small steps, of which most is launching them, says nothing of large ones.
         """
-        nearest = self._nearest.get(size)
+        asked = self._nearest.setdefault((size[0], size[4]), {})
+        nearest = asked.get(size)
         if nearest is None:
-            like = [other for other in self._sizes if other[0] == size[0] and other[4] == size[4] and other != size]
-            nearest = self._nearest[size] = sorted((_distance(size, other), other) for other in like)[:_FEW]
+            like = (other for other in self._sizes if other[0] == size[0] and other[4] == size[4] and other != size)
+            nearest = asked[size] = nsmallest(_FEW, ((_distance(size, other), other) for other in like))
         total = weights = 0.0
         for distance, other in nearest:
             known = self._sizes[other]

@@ -3,8 +3,8 @@
 The ways are compared by what reading a prompt token costs beyond the decode steps that pass meanwhile. With d and p
 what a decode step and a chunk of c tokens take alone:
 
-    in turn    (p + d - v) / c              a chunk, and a decode step
-    mixed      (m - v) / c                  one step of m does the work of a chunk and of a decode step
+    in turn    (p + d - v min(1, n)) / c    a chunk, and a decode step
+    mixed      (m - v min(1, n)) / c        one step of m does the work of a chunk and of a decode step
     lanes      (P - v min(P / D, n)) / c    during the P of a chunk, decode steps of D pass
 
 A chunk is what could be read now, up to the budget; a mixed step has room for one beside its decode rows. D is found
@@ -233,12 +233,12 @@ class SplitPolicy:
         if later <= rows * _SAME_ROWS:
             later = rows
         # Not by context: it grows all the time, and each size would begin anew with trials. With a target the chunk
-        # that keeps it hangs on the size, and is kept for some choices; without one the sizes may be coarse.
+        # that keeps it hangs on rows and on what is ready, and is kept for some choices; else sizes may be coarse.
         like = alike if self._target_s is None else size_bucket
         key = (
-            like(rows), like(min(outlook.prefill_tokens, self._budget)), like(later),
-            like(self._steps(outlook.owed / max(1, rows))), like(self._steps(outlook.saved)),
+            like(rows), alike(min(outlook.prefill_tokens, self._budget)), alike(later),
             like(min(outlook.ready_tokens, self._budget)),
+            alike(self._steps(outlook.owed / max(1, rows))), alike(self._steps(outlook.saved)),
         )  # fmt: skip
         size = self._sizes.get(key)
         if size is None:
@@ -410,7 +410,8 @@ class SplitPolicy:
             worth_s = min(now_s, self._price_s(later, context_later, owed * share * self._budget) * share)
             later_s = self.cost.seconds("decode", later, context_later, 0)
             rest_s = min(worth_s, max(0.0, later_s - self.cost.seconds("decode", 1, context // rows, 0)) * share)
-        return _Work(rows, context, tokens, worth_s, outlook.saved * later / max(1, rows), rest_s, ready, outlook)
+        saved = outlook.saved * later / rows if rows else outlook.saved
+        return _Work(rows, context, tokens, worth_s, saved, rest_s, ready, outlook)
 
     def _price_s(self, rows: int, context: int, steps: float) -> float:
         """Return what one more decode step costs in the best mix of ways that gives so many for each chunk."""
@@ -419,7 +420,9 @@ class SplitPolicy:
         ways = [(1.0, prompt_s + alone_s)]  # decode steps that pass while a chunk is read, and what both take
         for mode, share in self.routes:
             if mode == "mixed":
-                ways.append((1.0, cost.seconds("mixed", rows, context, max(1, budget - rows))))
+                room = max(1, budget - rows)
+                times = budget / room
+                ways.append((times, times * cost.seconds("mixed", rows, context, room)))
             elif mode == "lanes":
                 beside_s = cost.seconds("prefill beside", rows, context, budget, share)
                 ways.append((beside_s / cost.seconds("decode beside", rows, context, budget, share), beside_s))
@@ -439,10 +442,10 @@ class SplitPolicy:
         way = self._way_with(route, work, min(most, work.ready))
         if self._target_s is None:  # what is said holds for other prompts of about the size, too
             return replace(way, tokens=most)
-        chunk = size_bucket(work.tokens)
+        chunk = size_bucket(way.tokens)
         while way.between_s > self._target_s * _TARGET_MARGIN and chunk > _LEAST_CHUNK and route[0] != "lanes":
             chunk = size_bucket(chunk * 2 // 3)
-            way = self._way_with(route, work, min(chunk, most, work.ready))
+            way = self._way_with(route, work, min(chunk, way.tokens))
         return way
 
     def _way_with(self, route: Route, work: _Work, chunk: int) -> _Way:
@@ -487,9 +490,9 @@ class SplitPolicy:
             counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
             lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
         often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
-        for (rows, tokens, later, *_), size in often:
+        for (rows, tokens, later, ready, *_), size in often:
             if size.why:
-                what = f"up to {rows} rows (soon {later}) beside {tokens} prompt tokens"
+                what = f"up to {rows} rows (soon {later}) beside {tokens} prompt tokens, {ready} at once"
                 lines.append(f"lanes: {what}: {size.why}")
         return tuple(lines)
 

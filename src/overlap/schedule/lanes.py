@@ -58,7 +58,7 @@ class Lanes:
         """The newest step that found the side lane empty, and its share."""
         self._prompts_turn = False
         self._came = self._none_ran = 0
-        """The main lane's steps when the newest request came, and when there was nothing to decode."""
+        """The number of the main lane's last step when the newest request came, and when nothing was to decode."""
         self._answered = 0.0, 0.0
         """Tokens that answers had at their ends, and might have had: sums in which older ones count less."""
 
@@ -102,7 +102,7 @@ class Lanes:
             Outlook(
                 len(decoding), context, prompts.all_tokens, busy, prompts.number,
                 owed=(left + prompts.answers) * scale / prompts.all_tokens, left=left * scale / max(1, len(decoding)),
-                answer=prompts.answers * scale / max(1, prompts.num_answers),
+                answer=prompts.answers * scale / prompts.num_answers,
                 saved=saved / prompts.all_tokens, ready_tokens=prompts.tokens,
             )
         )  # fmt: skip

@@ -395,11 +395,12 @@ class Planner:
         answers, longest = sum(limits), max(limits, default=0)
         if coming is None:
             return Prompts(tokens, number, tokens, answers, len(limits), longest)
-        others = min(len(queue), len(self._slots.free))
+        fit = max(0, self._store.num_available - at.num_running) // (at.pages_at_first(len(coming.prompt)) + 1)
+        others = min(len(queue), len(at.free), fit)
         now = tokens + others * len(coming.prompt)
         every = max(now, tokens + queue.prompt_tokens)
         mean = queue.answer_tokens / len(queue)
-        slot_steps = (len(queue) - others) * mean / len(at.left)
+        slot_steps = (len(queue) - others) * mean / max(1, at.num_running + others)
         return Prompts(
             now, number + others, every, answers + queue.answer_tokens, len(limits) + len(queue),
             max(longest, mean), slot_steps,

@@ -51,9 +51,9 @@ class Prompts(NamedTuple):
     num_answers: int = 1
     """How many those are."""
     longest: float = 0.0
-    """The most tokens that one of these answers may have; those that wait for a slot count by their mean."""
+    """The most tokens that one of these answers may have; those that are not read yet count by their mean."""
     slot_steps: float = 0.0
-    """Decode steps of all rows that have to pass until there is a slot for each."""
+    """Decode steps of all rows that have to pass until there are a slot and pages for each."""
 
 
 @dataclass(frozen=True, slots=True)
