@@ -22,12 +22,12 @@ from overlap.cache.pages import Ints
 from overlap.calibrate import Cell, cells_of
 from overlap.loop import Loop
 from overlap.microbatch.cost import CostModel, Nominal
-from overlap.microbatch.policy import Route, SplitPolicy
+from overlap.microbatch.policy import SplitPolicy
 from overlap.schedule.plan import SIDE, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
-from overlap.schedule.split import Always, Splitter
+from overlap.schedule.split import Always, Route, Splitter
 from overlap.streams.stream import Busy
 
 ROWS, BUDGET, PROMPT, RATE, SECONDS = 48, 1024, 1024, 30.0, 1.0

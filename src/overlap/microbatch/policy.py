@@ -11,17 +11,8 @@ A chunk is what could be read now, up to the budget; a mixed step has room for o
 from by how much all decode steps that ran beside a chunk for any part of their time took longer than alone (see
 `Spell`), and a step counts with what the device waited for it: that is lost as surely as what the device works.
 
-v is what a decode step's tokens are worth: what they would cost later. r rows of which there will be R once the waiting
-prompts are read can be had later for r / R of a step of R rows. Such a step costs no more than in the best mix: with R
-rows each way reads a chunk in some time, in which some steps pass; answers need some steps for each chunk; and of the
-mix of ways (and of steps alone) that gives these in the least time one more step has a price. So where prompts are what
-takes long, what reads them fastest wins.
-
-Of a batch that nothing more is expected to come to, the last answer to begin decides when it ends. Then only those
-steps are worth that which must pass for slots to be free, or which running answers have more than the last one
-(`saved`); what others are worth is what their rows would add to later steps. And n is how many steps of r rows do what
-is done while all prompts are read: meanwhile answers end, and others begin one after the other. All work takes (decode
-steps) * d + (prompt tokens) * that, so the least wins.
+v is what a decode step's tokens are worth, and n how many steps can be had for a chunk (`microbatch.worth`). All work
+takes (decode steps) * d + (prompt tokens) * that, so the least wins.
 
 With a target for the time between two tokens (p + d, m, or D), only ways that keep it are compared, each with the
 largest chunk that keeps it; if none does, those that come nearest. Without one that time weighs ITL_WEIGHT: of ways
@@ -41,13 +32,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from overlap.microbatch.cost import FIRM, CostModel, Kind, Spell, alike, size_bucket
-from overlap.schedule.split import Choice, Mode, Outlook, Ran
+from overlap.microbatch.worth import Work, work_of
+from overlap.schedule.split import Choice, Outlook, Ran, Route
 
-Route: TypeAlias = tuple[Mode, int]
-"""A mode and a share of SMs."""
 LOOK: Final = 16
 """Choices of a size between two looks at the costs, and..."""
 NEXT_LOOK: Final = 4
@@ -76,47 +66,6 @@ _FORGIVEN: Final = 256
 """Choices after which a way that was slow at first gets its second opinion, however slow it was."""
 _TARGET_MARGIN: Final = 0.95
 _LEAST_CHUNK: Final = 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What there is to do."""
-
-    rows: int
-    """That decode."""
-    context: int
-    """Tokens in KV of all of them."""
-    tokens: int
-    """Of prompts, in one step at most."""
-    worth_s: float
-    """What a decode step is worth, ..."""
-    saved: float
-    """... so many of them for each prompt token, ..."""
-    rest_s: float
-    """... and what those beyond are."""
-    ready: int
-    """Tokens of prompts that could be read now."""
-    outlook: Outlook
-
-    def steps_worth_s(self, steps: float, tokens: int) -> float:
-        """Return what decode steps are worth that pass while so many prompt tokens are read."""
-        steps = self._with_all_rows(steps, tokens)
-        full = min(steps, self.saved * tokens)
-        return self.worth_s * full + self.rest_s * (steps - full)
-
-    def _with_all_rows(self, steps: float, tokens: int) -> float:
-        """Return how many steps of these rows do what so many do until all prompts are read.
-
-        Meanwhile answers end, the running ones one after the other (those have between nothing and twice the mean to
-        go), and the others begin one after the other.
-        """
-        outlook, rows = self.outlook, max(1, self.rows)
-        owed, left, answer = outlook.owed * outlook.prefill_tokens, outlook.left, outlook.answer
-        passed = steps * outlook.prefill_tokens / tokens
-        running = rows * (passed - passed**2 / (4 * left) if passed < 2 * left else left)
-        begun = passed / (2 * answer) if passed < answer else 1 - answer / (2 * passed)
-        others = (owed - rows * left) * begun if owed > rows * left else 0.0
-        return min(steps, min(running + others, owed) * tokens / outlook.prefill_tokens / rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +286,7 @@ class SplitPolicy:
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 
     def _look(self, size: _Size, outlook: Outlook, later: int) -> Choice:
-        work = self._work(outlook, later)
+        work = work_of(outlook, later, self.cost, self.routes, self._budget)
         ways = {route: self._way(route, work) for route in self.routes}
         if self._total <= self._patience and not self._calibrated:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
@@ -399,44 +348,7 @@ class SplitPolicy:
 
     # ── the ways ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _work(self, outlook: Outlook, later: int) -> _Work:
-        rows, context = outlook.num_decode, outlook.decode_context
-        tokens = max(1, min(outlook.prefill_tokens, self._budget))
-        ready = max(1, min(outlook.ready_tokens, tokens))
-        now_s = worth_s = rest_s = self.cost.seconds("decode", rows, context, 0)
-        owed = outlook.owed / max(1, rows)
-        if rows:
-            share, context_later = rows / later, context * later // rows
-            worth_s = min(now_s, self._price_s(later, context_later, owed * share * self._budget) * share)
-            later_s = self.cost.seconds("decode", later, context_later, 0)
-            rest_s = min(worth_s, max(0.0, later_s - self.cost.seconds("decode", 1, context // rows, 0)) * share)
-        saved = outlook.saved * later / rows if rows else outlook.saved
-        return _Work(rows, context, tokens, worth_s, saved, rest_s, ready, outlook)
-
-    def _price_s(self, rows: int, context: int, steps: float) -> float:
-        """Return what one more decode step costs in the best mix of ways that gives so many for each chunk."""
-        cost, budget = self.cost, self._budget
-        alone_s, prompt_s = cost.seconds("decode", rows, context, 0), cost.seconds("prefill", 0, 0, budget)
-        ways = [(1.0, prompt_s + alone_s)]  # decode steps that pass while a chunk is read, and what both take
-        for mode, share in self.routes:
-            if mode == "mixed":
-                room = max(1, budget - rows)
-                times = budget / room
-                ways.append((times, times * cost.seconds("mixed", rows, context, room)))
-            elif mode == "lanes":
-                beside_s = cost.seconds("prefill beside", rows, context, budget, share)
-                ways.append((beside_s / cost.seconds("decode beside", rows, context, budget, share), beside_s))
-        fewer, more = [way for way in ways if way[0] <= steps], [way for way in ways if way[0] > steps]
-        if not fewer:
-            return 0.0
-        mixes = [(seconds + (steps - passed) * alone_s, alone_s) for passed, seconds in fewer]
-        for passed, seconds in fewer:
-            for others, longer_s in more:
-                price_s = (longer_s - seconds) / (others - passed)
-                mixes.append((seconds + (steps - passed) * price_s, price_s))
-        return min(alone_s, max(0.0, min(mixes)[1]))
-
-    def _way(self, route: Route, work: _Work) -> _Way:
+    def _way(self, route: Route, work: Work) -> _Way:
         """Return what a way costs, with the largest chunk that keeps the target."""
         most = max(1, self._budget - work.rows) if route[0] == "mixed" else self._budget
         way = self._way_with(route, work, min(most, work.ready))
@@ -448,13 +360,13 @@ class SplitPolicy:
             way = self._way_with(route, work, min(chunk, way.tokens))
         return way
 
-    def _way_with(self, route: Route, work: _Work, chunk: int) -> _Way:
+    def _way_with(self, route: Route, work: Work, chunk: int) -> _Way:
         step = self._step(route, work, chunk)
         decode_s, times = self.cost.seconds("decode", work.rows, work.context, 0), work.tokens / chunk
         total_s, slack_s = decode_s + step.extra_s * times, step.unsure_s * times
         return _Way(route, chunk, total_s, slack_s, step.between_s, step.samples)
 
-    def _step(self, route: Route, work: _Work, chunk: int) -> _Step:
+    def _step(self, route: Route, work: Work, chunk: int) -> _Step:
         (mode, share), cost, rows, context = route, self.cost, work.rows, work.context
         decode_s, decode_slack = cost.guess("decode", rows, context, 0)
         if mode == "mixed":

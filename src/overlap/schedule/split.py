@@ -7,6 +7,8 @@ from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
 Mode: TypeAlias = Literal["mixed", "serial", "lanes"]
 """Prompt chunks and decode rows in one step; in steps of their own, in turn; or at the same time, in two lanes."""
+Route: TypeAlias = tuple[Mode, int]
+"""A mode, and the SMs that are the decode rows' own."""
 
 
 @dataclass(frozen=True, slots=True)
