@@ -101,11 +101,12 @@ async def test_closing_the_engine_ends_a_calibration(tiny_llama_dir: Path) -> No
 def test_the_sizes_fit_an_engine_of_any_size() -> None:
     large = cells_of(max_rows=256, token_budget=8192, kv_tokens=10**6, context=4096)
     assert large == (
-        Cell(162, 1024, 8192, 1024), Cell(162, 1024, 2048, 1024), Cell(192, 16, 4096, 4095), Cell(48, 1024, 8192, 1024)
+        Cell(162, 1024, 8192, 1024), Cell(162, 1024, 2048, 1024), Cell(192, 16, 4096, 4095), Cell(40, 1024, 8192, 1024)
     )  # fmt: skip
     assert cells_of(max_rows=2, token_budget=2, kv_tokens=16, context=32) == (Cell(1, 16, 2, 2), Cell(1, 16, 1, 1))
     little_kv = cells_of(max_rows=512, token_budget=8192, kv_tokens=400_000, context=16_384)
     assert little_kv[0] == Cell(65, 1024, 8192, 1024), "fewer rows, and contexts as they are"
+    assert little_kv[-1] == Cell(16, 1024, 8192, 1024)
     few_slots = cells_of(max_rows=6, token_budget=8192, kv_tokens=10**6, context=9000)
     assert few_slots[0] == Cell(4, 1024, 8192, 8192), "two chunks at a time, and two slots for them"
     for size in cells_of(max_rows=64, token_budget=8192, kv_tokens=4096, context=100):

@@ -71,8 +71,7 @@ def cells_of(*, max_rows: int, token_budget: int, kv_tokens: int, context: int) 
     At least one slot is left for prompts, so `max_rows` is 2 or more.
     """
     budget = max(1, min(token_budget, kv_tokens // 4))  # two chunks are read at a time
-    many = max(1, min(max_rows * 3 // 4, max_rows - 1, token_budget // 2, kv_tokens // 4 // _GROWN))
-    few = max(1, many // 4)
+    many = max(1, min(max_rows * 3 // 4, max_rows - 1, token_budget // 2))
 
     def cell(rows: int, usual: int, tokens: int, longest: int) -> Cell:
         usual = min(usual, context // 4)
@@ -82,9 +81,10 @@ def cells_of(*, max_rows: int, token_budget: int, kv_tokens: int, context: int) 
         prompt = min(context - 1, tokens, max(longest, -(-tokens // at_once)))
         return Cell(rows, held, tokens, prompt)
 
+    large = cell(many, _USUAL, budget, _USUAL)
     cells = (
-        cell(many, _USUAL, budget, _USUAL), cell(many, _USUAL, -(-budget // 4), _USUAL),
-        cell(many, _SHORT, -(-budget // 2), budget), cell(few, _USUAL, budget, _USUAL),
+        large, cell(many, _USUAL, -(-budget // 4), _USUAL), cell(many, _SHORT, -(-budget // 2), budget),
+        cell(max(1, large.rows // 4), _USUAL, budget, _USUAL),
     )  # fmt: skip
     return tuple(dict.fromkeys(cells))
 

@@ -304,8 +304,9 @@ class AsyncEngine:
         SMs. What they took is kept with what other steps took, on disk when the engine closes, so each model, type and
         device needs this once. Without it the engine learns from the requests it gets. Call it when nothing else runs:
         requests of others go first, but `target_itl_ms` is not kept meanwhile, and cached prefixes may have to go. Its
-        requests are in the figures. An H200 took 2 s for a model of 135 million parameters, and under 40 for one of 8
-        billion.
+        requests are in the figures. An H200 took 3 s for a model of 135 million parameters, and 26 for one of 8 billion
+        (`bench/two_lanes.py`).
+
         `progress` shows a bar on stderr; None shows it in a terminal and in a notebook. Raises ConfigError where
         nothing is chosen, as with `lanes="serial"`, where there is room for one request only, while another
         calibration runs, and if some way could not be measured.

@@ -63,6 +63,10 @@ class Truth:
         prompt_s = self.prompt_s + len(plan.prompt) * self.token_s if len(plan.prompt) else 0.0
         counts = plan.counts[plan.num_decode :].astype(float)
         prompt_s += float((counts * (plan.starts[plan.num_decode :] + counts / 2)).sum()) * self.attend_s
+        return self.together(decode_s, prompt_s)
+
+    def together(self, decode_s: float, prompt_s: float) -> float:
+        """What a step takes of decode rows and prompts that take so long alone; 0 where it has none."""
         return (decode_s + prompt_s) * (self.mixed if decode_s and prompt_s else 1.0)
 
 
@@ -431,12 +435,7 @@ class LikeMeasured(Truth):
     """What an 8B model was measured to take on an H200, in which prompts carry most of what decode rows need: reading
     the weights. `mixed` is the share of a decode step that a mixed one takes beyond its prompts."""
 
-    def step(self, plan: StepPlan) -> float:
-        context = int(plan.starts[: plan.num_decode].sum())
-        decode_s = self.step_s + plan.num_decode * self.row_s + context * self.kv_s if plan.num_decode else 0.0
-        prompt_s = self.prompt_s + len(plan.prompt) * self.token_s if len(plan.prompt) else 0.0
-        counts = plan.counts[plan.num_decode :].astype(float)
-        prompt_s += float((counts * (plan.starts[plan.num_decode :] + counts / 2)).sum()) * self.attend_s
+    def together(self, decode_s: float, prompt_s: float) -> float:
         return prompt_s + decode_s * (self.mixed if prompt_s else 1.0)
 
 

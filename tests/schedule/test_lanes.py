@@ -265,16 +265,22 @@ async def test_the_share_may_change_from_step_to_step_and_each_lane_keeps_its_or
         assert all(one.end <= other.start for one, other in pairwise(spans))
 
 
+class Listening(Always):
+    """Mixes prompts and decode rows, and keeps what it is told."""
+
+    def __init__(self, told: list[Outlook]) -> None:
+        super().__init__("mixed")
+        self._told = told
+
+    def choose(self, outlook: Outlook) -> Choice:
+        self._told.append(outlook)
+        return super().choose(outlook)
+
+
 async def test_the_splitter_is_told_of_all_prompts_that_wait_and_of_how_much_their_answers_will_bring() -> None:
     told: list[Outlook] = []
-
-    class Listening(Always):
-        def choose(self, outlook: Outlook) -> Choice:
-            told.append(outlook)
-            return super().choose(outlook)
-
     stop = MODEL.answer([2] * 8, 4)[-1]
-    rig = Rig(Listening("mixed"), max_rows=2, num_pages=60, token_budget=16)
+    rig = Rig(Listening(told), max_rows=2, num_pages=60, token_budget=16)
     short = [request(1 + key, [2] * 8, 40, stop_ids=(stop,)) for key in range(12)]  # they end at 4 of 40 tokens
     one = request(99, [2] * 8, 1)  # says nothing of how long answers are
     await rig.serve(request(0, [1, 2], 120), *short, one)
@@ -285,13 +291,7 @@ async def test_the_splitter_is_told_of_all_prompts_that_wait_and_of_how_much_the
 
 async def test_decode_steps_save_what_slots_are_waited_for_and_all_they_do_while_requests_keep_coming() -> None:
     told: list[Outlook] = []
-
-    class Listening(Always):
-        def choose(self, outlook: Outlook) -> Choice:
-            told.append(outlook)
-            return super().choose(outlook)
-
-    rig = Rig(Listening("mixed"), max_rows=4, num_pages=200, token_budget=16)
+    rig = Rig(Listening(told), max_rows=4, num_pages=200, token_budget=16)
     await rig.serve(*(request(key, [2] * 16, 20 + 10 * (key % 3)) for key in range(20)))
     assert all(outlook.saved < 1 for outlook in told), "all came at once: more are not expected"
     many, few = (min(told, key=lambda outlook: abs(outlook.prefill_tokens - tokens)) for tokens in (16 * 12, 16))
@@ -301,7 +301,7 @@ async def test_decode_steps_save_what_slots_are_waited_for_and_all_they_do_while
     assert all(0 < outlook.left <= 40 and 20 <= outlook.answer <= 40 for outlook in told)
 
     told.clear()
-    rig = Rig(Listening("mixed"), max_rows=24, num_pages=14, token_budget=32)
+    rig = Rig(Listening(told), max_rows=24, num_pages=14, token_budget=32)
     await rig.serve(*(request(key, [2] * 16, 20 + 10 * (key % 3)) for key in range(20)))
     many = min(told, key=lambda outlook: abs(outlook.prefill_tokens - 16 * 12))
     assert many.num_decode < 8
@@ -309,7 +309,7 @@ async def test_decode_steps_save_what_slots_are_waited_for_and_all_they_do_while
     assert many.ready_tokens < 8 * 16
 
     told.clear()
-    rig = Rig(Listening("mixed"), max_rows=4, num_pages=200, token_budget=16)
+    rig = Rig(Listening(told), max_rows=4, num_pages=200, token_budget=16)
     coming = iter(range(1, 9))
 
     def one_more() -> None:

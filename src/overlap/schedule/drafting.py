@@ -34,11 +34,10 @@ class Drafting:
     ) -> None:
         """`drafts` is how many drafted tokens a decode row verifies at most, under PAGE; 0 without a drafter.
 
-        `ladder` says how many by the number of rows; None for always as many. Without a pace as many as it allows are
-        verified. The drafter writes to up to
-        `ahead` positions behind the last token of a row. `pace` says how many pay; None always drafts.
-        `with_prompts` False drafts nothing in steps that read prompts. `strips` says that short ones of those are one
-        launch, whose rows verify nothing but may get drafts.
+        `ladder` says how many by the number of rows; None for always as many. `pace` says how many of them pay; None
+        takes the most. The drafter writes to up to `ahead` positions behind the last token of a row. `with_prompts`
+        False drafts nothing in steps that read prompts. `strips` says that short ones of those are one launch, whose
+        rows verify nothing but may get drafts.
         """
         if not 0 <= drafts < PAGE or ahead > drafts:
             raise InternalError(f"{drafts} drafts, {ahead} ahead: a row would outgrow a page in one step")

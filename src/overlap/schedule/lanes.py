@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Final
 
 from overlap.cache.pages import Ints
@@ -65,21 +66,22 @@ class Lanes:
     def __getitem__(self, lane: int) -> Lane:
         return self.side if lane == SIDE else self.main
 
-    def split(self, decoding: Ints, num_decode: int, prompts: Prompts) -> tuple[bool, int]:
+    def split(self, decoding: Ints, num_decode: int, prompts: Callable[[], Prompts]) -> tuple[bool, int]:
         """Say what the main lane's next step holds: whether prompts go without the decode rows, and their budget.
 
         Without decode rows the whole budget is theirs: a prompt of just so many tokens needs no second step.
 
-        `decoding` are the slots that decode, `num_decode` of which have a page to go on.
+        `decoding` are the slots that decode, `num_decode` of which have a page to go on; `prompts` tells of what is to
+        be read, if anyone asks.
         """
         room = self._token_budget - num_decode
         if not len(decoding):
             self._none_ran = self.main.planned
         if self.side.flying:
             return False, 0
-        if self.splitter is None or not num_decode or not prompts.tokens:
+        if self.splitter is None or not num_decode:
             return False, room
-        mode, tokens = self.choose(decoding, prompts)
+        mode, tokens = self.choose(decoding, prompts())
         if mode == "lanes":
             return False, 0
         if mode == "mixed":

@@ -273,7 +273,7 @@ class Planner:
         decode = self._grow(free, updates) if len(free) else NONE
         if len(decode) != for_rows:  # that of as many rows: pages may not have sufficed for all
             width = self._drafting.width(len(decode), self._token_budget)
-        alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._prompts())
+        alone, budget = self._lanes.split(self._decoding, len(decode) * width, self._prompts)
         stalled = max(0, len(free) - len(decode)) * width
         apart = self._drafting.strips and len(decode) > 0
         if apart and self._went_first:  # prompts had the step before
