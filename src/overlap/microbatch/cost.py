@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import insort
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from heapq import nsmallest
@@ -104,6 +103,23 @@ class _Known(msgspec.Struct):
     """The one of them that is nearest to it; until it is firm, the higher one of two."""
 
 
+@dataclass(slots=True)
+class _Nearest:
+    """The measured sizes that are nearest to another one, kept up when it is asked for."""
+
+    sizes: list[tuple[float, Size]] = field(default_factory=list)
+    """How near each is, and which."""
+    seen: int = 0
+    """So many of those of its kind were looked at."""
+
+    def take_in(self, size: Size, like: list[Size]) -> None:
+        """Look at those of `like` that are new."""
+        if self.seen == len(like):
+            return
+        new = ((_distance(size, other), other) for other in like[self.seen :] if other != size)
+        self.sizes, self.seen = nsmallest(_FEW, (*self.sizes, *new)), len(like)
+
+
 class _Saved(msgspec.Struct):
     """A cost model on disk."""
 
@@ -147,8 +163,10 @@ class CostModel:
         self._machine = machine
         self._kinds: dict[str, _Known] = {}
         self._sizes: dict[Size, _Known] = {}
-        self._nearest: dict[tuple[str, int], dict[Size, list[tuple[float, Size]]]] = {}
-        """By kind and SMs: for each size that was asked for, how near the nearest others are, and which."""
+        self._like: dict[tuple[str, int], list[Size]] = {}
+        """Sizes by kind and SMs, in the order in which they were first measured."""
+        self._nearest: dict[Size, _Nearest] = {}
+        """Of each size that was asked for."""
         self._attended = 0.0  # to how many tokens a prompt token has attended of late
         self.note_on_file = "nothing was measured before"
 
@@ -178,10 +196,7 @@ class CostModel:
         _learn(self._kinds, _kind(kind, share), times)
         size = _size(kind, rows, context, tokens, share)
         if size not in self._sizes:
-            for asked, nearest in self._nearest.get((kind, share), {}).items():
-                if asked != size:
-                    insort(nearest, (_distance(asked, size), size))
-                    del nearest[_FEW:]
+            self._like.setdefault((kind, share), []).append(size)
         _learn(self._sizes, size, times)
 
     def seconds(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> float:
@@ -260,13 +275,12 @@ class CostModel:
 
         Not of all: what is measured of small steps, of which most is launching them, says nothing of large ones.
         """
-        asked = self._nearest.setdefault((size[0], size[4]), {})
-        nearest = asked.get(size)
+        nearest = self._nearest.get(size)
         if nearest is None:
-            like = (other for other in self._sizes if other[0] == size[0] and other[4] == size[4] and other != size)
-            nearest = asked[size] = nsmallest(_FEW, ((_distance(size, other), other) for other in like))
+            nearest = self._nearest[size] = _Nearest()
+        nearest.take_in(size, self._like.get((size[0], size[4]), []))
         total = weights = 0.0
-        for distance, other in nearest:
+        for distance, other in nearest.sizes:
             known = self._sizes[other]
             weight = min(known.count, _SURE) / distance**2
             total += weight * known.times
@@ -309,7 +323,9 @@ class CostModel:
             self.note_on_file = f"{path} has times that no step can take; measuring anew"
             return
         self._sizes, self._kinds, self._attended = dict(saved.sizes), saved.kinds, saved.attended
-        self._nearest.clear()
+        self._like, self._nearest = {}, {}
+        for size in self._sizes:
+            self._like.setdefault((size[0], size[4]), []).append(size)
         self.note_on_file = f"{len(self._sizes)} sizes of steps were measured before ({path})"
 
 
