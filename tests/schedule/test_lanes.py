@@ -341,10 +341,10 @@ def test_prompts_whose_reading_is_in_the_air_are_told_of_as_rows_to_come() -> No
     for key in (1, 2, 3):
         planner.submit(request(key, [3] * 60, 9))
     assert planner.plan() is not None
-    told = planner._prompts()
+    told = planner._prefill.outlook()
     assert (told.number, told.tokens) == (3, 180)
     assert planner.plan(SIDE) is not None
-    told = planner._prompts()
+    told = planner._prefill.outlook()
     assert (told.number, told.tokens, told.answers) == (3, 120, 26)
 
 

@@ -38,17 +38,6 @@ class Injected(RuntimeError):
         self.step = step
 
 
-class WatchedPlanner(Planner):
-    """Counts whom it preempted for a request of a higher priority that waits."""
-
-    pressed = 0
-
-    def _preempt_for_pressing(self) -> None:
-        before = self._preemptions
-        super()._preempt_for_pressing()
-        self.pressed += self._preemptions - before
-
-
 class BrittleRunner(SimRunner):
     """Knows whom each step concerns, and may fail to launch it."""
 
@@ -101,7 +90,7 @@ class Storm:
         self.num_pages = draw.choice([4, 5, 7, 9, 12, 16, 24, 48])
         max_rows = draw.choice([1, 2, 4, 8, 8])
         budget = max_rows + draw.choice([1, 3, 16, 64, 200])
-        self.planner = WatchedPlanner(
+        self.planner = Planner(
             max_rows=max_rows,
             num_pages=self.num_pages,
             token_budget=budget,
@@ -321,7 +310,7 @@ class Storm:
         self.met += Counter(case.outcome for case in self.cases.values())
         self.met["steps"] += figures.planned_steps
         self.met["preemptions"] += figures.preemptions
-        self.met["pressed"] += self.planner.pressed
+        self.met["pressed"] += self.planner._room.pressed
         self.met["evicted pages"] += figures.evicted_pages
         self.met["cached tokens"] += figures.cached_tokens
         self.met["prompt tokens"] += figures.prompt_tokens

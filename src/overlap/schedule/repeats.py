@@ -3,7 +3,7 @@
 While rows decode and none of them ends or leaves, what is read of their slots' columns to settle a step stays the same,
 but for their counts. So it is read once, and a step costs a few operations on columns that are there: about a quarter
 of settling it at length, a third if it verifies drafts. Whatever else a step may bring (an end, a limit, prompts,
-log-probabilities) is settled at length, by the planner.
+log-probabilities) is settled at length (`schedule/settling.py`).
 
 Legend: N rows, J numbers of a row's run.
 """
@@ -30,19 +30,19 @@ class _Known:
 
     __slots__ = ("departures", "fronts", "keys", "only_front", "slots", "stops", "until_limit")
 
-    def __init__(self, at: Slots, slots: Ints, departures: int) -> None:
+    def __init__(self, at: Slots, slots: Ints) -> None:
         self.slots = slots
         self.keys, self.fronts, stops = at.keys[slots], at.fronts[slots], at.stops[slots]
         self.stops = np.where(stops < 0, _NO_TOKEN, stops)  # the marks of runs are below 0, too
         self.only_front = int(self.fronts[0]) if (self.fronts == self.fronts[0]).all() else None
-        self.departures = departures
+        self.departures = at.departures
         """How often a request had left its slot by then: the rows are all read while that stays so."""
         self.until_limit = int((at.limit[slots] - at.made[slots]).min())
         """New tokens until the first of them may have as many as it may have, if it got the most of each step."""
 
 
 class Repeats:
-    """Settles what repeats, and writes to the slots' columns what it brings. The planner's."""
+    """Settles what repeats, and writes to the slots' columns what it brings."""
 
     def __init__(self, slots: Slots, drafting: Drafting) -> None:
         self._slots, self._drafting = slots, drafting
@@ -53,12 +53,9 @@ class Repeats:
         """A step was settled at length: what was known may be so no more."""
         self._known = None
 
-    def settle(self, plan: StepPlan, tokens: Ints, departures: int) -> Settled | None:
-        """Take in a step of rows that all go on; None, and nothing is done, if one may end here or has left.
-
-        `departures` is how often a request has left its slot so far.
-        """
-        known = self._rows(plan.slots, departures)
+    def settle(self, plan: StepPlan, tokens: Ints) -> Settled | None:
+        """Take in a step of rows that all go on; None, and nothing is done, if one may end here or has left."""
+        known = self._rows(plan.slots)
         if known is None:
             return None
         if plan.width > 1:
@@ -69,15 +66,15 @@ class Repeats:
         self._slots.note_again(plan.slots, tokens)
         return Settled(known.keys, known.fronts, tokens, (), only_front=known.only_front)
 
-    def _rows(self, slots: Ints, departures: int) -> _Known | None:
+    def _rows(self, slots: Ints) -> _Known | None:
         """Return what is known of these rows; None if they come for the first time, or are not all read any more."""
         known = self._known
-        if known is None or known.slots is not slots or known.departures != departures:
+        if known is None or known.slots is not slots or known.departures != self._slots.departures:
             first, self._seen = self._seen is not slots, slots
             if first or not self._slots.reading[slots].all():  # what comes once is not worth finding out about
                 return None
             self._slots.catch_up()
-            known = self._known = _Known(self._slots, slots, departures)
+            known = self._known = _Known(self._slots, slots)
         return known
 
     def _settle_runs(self, plan: StepPlan, landed: Ints, known: _Known) -> Settled | None:

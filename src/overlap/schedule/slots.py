@@ -53,6 +53,8 @@ class Slots:
         self.owners: list[Request | None] = [None] * max_rows
         self.free = list(range(max_rows - 1, -1, -1))
         self.num_running = 0
+        self.departures = 0
+        """How often a request has left its slot."""
         self.next: Ints = column()
         self.left: Ints = column()
         """New tokens still to be planned."""
@@ -210,6 +212,7 @@ class Slots:
         slot = request.slot
         self.reading[slot] = False
         self.num_running -= 1
+        self.departures += 1
         self.num_shaped -= request.shaping is not None
         self.num_logprobs -= request.logprobs
         made = int(self.made[slot])
