@@ -34,11 +34,8 @@ _SURE: Final = 4 * FIRM
 have been built in its first steps, and the neighbours say what it takes."""
 _WEIGHT: Final = 1 / 16
 """Of a new measurement, once many were taken."""
-_CLIP: Final = 1.5
-"""A step that takes so many times what is known (in a spell: what the next longest took), or more, counts as so many
-times: a hiccup turns nothing over."""
-_STALLED: Final = 0.05
-"""The least share of their pace that decode steps are taken to keep beside a chunk."""
+CLIP: Final = 1.5
+"""A step that takes so many times what is known, or more, counts as so many times: a hiccup turns nothing over."""
 _FAR: Final = 1.25
 _LONGER: Final = 4
 _SHORTER: Final = 2
@@ -211,7 +208,7 @@ class CostModel:
         if kind in _BESIDES:
             return self._guess_beside(size, known, nominal_s, tokens)
         near = self._near(size) if known is None or known.count < _SURE else None
-        if known is not None and (near is None or known.times < near * _CLIP):
+        if known is not None and (near is None or known.times < near * CLIP):
             return Guess(known.times * nominal_s, 0.0 if known.count >= FIRM else _SLACK_FEW)
         if near is not None:
             return Guess(near * nominal_s, _SLACK_NEAR)
@@ -329,51 +326,6 @@ class CostModel:
         self.note_on_file = f"{len(self._sizes)} sizes of steps were measured before ({path})"
 
 
-@dataclass(slots=True)
-class Spell:
-    """What ran beside each other, from when decode steps are planned beside prompts to when they are not any more.
-
-    The first and the last step ran beside a chunk for a part of their time, or not at all: so a single one says little,
-    but by how much all of them together took longer than alone is what the chunks have cost them.
-    """
-
-    share: int
-    rows: int
-    """Of the decode steps, when it began, and..."""
-    context: int
-    """...tokens in KV of all of them."""
-    waiting: int
-    """Prompt tokens, in one step at most."""
-    chunks: list[tuple[int, float, float]] = field(default_factory=list)
-    """Tokens of each, seconds, and to how many tokens those attend."""
-    steps: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds of each decode step, and what it would have taken alone."""
-    whole: int = 0
-    """How many of them had landed when the last chunk had: the next ones may be beside a chunk that is not in here."""
-
-    def note_chunk(self, tokens: int, seconds: float, attended: float) -> None:
-        """Take in a chunk that has landed."""
-        self.chunks.append((tokens, seconds, attended))
-        self.whole = len(self.steps)
-
-    def teach(self, cost: CostModel, *, over: bool) -> None:
-        """Tell what a chunk and a decode step take beside each other; `over` if no chunk is on its way any more.
-
-        If decode steps take X longer for chunks of T, then in T they get done what takes T - X alone.
-        """
-        steps = self.steps if over else self.steps[: self.whole]
-        longest = sorted(seconds for seconds, _ in steps)[-2:]
-        most_s = _CLIP * longest[0] if steps else 0.0
-        passed_s = sum(min(seconds, most_s) for seconds, _ in steps)
-        longer_s = passed_s - sum(alone_s for _, alone_s in steps)
-        both_s = min(passed_s, sum(seconds for _, seconds, _ in self.chunks))  # the answers may have ended before
-        slower = both_s / max(both_s - longer_s, _STALLED * both_s) if both_s > 0 else 0.0
-        decode_s = slower * cost.seconds("decode", self.rows, self.context, 0)
-        for tokens, seconds, attended in self.chunks:
-            cost.note("prefill beside", self.rows, self.context, tokens, seconds, self.share, attended)
-            cost.note("decode beside", self.rows, self.context, self.waiting, decode_s, self.share)
-
-
 def cost_path(folder: Path, machine: str) -> Path:
     """Return where the cost model of a machine is kept in the cache directory `folder`."""
     return folder / "costs" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
@@ -411,7 +363,7 @@ def _move(old: _Known, times: float, *, believed: bool) -> None:
         old.times, old.streak = old.bound, 0
         return
     weight = max(_WEIGHT, 1 / old.count)
-    old.times += weight * (min(max(times, old.times / _CLIP), old.times * _CLIP) - old.times)
+    old.times += weight * (min(max(times, old.times / CLIP), old.times * CLIP) - old.times)
 
 
 def _kind(kind: Kind, share: int) -> str:

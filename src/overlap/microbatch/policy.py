@@ -7,9 +7,9 @@ what a decode step and a chunk of c tokens take alone:
     mixed      (m - v min(1, n)) / c        one step of m does the work of a chunk and of a decode step
     lanes      (P - v min(P / D, n)) / c    during the P of a chunk, decode steps of D pass
 
-A chunk is what could be read now, up to the budget; a mixed step has room for one beside its decode rows. D is found
-from by how much all decode steps that ran beside a chunk for any part of their time took longer than alone (see
-`Spell`), and a step counts with what the device waited for it: that is lost as surely as what the device works.
+A chunk is what could be read now, up to the budget; a mixed step has room for one beside its decode rows. What P and D
+are is learned from whole spells of two lanes (`microbatch.learn`), and a step counts with what the device waited for
+it: that is lost as surely as what the device works.
 
 v is what a decode step's tokens are worth, and n how many steps can be had for a chunk (`microbatch.worth`). All work
 takes (decode steps) * d + (prompt tokens) * that, so the least wins.
@@ -34,7 +34,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from overlap.microbatch.cost import FIRM, CostModel, Kind, Spell, alike, size_bucket
+from overlap.microbatch.cost import FIRM, CostModel, Kind, alike, size_bucket
+from overlap.microbatch.learn import Learner
 from overlap.microbatch.worth import Work, work_of
 from overlap.schedule.split import Choice, Outlook, Ran, Route
 
@@ -160,21 +161,13 @@ class SplitPolicy:
         self._total = 0
         self._last: Route | None = None
         self._calibrated = self._all_measured()
-        self._beside = Outlook(0, 0, 0, side_busy=False)
-        self._spell: Spell | None = None
-        self._share = 0
-        self._spoiled = False
+        self._learner = Learner(cost, token_budget)
 
     def choose(self, outlook: Outlook) -> Choice:
         """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
         choice = self._held or self._chosen(outlook)
         self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
-        if outlook.side_busy and choice.share != self._share:  # what is being read has other SMs from now on
-            self._end_spell(over=False)
-            self.spoil(chunk=False)
-        self._share = choice.share
-        if choice.mode == "lanes":
-            self._beside = outlook
+        self._learner.note_choice(choice, outlook)
         return choice
 
     def _chosen(self, outlook: Outlook) -> Choice:
@@ -240,48 +233,11 @@ class SplitPolicy:
 
     def spoil(self, *, chunk: bool) -> None:
         """Forget what ran in two lanes since the last chunk, and do not learn from one that is on its way."""
-        self._spell, self._spoiled = None, not chunk
+        self._learner.spoil(chunk=chunk)
 
     def note(self, ran: Ran) -> None:
         """Take in what a step took."""
-        cost, rows, context, tokens = self.cost, ran.num_decode, ran.decode_context, ran.prefill_tokens
-        if self._spoiled:
-            self._spoiled = ran.beside and not (tokens and not rows)
-            if ran.beside:
-                return
-        if rows and tokens:
-            if not ran.beside:
-                cost.note("mixed", rows, context, tokens, ran.seconds, attended=ran.attended)
-        elif rows:
-            if ran.beside:
-                alone_s = cost.seconds("decode", rows, context, 0)
-                self._spell_of(ran.share).steps.append((ran.seconds, alone_s))
-            else:
-                self._end_spell(over=True)
-                cost.note("decode", rows, context, 0, ran.seconds)
-        elif ran.beside:
-            if self._spell is not None and len(self._spell.chunks) >= FIRM:
-                self._end_spell(over=False)  # what lasts long is told in parts
-            self._spell_of(ran.share).note_chunk(tokens, ran.seconds, ran.attended)
-        else:
-            cost.note("prefill", 0, 0, tokens, ran.seconds, attended=ran.attended)
-
-    def _spell_of(self, share: int) -> Spell:
-        """Return the spell with two lanes that goes on, or a new one for another share."""
-        spell = self._spell
-        if spell is None or spell.share != share:
-            self._end_spell(over=True)
-            beside = self._beside
-            waiting = min(beside.prefill_tokens, self._budget)
-            spell = self._spell = Spell(share, beside.num_decode, beside.decode_context, waiting)
-        return spell
-
-    def _end_spell(self, *, over: bool) -> None:
-        spell, self._spell = self._spell, None
-        if spell is not None:
-            spell.teach(self.cost, over=over)
-            if not over:
-                self._spell_of(spell.share).steps += spell.steps[spell.whole :]
+        self._learner.note(ran)
 
     # ── one look at the costs ────────────────────────────────────────────────────────────────────────────────────
 

@@ -33,7 +33,7 @@ class Outlook:
     """...an answer to a prompt that waits or is read."""
     saved: float = float("inf")
     """How many decode steps all work is shorter by, for each of `prefill_tokens`, if they pass while prompts are read:
-    those that have to pass for slots to be free, and those that running answers have more than the last one to come.
+    those that have to pass for slots and pages to be free, and those that running answers have more than the last one to come.
     Infinite while more requests are to be expected."""
     ready_tokens: int = 2**31
     """Of `prefill_tokens`, those of prompts that could be read now: they have a slot, or one is free."""
