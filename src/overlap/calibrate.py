@@ -17,9 +17,9 @@ from overlap.cache.pages import PAGE
 from overlap.errors import ConfigError, QueueFull
 from overlap.messages import SamplingParams
 from overlap.microbatch.cost import FIRM
-from overlap.microbatch.policy import SplitPolicy, name_of
+from overlap.microbatch.policy import SplitPolicy
 from overlap.observe.progress import bar
-from overlap.schedule.split import Route
+from overlap.schedule.split import Route, name_of
 
 if TYPE_CHECKING:
     from overlap.core import Core

@@ -211,9 +211,8 @@ class Core:
         runner, planner = self._runner, self._planner
         if runner is None or planner is None:
             return ()
-        split = planner.splitter.explain() if planner.splitter is not None else ()
         forms = self._masks.explain() if self._masks is not None else ()
-        return (*runner.explain(), *split, *planner.explain_drafts(), *forms)
+        return (*runner.explain(), *planner.explain_lanes(), *planner.explain_drafts(), *forms)
 
     @property
     def parts(self) -> tuple[Planner, Loop]:

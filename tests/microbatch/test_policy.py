@@ -7,12 +7,13 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from overlap.microbatch.cost import CostModel, Nominal
 from overlap.microbatch.policy import FIRST_TRIALS, TRIAL_SHARE, SplitPolicy
-from overlap.schedule.split import Always, Choice, Outlook, Ran, Splitter
+from overlap.schedule.split import Always, Choice, Outlook, Ran, Splitter, name_of
 
 BUDGET = 2048
 NOMINAL = Nominal(weights_s=1e-4, kv_token_s=1e-8, token_s=1e-6, step_s=1e-4)
@@ -98,6 +99,19 @@ def none(_: int) -> float:
     return 1.0
 
 
+class Counting(SplitPolicy):
+    """Counts what it chose."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.choices: Counter[str] = Counter()
+
+    def choose(self, outlook: Outlook) -> Choice:
+        choice = super().choose(outlook)
+        self.choices[name_of((choice.mode, choice.share))] += 1
+        return choice
+
+
 @dataclass
 class Device:
     """Runs episodes: a prompt arrives beside rows that decode so many steps, then end.
@@ -168,7 +182,7 @@ def run(device: Device, episodes: int, seed: int, *, rows: tuple[int, ...] = (16
     return device.seconds - at_half
 
 
-def share_of(mode: str, device: Device, chosen: SplitPolicy, episodes: int) -> float:
+def share_of(mode: str, device: Device, chosen: Counting, episodes: int) -> float:
     """Run on, and return the share of the choices whose name begins with `mode`."""
     before = chosen.choices.copy()
     run(device, episodes, 1)
@@ -176,8 +190,8 @@ def share_of(mode: str, device: Device, chosen: SplitPolicy, episodes: int) -> f
     return sum(count for name, count in since.items() if name.startswith(mode)) / since.total()
 
 
-def policy(target_s: float | None = None) -> SplitPolicy:
-    return SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, target_itl_s=target_s, shares=(56,))
+def policy(target_s: float | None = None) -> Counting:
+    return Counting(CostModel(NOMINAL), token_budget=BUDGET, target_itl_s=target_s, shares=(56,))
 
 
 FIXED = (Always("mixed"), Always("serial"), Always("lanes"), Always("lanes", share=56))
@@ -209,7 +223,7 @@ def test_with_three_shares_to_learn_it_is_still_within_two_percent(seed: int, no
     truth = replace(truth, shares=slower)
     ways = [*FIXED[:3], *(Always("lanes", share=share) for share in shares)]
     fixed = [run(Device(truth, each, none), 600, seed) for each in ways]
-    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, shares=shares)
+    chosen = Counting(CostModel(NOMINAL), token_budget=BUDGET, shares=shares)
     took = run(Device(truth, chosen, noise(seed)), 600, seed)
     assert took < 1.02 * min(fixed), (took, fixed, chosen.explain())
 
@@ -320,7 +334,7 @@ def test_what_ran_while_the_host_was_held_up_teaches_nothing() -> None:
 
 
 def test_a_chunk_that_is_read_while_the_shares_change_teaches_nothing() -> None:
-    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, shares=(56,))
+    chosen = Counting(CostModel(NOMINAL), token_budget=BUDGET, shares=(56,))
     for _ in range(3):
         chosen.note(Ran(16, 8000, 0, False, 1e-3))
 
@@ -351,7 +365,7 @@ def test_a_chunk_that_is_read_while_the_shares_change_teaches_nothing() -> None:
 def test_decode_steps_beyond_what_the_answers_need_count_for_nothing() -> None:
     """With SMs of their own decode steps are quick and prompts slow: good for long answers, and bad for short ones."""
     truth = Truth(4e-4, 4e-6, 4e-9, 3e-6, 1.0, (1.3, 2.4), shares={56: (1.8, 1.2)})
-    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, shares=(56,))
+    chosen = Counting(CostModel(NOMINAL), token_budget=BUDGET, shares=(56,))
     device = Device(truth, chosen, none)
     for _ in range(60):
         device.episode(64, 64 * 500, 4 * BUDGET, 30)
@@ -364,7 +378,7 @@ def test_decode_steps_beyond_what_the_answers_need_count_for_nothing() -> None:
 
 
 def test_with_a_target_a_chunk_that_was_fit_to_few_rows_is_not_kept_for_many() -> None:
-    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, target_itl_s=20e-3, two_lanes=False)
+    chosen = Counting(CostModel(NOMINAL), token_budget=BUDGET, target_itl_s=20e-3, two_lanes=False)
     for rows in (17, 64):
         for tokens in (256, 512, 1024, 2048):
             for _ in range(20):
@@ -422,7 +436,7 @@ def test_it_says_what_it_chose_and_by_which_numbers() -> None:
 
 
 def test_without_a_second_lane_it_chooses_between_mixed_and_serial() -> None:
-    chosen = SplitPolicy(CostModel(NOMINAL), token_budget=BUDGET, two_lanes=False)
+    chosen = Counting(CostModel(NOMINAL), token_budget=BUDGET, two_lanes=False)
     run(Device(small_gpu(random.Random(0)), chosen, hiccups(0)), 50, 0)
     assert set(chosen.choices) <= {"mixed", "serial"}
 
@@ -430,7 +444,7 @@ def test_without_a_second_lane_it_chooses_between_mixed_and_serial() -> None:
 def test_with_patience_two_lanes_are_not_tried_before_many_steps_were_planned() -> None:
     tried = {}
     for patience in (0, 400):
-        chosen = SplitPolicy(CostModel(NOMINAL, "test"), token_budget=BUDGET, patience=patience)
+        chosen = Counting(CostModel(NOMINAL, "test"), token_budget=BUDGET, patience=patience)
         device = Device(small_gpu(random.Random(0)), chosen, none)
         for _ in range(12):
             device.episode(96, 96 * 512, 8 * BUDGET, 30)
@@ -457,6 +471,6 @@ def test_where_each_way_was_measured_few_trials_are_made() -> None:
         for _ in range(60):
             device.episode(32, 3200, 2000, 30)
         trials[measured] = chosen.trials
-        again = SplitPolicy(chosen.cost, token_budget=BUDGET, shares=chosen.shares)
+        again = Counting(chosen.cost, token_budget=BUDGET, shares=chosen.shares)
         assert again._calibrated == all(again.samples(route) >= 3 for route in again.routes)
     assert trials[True] < trials[False], trials

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from overlap.loop import Loop
+from overlap.microbatch.cost import FIRM, CostModel, Nominal
+from overlap.microbatch.policy import SplitPolicy
 from overlap.observe.timeline import NoTimeline
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.schedule.planner import Planner
@@ -443,3 +446,52 @@ async def test_a_preempted_prompt_is_scored_from_where_it_was_and_takes_what_is_
     assert 0 < scored.num_hit < 6  # each score is told once, and what says the next one is run again
     assert rig.scores[0] == MODEL.scores(prompt)
     assert rig.answers == {0: MODEL.answer(prompt, 5), 1: MODEL.answer([3] * 50, 4)}
+
+
+async def test_once_something_else_than_two_lanes_was_chosen_nobody_chooses_before_the_side_lane_is_empty() -> None:
+    class Wavering(Always):
+        """Chooses two lanes twice, then mixed twice, and so on."""
+
+        def __init__(self) -> None:
+            super().__init__("lanes")
+            self.asked: list[tuple[bool, str]] = []
+
+        def choose(self, outlook: Outlook) -> Choice:
+            mode = "mixed" if len(self.asked) % 4 > 1 else "lanes"
+            self.asked.append((outlook.side_busy, mode))
+            return Choice(mode, 64)  # type: ignore[arg-type]
+
+    splitter = Wavering()
+    rig = Rig(splitter, cost=step_cost)
+    await rig.serve(request(0, [1, 2, 3], 400), *(request(key, [key] * 64, 2) for key in range(1, 30)))
+    behind = [after for before, after in pairwise(splitter.asked) if before == (True, "mixed")]
+    assert behind
+    assert not any(busy for busy, _ in behind)
+    mixed = [plan for plan in rig.of_lane(MAIN) if 0 < plan.num_decode < plan.num_rows]
+    assert len(mixed) >= len(behind)
+    assert {plan.way for plan in mixed} == {"mixed"}
+    assert rig.planner.lane_choices == Counter(plan.way for plan in rig.runner.plans if plan.way)
+
+
+async def test_a_policy_that_knows_nothing_learns_each_way_though_prompts_always_wait_and_chunks_take_long() -> None:
+    def cost(work: str, tokens: int) -> float:
+        if work.startswith("prompts"):
+            return 0.320 * tokens / 256
+        return 0.010 + 0.260 * max(0, tokens - 8) / 256
+
+    nominal = Nominal(weights_s=5e-3, kv_token_s=1e-8, token_s=1e-3, step_s=5e-4)
+    policy = SplitPolicy(CostModel(nominal), token_budget=264, target_itl_s=0.030)
+    rig = Rig(policy, cost=cost, max_rows=16, num_pages=20000, token_budget=264)
+    prompts = iter(range(100, 160))
+    waiting = set[int]()
+
+    def more() -> None:
+        waiting.difference_update(rig.ends)
+        while len(waiting) < 2 and (key := next(prompts, None)) is not None:
+            waiting.add(key)
+            rig.loop.submit(request(key, [key] * 1024, 1))
+
+    rig.on_settled = more
+    more()
+    await rig.serve(*(request(key, [1, 2, key], 2500) for key in range(8)))
+    assert all(policy.samples(route) >= FIRM for route in policy.routes), policy.explain()

@@ -24,6 +24,7 @@ from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
+from overlap.schedule.split import Always
 from overlap.testing import EchoModel, SimDevice, SimRunner
 from overlap.testing.echo import SimFlight
 
@@ -98,6 +99,7 @@ class Storm:
             context=draw.choice([1024, 1024, self.num_pages * PAGE - 7]),
             prefix_cache=draw.random() < 0.9,
             max_waiting=draw.choice([2**31, 2**31, 2**31, 4]),
+            splitter=draw.choice([None, None, Always("serial"), Always("mixed")]),
         )
         self.failing = draw.choice([0.0, 0.0, 0.005, 0.04])
         self.checks = seed % 3 == 0
@@ -325,7 +327,7 @@ async def test_whatever_happens_nothing_is_lost_and_every_token_is_right(seed: i
 
 async def test_the_storm_meets_all_that_is_hard() -> None:
     met: Counter[str] = Counter()
-    for seed in range(1000, 1020):
+    for seed in range(1000, 1040):
         met += await Storm(seed).rage()
     outcomes = ("finished", "ended", "failed", "expired", "refused", "turned away")
     phases = ("waiting", "running prefilling", "running", "preempted waiting", "twice")

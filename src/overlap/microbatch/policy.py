@@ -30,14 +30,13 @@ There is no clock and no chance in it: what is chosen depends on what it was tol
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from overlap.microbatch.cost import FIRM, CostModel, Kind, alike, size_bucket
 from overlap.microbatch.learn import Learner
 from overlap.microbatch.worth import Work, work_of
-from overlap.schedule.split import Choice, Outlook, Ran, Route
+from overlap.schedule.split import Choice, Outlook, Ran, Route, name_of
 
 LOOK: Final = 16
 """Choices of a size between two looks at the costs, and..."""
@@ -147,10 +146,8 @@ class SplitPolicy:
         """
         self.cost = cost
         self.shares: Final = shares
-        self.choices: Counter[str] = Counter()
-        """How many steps were planned each way: "mixed", "serial", "lanes", or "lanes sm:N"."""
         self.trials = 0
-        """How many of them were trials."""
+        """How many choices were trials."""
         self._budget = token_budget
         self._target_s = target_itl_s
         self._patience = patience
@@ -166,7 +163,6 @@ class SplitPolicy:
     def choose(self, outlook: Outlook) -> Choice:
         """Return how to run the next step. A few microseconds, but for every sixteenth time that a size comes."""
         choice = self._held or self._chosen(outlook)
-        self.choices[choice.mode if not choice.share else f"lanes sm:{choice.share}"] += 1
         self._learner.note_choice(choice, outlook)
         return choice
 
@@ -354,9 +350,8 @@ class SplitPolicy:
         measured = ", ".join(f"{name_of(route)} {self.samples(route)}" for route in self.routes)
         missing = "" if self._all_measured() else "; `overlap calibrate` measures them"
         lines.append(f"lanes: steps that each way is known by: {measured}{missing}")
-        if self.choices:
-            counts = ", ".join(f"{n} {mode}" for mode, n in self.choices.most_common())
-            lines.append(f"lanes: steps with prompts were {counts}; {self.trials} of them to try a way")
+        if self._total:
+            lines.append(f"lanes: {self._total} choices, {self.trials} of them to try a way")
         often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)[:6]
         for (rows, tokens, later, ready, *_), size in often:
             if size.why:
@@ -368,11 +363,6 @@ class SplitPolicy:
 def _near(count: int, other: int) -> bool:
     """Whether two numbers are within a quarter of each other."""
     return 4 * abs(count - other) <= other
-
-
-def name_of(route: Route) -> str:
-    """Return what a way is called where it is told of."""
-    return route[0] if not route[1] else f"lanes sm:{route[1]}"
 
 
 def _held(route: Route, tokens: int) -> Choice:

@@ -77,13 +77,14 @@ def _numbers(record: Record, number: int) -> Event:
     step = record.steps.get(number)
     if step is None:
         return {"step": number} if number else {}
-    return {
+    numbers: Event = {
         "step": number,
         "rows": step.rows,
         "tokens": step.tokens,
         "prompt_tokens": step.prompt_tokens,
         "admissions": step.admissions,
     }
+    return numbers | {"way": step.way} if step.way else numbers
 
 
 def _slice(name: str, category: str, tid: int, start: float, end: float, numbers: Event) -> Event:

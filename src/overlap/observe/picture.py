@@ -164,6 +164,7 @@ def _device_lane(spans: list[DeviceSpan], record: Record, scale: _Scale, y: floa
         prompts = step is not None and step.prompt_tokens > 0
         kind, fill = ("ov-prompt", PROMPT) if prompts else ("ov-decode", DECODE)
         about = f": {step.rows} rows, {step.tokens} tokens, {step.prompt_tokens} of them of prompts" if step else ""
+        about += f" ({step.way})" if step and step.way else ""
         words = f"step {span.number}{about}; {_duration(span.end - span.start)}"
         parts.append(
             _box(

@@ -40,6 +40,8 @@ class Step(NamedTuple):
     admissions: int
     waiting: int
     running: int
+    way: str = ""
+    """Of a step with prompts while rows decode, how the two share the device: see `StepPlan.way`."""
 
 
 @dataclass(frozen=True, slots=True)

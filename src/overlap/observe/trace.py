@@ -57,7 +57,7 @@ class Trace:
         self._queue = queue
         self._clock = clock
         self._host: deque[tuple[str, int, float, float]] = deque(maxlen=len(VERBS) * LONGEST)
-        self._steps: deque[tuple[int, float, int, int, int, int, int, int]] = deque(maxlen=LONGEST)
+        self._steps: deque[tuple[int, float, int, int, int, int, int, int, str]] = deque(maxlen=LONGEST)
         self._device: deque[tuple[int, Busy, float]] = deque(maxlen=LONGEST)
         self._verb = ""  # this and what follows: of the span that is open
         self._plan: StepPlan | None = None
@@ -91,6 +91,7 @@ class Trace:
                     len(plan.admissions),
                     waiting,
                     running,
+                    plan.way,
                 )
             )
         self._plan = None  # a step's columns are not the trace's to keep

@@ -64,18 +64,32 @@ class Desk:
             return None
         return request
 
-    def admit(self, budget: int, strips: int | None = None) -> Iterator[tuple[Request, Update]]:
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing can be done for who comes next: there is no room, nothing has come free, and nobody is
+        preempted for it. False if nobody waits."""
+        request = self.queue.first() if len(self.queue) else None
+        if request is None or not self._slots.num_running or self._slots.lowest_priority < request.priority:
+            return False
+        return not self._slots.free or self._is_blocked(request)
+
+    def _is_blocked(self, request: Request) -> bool:
+        """Whether a request did not fit before, and cannot fit now: no more is available, and no fewer run."""
+        key, available, running = self._blocked or (-1, 0, 0)
+        return request.key == key and self._store.num_available <= available and self._slots.num_running >= running
+
+    def admit(self, budget: int, chunk: int, strips: int | None = None) -> Iterator[tuple[Request, Update]]:
         """Give slots and pages to those whose turn it is, while slots, pages and a budget of prompt tokens last.
 
-        With `strips` the prompts fit into so many strips together, unless the first does not alone.
+        A step reads `chunk` tokens of one prompt at most. With `strips` the prompts fit into so many strips together,
+        unless the first does not alone.
         """
         needed, admitted = 0, False
         while budget > 0 and (request := self.queue.first()) is not None:
             if not self._slots.free:
                 self._pressing = request
                 return
-            state = (request.key, self._store.num_available, self._slots.num_running)
-            if self._blocked is not None and _no_better(state, self._blocked):
+            if self._is_blocked(request):
                 self._pressing = request
                 return
             # a token is scored by what is computed one position before it, so that has to be run
@@ -83,7 +97,8 @@ class Desk:
             wanted = self._slots.pages_at_first(len(request.prompt)) - len(hit.pages)
             if wanted + self._slots.num_running > self._store.num_available:
                 self._store.release(hit.node)
-                self._blocked, self._pressing = state, request
+                self._blocked = request.key, self._store.num_available, self._slots.num_running
+                self._pressing = request
                 return
             if self._is_coming(request, hit) or not may_enter(request):
                 self._store.release(hit.node)
@@ -99,7 +114,7 @@ class Desk:
             self.queue.charge(request.fairness_key, wanted)
             update = self._slots.take(request, hit)
             self._note(request, hit)
-            budget -= len(request.prompt) - request.chunked
+            budget -= min(chunk, len(request.prompt) - request.chunked)
             yield request, update
 
     def _note(self, request: Request, hit: Hit) -> None:
@@ -157,8 +172,3 @@ def _next_page(request: Request, node: Node | None, num_full: int) -> tuple[str,
     if len(request.prompt) <= start + PAGE:
         return None
     return request.salt, id(node), request.prompt[start : start + PAGE].tobytes()
-
-
-def _no_better(now: tuple[int, int, int], before: tuple[int, int, int]) -> bool:
-    """Whether a request (key, available pages, running) that did not fit before cannot fit now."""
-    return now[0] == before[0] and now[1] <= before[1] and now[2] >= before[2]

@@ -10,7 +10,7 @@ from overlap.cache.pages import Ints
 from overlap.errors import InternalError
 from overlap.schedule.plan import MAIN, SIDE, StepPlan
 from overlap.schedule.slots import Slots
-from overlap.schedule.split import Outlook, Prompts, Ran, Splitter
+from overlap.schedule.split import Outlook, Prompts, Ran, Splitter, name_of
 
 _FADES: Final = 31 / 32
 """What is left of what an answer counts for with each that ends behind it."""
@@ -51,13 +51,14 @@ class Lanes:
         self.side_tokens = 0
         """How many prompt tokens the side lane's next step may have; 0 while it has nothing to plan."""
         self.choices: Final[Counter[str]] = Counter()
-        """What the splitter said, how often: "mixed", "serial", "lanes", or "lanes sm:N"."""
+        """How many steps with prompts were planned each way, while rows decode: see `StepPlan.way`."""
         self._slots = slots
         self._token_budget = token_budget
         self._share = 0
         self._met = 0, 0
         """The newest step that found the side lane empty, and its share."""
         self._prompts_turn = False
+        self._drains = False
         self._came = self._none_ran = 0
         """The number of the main lane's last step when the newest request came, and when nothing was to decode."""
         self._answered = 0.0, 0.0
@@ -81,7 +82,8 @@ class Lanes:
             return False, 0
         if self.splitter is None or not num_decode:
             return False, room
-        mode, tokens = self.choose(decoding, prompts())
+        self._drains = False
+        mode, tokens = self._choose(decoding, prompts())
         if mode == "lanes":
             return False, 0
         if mode == "mixed":
@@ -89,7 +91,15 @@ class Lanes:
         self._prompts_turn = not self._prompts_turn
         return self._prompts_turn, tokens if self._prompts_turn else 0
 
-    def choose(self, decoding: Ints, prompts: Prompts) -> tuple[str, int]:
+    def split_again(self, decoding: Ints, prompts: Callable[[], Prompts]) -> None:
+        """Ask whether more is read beside what the side lane is reading.
+
+        Once the answer was no, nobody asks before that lane is empty and the way that was chosen can be gone.
+        """
+        if not self._drains:
+            self._drains = self._choose(decoding, prompts())[0] != "lanes"
+
+    def _choose(self, decoding: Ints, prompts: Prompts) -> tuple[str, int]:
         """Ask the splitter; return its mode, and how many prompt tokens to run at once."""
         self.side_tokens = 0
         if self.splitter is None or not prompts.tokens:
@@ -110,10 +120,24 @@ class Lanes:
         )  # fmt: skip
         tokens = max(1, min(choice.prefill_tokens, self._token_budget))
         self._share = choice.share
-        self.choices[choice.mode if not choice.share else f"{choice.mode} sm:{choice.share}"] += 1
         if choice.mode == "lanes":
             self.side_tokens = tokens
         return choice.mode, tokens
+
+    def note_way(self, lane: int, num_decode: int) -> str:
+        """Count a step with prompts that is planned while rows decode, by its way; return that."""
+        share = self._share if lane == SIDE else 0
+        way = name_of(("lanes" if lane == SIDE else "mixed" if num_decode else "serial", share))
+        if self.splitter is not None:
+            self.choices[way] += 1
+        return way
+
+    def explain(self) -> tuple[str, ...]:
+        """Return how prompts and decode rows share the device, and why; nothing if they always share a step."""
+        if self.splitter is None:
+            return ()
+        counts = ", ".join(f"{number} {way}" for way, number in self.choices.most_common())
+        return (*self.splitter.explain(), *((f"lanes: steps with prompts were {counts}",) if counts else ()))
 
     @property
     def two(self) -> bool:

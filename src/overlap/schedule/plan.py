@@ -79,6 +79,9 @@ class StepPlan:
     """Whether the other lane has something to run at the same time."""
     share: int = 0
     """How many SMs of the device are the decode rows' own while both lanes run; 0 lets the lanes compete."""
+    way: str = ""
+    """Of a step with prompts while rows decode, how the two share the device: "mixed", "serial", "lanes", "lanes sm:N"
+    with so many SMs of the decode rows' own; empty for other steps."""
     slots: Ints
     """[R] the slot of each row."""
     counts: Ints
@@ -170,9 +173,15 @@ PLAN_RULES: Final[tuple[tuple[str, Callable[[StepPlan], bool]], ...]] = (
     ("a decode row emits", lambda plan: bool((plan.emits[: plan.num_decode] == np.arange(plan.num_decode)).all())),
     ("each masked row has its mask", lambda plan: len(plan.masked) == len(plan.masks)),
     ("as many tokens are scored as places are named", lambda plan: _num(plan.scores) == _num(plan.score_tokens)),
+    ("page updates are of its rows", lambda plan: bool(np.isin(plan.page_slots, plan.slots).all())),
+    ("who is admitted has a row", lambda plan: {each.slot for each in plan.admissions} <= set(plan.slots.tolist())),
     ("emitting rows ascend", lambda plan: bool((np.diff(plan.emits) > 0).all())),
 )
-"""What is true of every plan, as sentences that are also the error messages. Checked in tests (14 µs at 256 rows)."""
+"""What is true of every plan, as sentences that are also the error messages. Checked in tests.
+
+Page updates and admissions are of the step's own rows, since a step that fails ends its own rows only: others would go
+on without them.
+"""
 
 
 def strips_of(counts: Ints) -> int:

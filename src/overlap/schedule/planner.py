@@ -32,7 +32,7 @@ from overlap.schedule.forms import Forms
 from overlap.schedule.lanes import Lanes
 from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
-from overlap.schedule.plan import MAIN, SIDE, STRIP, STRIPS, Admission, Ladder, StepPlan
+from overlap.schedule.plan import MAIN, SIDE, STRIP, STRIPS, Ladder, StepPlan
 from overlap.schedule.prefill import Chunk, Prefill
 from overlap.schedule.request import Request
 from overlap.schedule.room import Room
@@ -140,8 +140,12 @@ class Planner:
 
     @property
     def lane_choices(self) -> Counter[str]:
-        """How often the splitter chose which way."""
+        """How many steps with prompts were planned each way while rows decoded: see `StepPlan.way`."""
         return self._lanes.choices
+
+    def explain_lanes(self) -> tuple[str, ...]:
+        """Return how prompts and decode rows share the device, and why."""
+        return self._lanes.explain()
 
     @property
     def queue_seconds(self) -> Histogram:
@@ -246,9 +250,9 @@ class Planner:
 
     def plan(self, lane: int = MAIN) -> StepPlan | None:
         """Plan a lane's next step, or return None when it has nothing to run before a flight has landed."""
-        updates: list[Update] = []
         if lane == SIDE:
-            return self._plan_side(updates)
+            return self._plan_side()
+        updates: list[Update] = []
         self._room.make_for_pressing()
         before, width, for_rows = self._before, 0, -1
         if before is not None and self._goes_on(before):
@@ -259,32 +263,44 @@ class Planner:
                 return again
         self._decoding.refresh()
         free = self._forms.free(self._decoding.slots)
-        decode = self._room.grow(free, updates) if len(free) else NONE
-        if len(decode) != for_rows:  # that of as many rows: pages may not have sufficed for all
-            width = self._drafting.width(len(decode), self._token_budget)
-        alone, budget = self._lanes.split(self._decoding.slots, len(decode) * width, self._prefill.outlook)
-        stalled = max(0, len(free) - len(decode)) * width
-        apart = self._drafting.strips and len(decode) > 0
+        if len(free) != for_rows:
+            width = self._drafting.width(len(free), self._token_budget)
+        alone, budget = self._lanes.split(self._decoding.slots, len(free) * width, self._prefill.outlook)
+        apart = self._drafting.strips and len(free) > 0 and self._room.suffices(free)
         if apart and self._went_first:  # prompts had the step before
             budget = 0
-        few = apart and self._queue.prompt_tokens <= _FEW_TOKENS
-        admissions = self._prefill.admit(updates, budget - stalled, few=few) if budget else []
-        chunks = self._prefill.cut(budget, MAIN)
-        self._went_first = bool(chunks) and apart and self._go_first(decode, chunks, width)
+        # Pages are given to rows of this step only: one that fails ends its own rows, and others would miss theirs.
+        # So where prompts may go without the decode rows these come last; nobody is preempted then.
+        last = alone or apart
+        decode = free
+        if not last:
+            decode, width = self._grow(free, width, updates)
+            budget = min(budget, self._token_budget - len(decode) * width)
+        if budget:
+            self._prefill.admit(budget, few=apart and self._queue.prompt_tokens <= _FEW_TOKENS)
+        chunks = self._prefill.cut(budget, MAIN) if budget else []
+        self._went_first = bool(chunks) and apart and self._go_first(free, chunks, width)
         if chunks and (alone or self._went_first):
             decode = NONE
+        elif last:
+            decode, width = self._grow(free, width, updates)
         if not len(decode) and not chunks:
-            if admissions:
-                raise InternalError("a request was admitted to a step that has no room for it")
             return None
         short = False
         if chunks:  # a step may be in turn with prompts, and have no decode rows
             short = self._prefill.is_short(decode, chunks)
             width = self._drafting.beside_prompts(width, short=short) if len(decode) else 1
-        plan = self._build(decode, chunks, admissions, updates, MAIN, width, short=short)
-        repeats = decode is self._decoding.slots and not (chunks or admissions or plan.masked)
+        plan = self._build(decode, chunks, updates, MAIN, width, short=short)
+        repeats = decode is self._decoding.slots and not (chunks or plan.masked)
         self._before = plan if repeats else None
         return plan
+
+    def _grow(self, free: Ints, width: int, updates: list[Update]) -> tuple[Ints, int]:
+        """Give decode rows room; return those that have it, and how many positions each of so many runs."""
+        if not len(free):
+            return NONE, 1
+        decode = self._room.grow(free, updates)
+        return decode, width if len(decode) == len(free) else self._drafting.width(len(decode), self._token_budget)
 
     def _go_first(self, decode: Ints, chunks: list[Chunk], width: int) -> bool:
         """Return whether short prompts are read by a step of their own in front of decode rows, with a drafter.
@@ -305,14 +321,17 @@ class Planner:
             return False
         if lanes.side.flying:
             return before.beside and before.share == lanes.share(MAIN)
-        return not (before.beside or lanes.two or len(self._prefill) or len(self._queue))
+        if before.beside or lanes.two or len(self._prefill):
+            return False
+        return not len(self._queue) or self._desk.is_stuck
 
     def _plan_again(self, before: StepPlan) -> StepPlan | None:
-        """Plan the step of the same rows, some positions on; None if there are not enough pages."""
+        """Plan the step of the same rows, some positions on; None if there are not enough pages, or if giving them may
+        change whose turn it is."""
         slots, width = before.slots, before.width
         starts = self._slots.next[slots]  # with a drafter less may have come of the step before than was hoped for
         short = self._room.short(slots, starts)
-        if len(short) > self._store.num_available:
+        if len(short) > self._store.num_available or (len(short) and self._queue.shared and len(self._queue)):
             return None
         page_slots, page_indices, page_ids = self._room.extend(short) if len(short) else NO_UPDATES
         self._decoding.advance(slots, starts, width)
@@ -342,25 +361,22 @@ class Planner:
             chunk_pages=NONE,
         )
 
-    def _plan_side(self, updates: list[Update]) -> StepPlan | None:
+    def _plan_side(self) -> StepPlan | None:
         """Plan prompt chunks beside the decode rows: as many tokens as the splitter wants now."""
         lanes = self._lanes
         if lanes.side.flying:
-            lanes.choose(self._decoding.slots, self._prefill.outlook())
+            lanes.split_again(self._decoding.slots, self._prefill.outlook)
         budget, lanes.side_tokens = lanes.side_tokens, 0
         if not budget:
             return None
-        admissions = self._prefill.admit(updates, budget)
+        self._prefill.admit(budget)
         chunks = self._prefill.cut(budget, SIDE)
-        if not chunks:
-            return None
-        return self._build(NONE, chunks, admissions, updates, SIDE)
+        return self._build(NONE, chunks, [], SIDE) if chunks else None
 
     def _build(
         self,
         decode: Ints,
         chunks: list[Chunk],
-        admissions: list[Admission],
         updates: list[Update],
         lane: int,
         width: int = 1,
@@ -396,12 +412,14 @@ class Planner:
                 sampled = np.flatnonzero(at.sampled[slots[emits]]).astype(np.int32)
                 truncated = truncated or bool(at.truncates[chunk_slots[last]].any())
         masked, masks = self._forms.masks(slots[emits]) if self._forms else ((), ())
+        admissions = self._prefill.entering(chunks, updates)
         page_slots, page_indices, page_ids = _columns(updates)
         return StepPlan(
             number=self._planned,
             lane=lane,
             follows=follows,
             share=self._lanes.share(lane),
+            way=self._lanes.note_way(lane, num_decode) if chunks and len(self._decoding) else "",
             beside=len(self._decoding) > 0 if lane == SIDE else self._lanes.two,
             slots=slots,
             counts=counts,
@@ -423,7 +441,7 @@ class Planner:
             tells_drafts=self._drafting.most if masked else 0,
             scores=None if scores is None else scores[0],
             score_tokens=None if scores is None else scores[1],
-            admissions=tuple(admissions),
+            admissions=admissions,
             chunk_pages=chunk_pages,
             page_slots=page_slots,
             page_indices=page_indices,

@@ -1,4 +1,4 @@
-"""Prefill: the prompts that are being read, chunk by chunk, in order of admission.
+"""Prefill: the prompts that are being read, chunk by chunk: the highest priority first, then in order of admission.
 
 Pages for a prompt are there when its request is admitted (`schedule/desk.py`). A request whose prompt is through
 decodes from the next plan on; if it was read in the side lane, once the step that reads its end has been settled.
@@ -6,6 +6,7 @@ decodes from the next plan on; if it was read in the side lane, once the step th
 
 from __future__ import annotations
 
+from bisect import insort
 from typing import TypeAlias
 
 import numpy as np
@@ -43,41 +44,55 @@ class Prefill:
         self._forms, self._drafting, self._decoding = forms, drafting, decoding
         self._chunk = chunk
         self._requests: list[Request] = []
+        self._entering: dict[int, tuple[Admission, Update]] = {}
+        """By key, what the device has to be told of those of whom it has read nothing yet."""
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def drop(self, request: Request) -> None:
         """A request leaves its slot."""
+        self._entering.pop(request.key, None)
         if request.chunked < len(request.prompt):
             self._requests.remove(request)
 
-    def admit(self, updates: list[Update], budget: int, *, few: bool = False) -> list[Admission]:
+    def admit(self, budget: int, *, few: bool = False) -> None:
         """Admit who comes next, while slots, pages and a budget of prompt tokens last.
 
-        `few` takes no more than fit into a short step, as far as they are short.
+        What is left of the budget is what a step does not need for prompts of who is as pressing, or more. `few` takes
+        no more than fit into a short step, as far as they are short.
         """
-        admissions: list[Admission] = []
-        budget -= sum(len(r.prompt) - r.chunked for r in self._requests)
+        if not len(self._queue):
+            return
+        coming = self._queue.first()
+        before = [r for r in self._requests if coming is None or r.priority >= coming.priority]
+        budget -= sum(min(self._chunk, len(r.prompt) - r.chunked) for r in before)
         strips = STRIPS[-1] - sum(-((r.chunked - len(r.prompt)) // STRIP) for r in self._requests) if few else -1
-        for request, update in self._desk.admit(budget, strips if strips >= 0 else None):
-            updates.append(update)
+        for request, update in self._desk.admit(budget, self._chunk, strips if strips >= 0 else None):
             self._forms.enter(request)
-            self._requests.append(request)
-            admissions.append(
-                Admission(
-                    slot=request.slot,
-                    start=request.chunked,
-                    temperature=request.temperature,
-                    top_k=request.top_k,
-                    top_p=request.top_p,
-                    min_p=request.min_p,
-                    seed=request.seed,
-                    shaped=request.shaped,
-                    spared=request.prompt[: request.chunked] if self._drafting and request.chunked else None,
-                )
-            )
-        return admissions
+            insort(self._requests, request, key=_rank)
+            self._entering[request.key] = self._admission(request), update
+
+    def _admission(self, request: Request) -> Admission:
+        return Admission(
+            slot=request.slot,
+            start=request.chunked,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            seed=request.seed,
+            shaped=request.shaped,
+            spared=request.prompt[: request.chunked] if self._drafting and request.chunked else None,
+        )
+
+    def entering(self, chunks: list[Chunk], updates: list[Update]) -> tuple[Admission, ...]:
+        """Return the admissions of those whose first chunk is among these, and add the updates of their pages."""
+        if not self._entering:
+            return ()
+        entered = [self._entering.pop(request.key) for request, _, _ in chunks if request.key in self._entering]
+        updates += [update for _, update in entered]
+        return tuple(admission for admission, _ in entered)
 
     def cut(self, budget: int, lane: int) -> list[Chunk]:
         """Cut the chunks of a lane's step."""
@@ -141,3 +156,7 @@ class Prefill:
             now, number + others, every, answers + queue.answer_tokens, len(limits) + len(queue),
             max(longest, mean), slot_steps,
         )  # fmt: skip
+
+
+def _rank(request: Request) -> int:
+    return -request.priority

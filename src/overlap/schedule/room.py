@@ -50,6 +50,10 @@ class Room:
         """Return those of `slots` that have no page yet for what they may write from `starts` on."""
         return slots[self._slots.room[slots] < self._drafting.needed(starts, self._context)]
 
+    def suffices(self, slots: Ints) -> bool:
+        """Return whether there are pages for the next step of each of `slots`, so that nobody has to be preempted."""
+        return len(self.short(slots, self._slots.next[slots])) <= self._store.num_available
+
     def extend(self, slots: Ints) -> Update:
         """Give each of `slots` one page more."""
         if self._queue.shared:
@@ -86,11 +90,10 @@ class Room:
     def make_for_pressing(self) -> None:
         """Preempt one of a lower priority, if there is one, for a request that was not admitted for want of room."""
         pressing = self._desk.pressing()
-        if pressing is not None and self._slots.num_running:
-            last = self._last_in_rank()
-            if last.priority < pressing.priority:
-                self._preempt(last)
-                self.pressed += 1
+        at = self._slots
+        if pressing is not None and at.num_running and at.lowest_priority < pressing.priority:
+            self._preempt(self._last_in_rank())
+            self.pressed += 1
 
     def _make(self, slot: int) -> bool:
         """See to it that a page comes free for `slot`; return whether one is free now."""

@@ -55,6 +55,7 @@ class Slots:
         self.num_running = 0
         self.departures = 0
         """How often a request has left its slot."""
+        self._of_priority: dict[int, int] = {}  # how many run of each
         self.next: Ints = column()
         self.left: Ints = column()
         """New tokens still to be planned."""
@@ -102,6 +103,7 @@ class Slots:
         request.num_hit, request.chunked = num_hit, num_hit * PAGE
         self.owners[slot] = request
         self.num_running += 1
+        self._of_priority[request.priority] = self._of_priority.get(request.priority, 0) + 1
         self.next[slot] = self.filled[slot] = request.chunked
         self.made[slot] = self.main_step[slot] = self.side_step[slot] = 0
         self.base[slot] = length
@@ -125,13 +127,20 @@ class Slots:
         self._page_tokens[own] = tokens.reshape(-1, PAGE)
         return np.full(len(pages), slot, dtype=np.int32), np.arange(len(pages), dtype=np.int32), pages
 
+    @property
+    def lowest_priority(self) -> int:
+        """The lowest one that runs. Somebody has to."""
+        return min(self._of_priority)
+
     def pages_at_first(self, length: int) -> int:
         """Return how many pages a prompt needs, with the positions that are written ahead of its answer."""
         return pages_for(max(length + 1, min(length + self._ahead, self._context)))
 
     def _write_stops(self, slot: int, stop_ids: tuple[int, ...]) -> None:
         missing = len(stop_ids) - self.stops.shape[1]
-        if missing > 0:
+        if self.num_running == 1:  # all others have ended: no wider than this one asks for
+            self.stops = np.full((len(self.stops), max(1, len(stop_ids))), -1, dtype=np.int32)
+        elif missing > 0:
             self.stops = np.pad(self.stops, ((0, 0), (0, missing)), constant_values=-1)
         self.stops[slot] = -1
         self.stops[slot, : len(stop_ids)] = stop_ids
@@ -213,6 +222,9 @@ class Slots:
         self.reading[slot] = False
         self.num_running -= 1
         self.departures += 1
+        self._of_priority[request.priority] -= 1
+        if not self._of_priority[request.priority]:
+            del self._of_priority[request.priority]
         self.num_shaped -= request.shaping is not None
         self.num_logprobs -= request.logprobs
         made = int(self.made[slot])

@@ -33,8 +33,8 @@ class Outlook:
     """...an answer to a prompt that waits or is read."""
     saved: float = float("inf")
     """How many decode steps all work is shorter by, for each of `prefill_tokens`, if they pass while prompts are read:
-    those that have to pass for slots and pages to be free, and those that running answers have more than the last one to come.
-    Infinite while more requests are to be expected."""
+    those that have to pass for slots and pages to be free, and those that running answers have more than the last one
+    to come. Infinite while more requests are to be expected."""
     ready_tokens: int = 2**31
     """Of `prefill_tokens`, those of prompts that could be read now: they have a slot, or one is free."""
 
@@ -131,3 +131,8 @@ class Always:
         """Return what it was told."""
         own = f", {self._choice.share} SMs for decode rows" if self._choice.share else ""
         return (f"lanes: {self._choice.mode}{own}, as asked",)
+
+
+def name_of(route: Route) -> str:
+    """Return what a way is called where it is told of."""
+    return route[0] if not route[1] else f"{route[0]} sm:{route[1]}"
