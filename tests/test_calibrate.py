@@ -40,11 +40,27 @@ async def test_each_way_is_measured_and_then_chosen_from(tiny_llama_dir: Path, t
         assert policy_of(engine).calibrated
 
 
-async def test_answers_of_others_stay_as_they_are_and_a_cancelled_one_leaves_nothing(tiny_llama_dir: Path) -> None:
+async def test_what_was_measured_is_kept_though_an_engine_that_knew_less_ends_later(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as server:
+        async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
+            await engine.calibrate(progress=False)
+            (written,) = (tmp_path / "costs").iterdir()
+            assert written.stat().st_size > 500, "kept at once, not when the engine ends"
+        async for _ in server.generate([5, 6, 7], PARAMS):
+            pass
+    async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
+        assert policy_of(engine).calibrated, engine.explain()
+
+
+async def test_answers_of_others_stay_as_they_are_and_a_cancelled_one_leaves_nothing(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     async def answer(engine: AsyncEngine) -> list[int]:
         return [output.token_ids async for output in engine.generate([5, 6, 7, 8], PARAMS)][-1]
 
-    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+    async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
         alone = await answer(engine)
         running = asyncio.create_task(engine.calibrate(progress=False))
         while not running.done():

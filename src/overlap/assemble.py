@@ -225,7 +225,8 @@ def _parts(
         shares, share_notes = _shares(resolved, device, (stream, side[1]))
     fallbacks = fallbacks_of(device, attention, why)
     stages.end("lanes")
-    splitter, costs = _splitter(resolved, model, program.weight_bytes(), device, cache, shares)
+    weight_bytes, place = program.weight_bytes(), checkpoint.path.resolve()
+    splitter, costs = _splitter(resolved, model, place, weight_bytes, device, cache, shares)
     own = Runner(
         program,
         attention,
@@ -376,12 +377,16 @@ def _shares(
 def _splitter(
     resolved: Resolved,
     model: ModelConfig,
+    place: Path,
     weight_bytes: int,
     device: torch.device,
     cache: Path,
     shares: tuple[int, ...],
 ) -> tuple[Splitter | None, Costs | None]:
-    """Return what says how prompts and decode rows share the device (None if they share each step), and its memory."""
+    """Return what says how prompts and decode rows share the device (None if they share each step), and its memory.
+
+    `place` is where the model is: what it takes is kept by that.
+    """
     if resolved.lanes == "mixed":
         return None, None
     if resolved.lanes != "auto":
@@ -398,7 +403,7 @@ def _splitter(
         step_s=5e-4,
         attend_s=4 * model.num_layers * model.num_heads * model.head_dim / flops,
     )
-    machine = f"{resolved.model} {resolved.dtype} on {name}"
+    machine = f"{place} {resolved.dtype} on {name}"
     cost = CostModel(nominal, machine)
     costs = Costs(cost, cost_path(cache, machine))
     cost.load(costs.path)

@@ -120,6 +120,7 @@ async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progres
             await Calibration(engine, policy, call, vocab_size=vocab_size, told=shown.update).run(cells)
     finally:
         await call(policy.end)
+        await asyncio.wrap_future(core.keep_costs())
     if not policy.calibrated:
         found = ", ".join(f"{name_of(route)} {policy.samples(route)}" for route in policy.routes)
         raise ConfigError(

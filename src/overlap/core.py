@@ -29,7 +29,7 @@ from overlap.streams.ahead import start_driver
 from overlap.turns import Rest
 
 if TYPE_CHECKING:
-    from overlap.assemble import Parts, Text
+    from overlap.assemble import Costs, Parts, Text
     from overlap.config import EngineConfig, Resolved
     from overlap.grammar.masks import Masks
     from overlap.models.config import ModelConfig
@@ -75,6 +75,7 @@ class Core:
         self._events: asyncio.AbstractEventLoop | None = None
         self._loop: Loop | None = None
         self._planner: Planner | None = None
+        self._costs: Costs | None = None
         self._runner: Runner | LeadingRunner | None = None
         self._masks: Masks | None = None
         self._fallbacks: Mapping[str, int] = {}
@@ -206,6 +207,14 @@ class Core:
         """Let the loop tell `timeline` of each verb, from its own thread; None ends that."""
         return self.call(self._live_loop.watch, timeline)
 
+    def keep_costs(self) -> Future[None]:
+        """Write down what steps have taken, from the engine's thread. Raises EngineClosed, EngineDead."""
+        return self.call(self._keep_costs)
+
+    def _keep_costs(self) -> None:
+        if self._costs is not None:
+            self._costs.keep()
+
     def explain_graphs(self) -> tuple[str, ...]:
         """Return what runs as which graph at this moment; nothing once the engine has ended."""
         runner, planner = self._runner, self._planner
@@ -318,14 +327,13 @@ class Core:
             self._end_all(lambda: dead(cause))
         finally:
             parts.runner.close()
-            if parts.costs is not None:
-                parts.costs.keep()
+            self._keep_costs()
             with self._lock:
                 self._events = None
             events.close()
 
     async def _serve_parts(self, parts: Parts, events: asyncio.AbstractEventLoop) -> None:
-        self._planner = parts.planner
+        self._planner, self._costs = parts.planner, parts.costs
         resolved = parts.resolved
         self._loop = Loop(
             parts.planner,

@@ -182,6 +182,23 @@ def test_what_was_measured_is_kept_on_disk_and_a_strange_file_is_left_alone(tmp_
     CostModel(NOMINAL).load(tmp_path / "none.json")
 
 
+def test_who_saves_last_loses_nothing_that_another_has_measured_more_often(tmp_path: Path) -> None:
+    path, server, calibration = tmp_path / "costs.json", CostModel(NOMINAL), CostModel(NOMINAL)
+    for cost, times, seconds in ((server, 1, 0.005), (calibration, 3, 0.001)):
+        for _ in range(times):
+            cost.note("decode", 8, 4000, 0, seconds)
+    server.note("decode", 64, 4000, 0, 0.007)
+    calibration.note("mixed", 8, 4000, 300, 0.009)
+    calibration.save(path)
+    server.save(path)
+    again = CostModel(NOMINAL)
+    again.load(path)
+    assert (again.count("decode", 8, 4000, 0), again.count("decode", 64, 4000, 0)) == (3, 1)
+    assert again.seconds("decode", 8, 4000, 0) == pytest.approx(0.001)
+    assert again.count("mixed", 8, 4000, 300) == again.total("mixed") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["costs.json"]
+
+
 def test_machines_have_files_of_their_own(tmp_path: Path) -> None:
     assert cost_path(tmp_path, "a") != cost_path(tmp_path, "b")
     assert cost_path(tmp_path, "a") == cost_path(tmp_path, "a")

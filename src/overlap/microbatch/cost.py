@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from heapq import nsmallest
@@ -295,29 +296,31 @@ class CostModel:
     # ── on disk ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, path: Path) -> None:
-        """Write what is known, whole or not at all. Raises OSError."""
-        saved = _Saved(VERSION, self._machine, self._kinds, list(self._sizes.items()), self._attended)
+        """Write what is known, whole or not at all. Raises OSError.
+
+        What another engine has written meanwhile stays where it is measured more often: a calibration beside a server
+        is not lost when that one ends.
+        """
+        other = self._read(path)
+        kinds, sizes, attended = self._kinds, self._sizes, self._attended
+        if isinstance(other, _Saved):
+            kinds, sizes = _more_often(kinds, other.kinds), _more_often(sizes, dict(other.sizes))
+            attended = attended or other.attended
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(msgspec.json.encode(saved))
-        part.replace(path)
+        part = path.with_suffix(f".{secrets.token_hex(4)}.part")  # its own: others may be saving, too
+        try:
+            part.write_bytes(msgspec.json.encode(_Saved(VERSION, self._machine, kinds, list(sizes.items()), attended)))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Read what was known; `note_on_file` says whether that could be used. Never raises for a file's content."""
-        try:
-            saved = msgspec.json.decode(path.read_bytes(), type=_Saved)
-        except FileNotFoundError:
+        saved = self._read(path)
+        if saved is None:
             return
-        except (OSError, msgspec.MsgspecError, ValueError) as failure:
-            self.note_on_file = f"{path} could not be read ({failure}); measuring anew"
-            return
-        if (saved.version, saved.machine) != (VERSION, self._machine):
-            self.note_on_file = f"{path} was measured on {saved.machine!r}; measuring anew"
-            return
-        if not all(
-            known.times > 0 and known.count > 0 for known in (*saved.kinds.values(), *dict(saved.sizes).values())
-        ):
-            self.note_on_file = f"{path} has times that no step can take; measuring anew"
+        if isinstance(saved, str):
+            self.note_on_file = f"{saved}; measuring anew"
             return
         self._sizes, self._kinds, self._attended = dict(saved.sizes), saved.kinds, saved.attended
         self._like, self._nearest = {}, {}
@@ -325,10 +328,31 @@ class CostModel:
             self._like.setdefault((size[0], size[4]), []).append(size)
         self.note_on_file = f"{len(self._sizes)} sizes of steps were measured before ({path})"
 
+    def _read(self, path: Path) -> _Saved | str | None:
+        """Return what a file has, why that cannot be used, or None if there is none."""
+        try:
+            saved = msgspec.json.decode(path.read_bytes(), type=_Saved)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, ValueError) as failure:
+            return f"{path} could not be read ({failure})"
+        if (saved.version, saved.machine) != (VERSION, self._machine):
+            return f"{path} was measured on {saved.machine!r}"
+        if not all(
+            known.times > 0 and known.count > 0 for known in (*saved.kinds.values(), *dict(saved.sizes).values())
+        ):
+            return f"{path} has times that no step can take"
+        return saved
+
 
 def cost_path(folder: Path, machine: str) -> Path:
     """Return where the cost model of a machine is kept in the cache directory `folder`."""
     return folder / "costs" / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+
+
+def _more_often(known: dict[K, _Known], others: dict[K, _Known]) -> dict[K, _Known]:
+    """Return what is known of all, each from where it was measured more often."""
+    return others | {key: one for key, one in known.items() if key not in others or one.count >= others[key].count}
 
 
 def _learn(known: dict[K, _Known], key: K, times: float) -> None:
