@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from overlap import AsyncEngine, SamplingParams
+from overlap.config import LANES
 from overlap.models.config import ModelConfig
 
 _LLAMA: dict[str, Any] = {
@@ -246,7 +247,8 @@ async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any]
                 "bandwidth_gb_per_s": round(best.bandwidth / 1e9, 1), "peak_tflops": round(best.flops / 1e12, 2),
                 "sustained_tflops": round(best.sustained / 1e12, 2),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "dtype": engine.config.dtype, "lanes": asked.lanes, "torch": torch.__version__, "scale": asked.scale,
+                "dtype": engine.config.dtype, "lanes": asked.lanes,
+                "tensor_parallel": asked.tensor_parallel, "torch": torch.__version__, "scale": asked.scale,
             }  # fmt: skip
             print(json.dumps(line), flush=True)
         if asked.explain:
@@ -266,7 +268,8 @@ def main() -> None:
     arguments.add_argument("--max-rows", type=int)
     arguments.add_argument("--token-budget", type=int)
     arguments.add_argument("--kv-cache")
-    arguments.add_argument("--lanes", choices=("auto", "mixed", "serial", "streams"), default="auto")
+    arguments.add_argument("--lanes", choices=LANES, default="auto")
+    arguments.add_argument("--tensor-parallel", type=int, default=1, help="on so many GPUs")
     arguments.add_argument("--no-overlap", action="store_true")
     arguments.add_argument("--device", default="auto")
     arguments.add_argument("--explain", action="store_true", help="print what runs as what at the end")
@@ -274,6 +277,8 @@ def main() -> None:
     todo = [known[name].scaled(asked.scale) if asked.scale > 1 else known[name] for name in asked.workload]
     given = {name: value for name in ("max_rows", "token_budget", "kv_cache") if (value := getattr(asked, name))}
     options: dict[str, Any] = {"device": asked.device, "overlap": not asked.no_overlap, "lanes": asked.lanes, **given}
+    if asked.tensor_parallel > 1:
+        options["tensor_parallel"] = asked.tensor_parallel
     options["context"] = max(one.context for one in todo) + 16
     with tempfile.TemporaryDirectory() as folder:
         model = asked.model

@@ -327,7 +327,7 @@ def test_lanes_are_left_to_the_engine_on_a_gpu_and_where_a_target_is_given() -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lanes": "two"}, "lanes must be one of auto, mixed, serial, streams, not 'two'"),
+        ({"lanes": "two"}, "lanes must be one of auto, mixed, serial, streams, halves, not 'two'"),
         ({"target_itl_ms": 0}, "target_itl_ms must be a number of milliseconds above 0, or None, not 0"),
         ({"target_itl_ms": True}, "target_itl_ms must be a number"),
         ({"target_itl_ms": 5.0, "lanes": "serial"}, "nothing is left to choose"),

@@ -223,6 +223,9 @@ def _parts(
         side_attention, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
         side = side_attention, _stream(device, "prompts", side=True)
         shares, share_notes = _shares(resolved, device, (stream, side[1]))
+    halves = None
+    if resolved.lanes == "halves":
+        halves, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
     fallbacks = fallbacks_of(device, attention, why)
     stages.end("lanes")
     weight_bytes, place = program.weight_bytes(), checkpoint.path.resolve()
@@ -237,6 +240,7 @@ def _parts(
         context=context,
         graphs=resolved.graphs,
         side=side,
+        halves=halves,
         speculate=speculation(resolved, program, head, attention, kv, context, fallbacks),
     )
     runner: Runner | LeadingRunner = own
@@ -387,7 +391,7 @@ def _splitter(
 
     `place` is where the model is: what it takes is kept by that.
     """
-    if resolved.lanes == "mixed":
+    if resolved.lanes in ("mixed", "halves"):
         return None, None
     if resolved.lanes != "auto":
         fixed = shares[0] if shares else 0

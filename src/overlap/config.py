@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
-LANES: Final = ("auto", "mixed", "serial", "streams")
+LANES: Final = ("auto", "mixed", "serial", "streams", "halves")
 DRAFTERS: Final = ("ngram", "eagle", "draft")
 MOST_DRAFTS: Final = PAGE - 1
 _ANY_ROWS: Final = 1 << 31
@@ -88,8 +88,10 @@ class EngineConfig:
     False launches every kernel by itself: for measuring what graphs bring."""
     lanes: str = "auto"
     """How prompts and decode rows share the device. "mixed": in one step. "serial": in steps of their own, in turn.
-    "streams": at the same time, in two lanes. "auto" chooses for each step by what steps have taken so far, on CUDA; on
-    a CPU it is "mixed"."""
+    "streams": at the same time, in two lanes. "halves", with `tensor_parallel`: in one step, which is run as two halves
+    of its rows where it has many prompt tokens; while the ranks sum for one, the other computes. "auto" chooses for
+    each step by what steps have taken so far, on CUDA; there it is "halves" with `tensor_parallel`; on a CPU it is
+    "mixed"."""
     decode_sms: int | None = None
     """With `lanes="streams"` on CUDA: how many SMs are the decode rows' own while prompts are read beside them; the
     prompts have the others. A multiple of 8. None lets the two compete for all; `lanes="auto"` chooses by itself."""
@@ -258,7 +260,7 @@ class Resolved:
     prefill_chunk: int
     context: int
     graphs: bool
-    lanes: Literal["auto", "mixed", "serial", "streams"]
+    lanes: Literal["auto", "mixed", "serial", "streams", "halves"]
     target_itl_s: float | None
     overlap: bool
     prefix_cache: bool
@@ -392,14 +394,20 @@ def _dtype(
     return chose("dtype", "float32", "this CPU has no instructions for bfloat16")
 
 
-def _lanes(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Literal["auto", "mixed", "serial", "streams"]:
+def _lanes(
+    asked: EngineConfig, chose: _Chose, *, on_cuda: bool
+) -> Literal["auto", "mixed", "serial", "streams", "halves"]:
     if asked.tensor_parallel > 1:
         if asked.lanes == "streams":
             raise ConfigError(
                 'lanes="streams" needs tensor_parallel=1: two lanes would sum over the ranks in no common order.'
             )
+        if asked.lanes == "auto" and on_cuda:
+            return chose("lanes", "halves", "ranks sum in one order, so in one lane; a half hides the other's sums")
         if asked.lanes == "auto":
             return chose("lanes", "mixed", "ranks sum in one order, so in one lane")
+    elif asked.lanes == "halves":
+        raise ConfigError('lanes="halves" hides the sums of several ranks: give tensor_parallel, or another `lanes`.')
     if asked.speculative is not None and asked.lanes == "auto":
         return chose("lanes", "mixed", "a drafter and its verify share one lane with the prompts so far")
     if asked.lanes == "auto" and not on_cuda and asked.target_itl_ms is None:

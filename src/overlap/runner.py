@@ -35,8 +35,9 @@ from overlap.graphs.eager import drive_in_blocks
 from overlap.graphs.lane import Lane
 from overlap.graphs.policy import Policy, Shape
 from overlap.graphs.shares import ShareGraphs
+from overlap.microbatch.halves import LEAST_TOKENS, attention_rows, drive_together, halves_of, middle_of
 from overlap.models.program import Program
-from overlap.ops.attention import Attention, AttentionRows
+from overlap.ops.attention import Attention
 from overlap.sample.sampler import sample
 from overlap.sample.score import write_scores
 from overlap.sample.shaping import mask_logits, shape_logits, told_words
@@ -156,11 +157,13 @@ class Runner:
         context: int,
         graphs: bool = True,
         side: tuple[Attention, Stream] | None = None,
+        halves: Attention | None = None,
         speculate: Callable[[SlotRows], Speculation] | None = None,
     ) -> None:
         """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are.
 
         `side` makes a side lane: a stream of its own, and an attention that shares no workspace with the main lane's.
+        `halves` is another attention, for the second half of a step that is run as two (`microbatch.halves`).
         `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane.
         """
         self._device = kv.device
@@ -181,6 +184,7 @@ class Runner:
                 token_budget,
                 graphs=graphs,
                 decodes=decodes,
+                halves=halves,
                 speculation=speculation,
             )
 
@@ -257,9 +261,13 @@ class _LaneRunner:
         *,
         graphs: bool,
         decodes: bool,
+        halves: Attention | None,
         speculation: Speculation | None,
     ) -> None:
         self._program = program
+        self._halves = halves
+        self._num_halved = 0
+        self._most_in_pieces = 0
         self._attention = attention
         self._stream = stream
         self._kv = kv
@@ -300,6 +308,7 @@ class _LaneRunner:
 
         strips = tuple(size for size in STRIPS if whole and size <= max(1, token_budget // STRIP))
         self.short_steps = strips == STRIPS
+        self._most_in_pieces = most
 
         def make(_share: int) -> GraphDriver:
             policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide, strips)
@@ -481,20 +490,18 @@ class _LaneRunner:
         out = None if graphs is None or pieces is None else graphs.inputs(pieces, layout.num_rows, layout.num_emits)
         inputs = build_inputs(packed, layout, self._rows, out)
         self._rows.shapes.admit(plan.admissions, self._program.vocab_size, self._kv.device)
-        self._attention.plan(
-            AttentionRows(
-                num_decode=plan.num_decode,
-                seq_lens=inputs.seq_lens,
-                page_table=inputs.page_table,
-                starts=plan.starts,
-                counts=plan.counts,
-                chunk_pages=plan.chunk_pages,
-                sms=self._lane.sms,
-            )
-        )
+        # Of the plan alone, not of what was captured so far: all ranks have to cut alike.
+        halves = self._halves if plan.num_tokens > self._most_in_pieces else None
+        middle = None if halves is None else middle_of(plan)
+        if middle is None:
+            self._attention.plan(attention_rows(plan, inputs, 0, plan.num_rows, self._lane.sms))
         if block is not None:
             yield
-        if graphs is None or pieces is None:
+        if halves is not None and middle is not None:
+            self._num_halved += 1
+            batch, attentions = self._lane.batch(inputs), (self._attention, halves)
+            hidden_TC = torch.cat(drive_together(halves_of(plan, inputs, batch, self._program, attentions, middle)))
+        elif graphs is None or pieces is None:
             forward = self._program.forward(self._lane.batch(inputs))
             hidden_TC = yield from drive_in_blocks(forward, self._attention, block)
         else:
@@ -536,7 +543,14 @@ class _LaneRunner:
 
     def explain(self) -> tuple[str, ...]:
         """Return what runs as which graph, what was captured, and every fallback with its reason: a sentence each."""
-        return (self._graph_note, *(self._shares.explain() if self._shares is not None else ()))
+        lines = [self._graph_note, *(self._shares.explain() if self._shares is not None else ())]
+        if self._halves is not None:
+            least = max(LEAST_TOKENS, self._most_in_pieces + 1)
+            lines.append(
+                f"halves: steps with {least} prompt tokens or more, whose rows can be cut into two of about as many, "
+                f"run as two halves: while the ranks sum for one, the other computes; {self._num_halved} so far"
+            )
+        return tuple(lines)
 
     def close(self) -> None:
         """Finish what is queued and free the graphs. The memory goes with the last reference."""

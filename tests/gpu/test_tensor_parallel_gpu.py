@@ -60,6 +60,19 @@ async def test_two_gpus_give_the_tokens_of_one_in_float32(model: Path) -> None:
     assert left_behind() <= before
 
 
+async def test_two_halves_of_a_step_on_two_gpus_give_the_tokens_of_one_in_float32(model: Path) -> None:
+    """Without graphs, for a model so small has all its steps in graphs' pieces, which stay whole."""
+    prompts, found = [[3 + (i * k) % 500 for i in range(90 + 30 * k)] for k in range(1, 13)], []
+    more: dict[str, Any] = OPTIONS | {"dtype": "float32", "graphs": False, "token_budget": 512}
+    for size in (1, 2):
+        async with AsyncEngine(model, **more, tensor_parallel=size) as engine:
+            found.append(await asyncio.gather(*(answer(engine, prompt, 24) for prompt in prompts)))
+            explained = engine.explain()
+    halves = next(line for line in explained.splitlines() if line.startswith("halves: "))
+    assert int(halves.split()[-3]) > 1, halves
+    assert found[0] == found[1]
+
+
 async def test_a_killed_rank_ends_the_engine_and_leaves_nothing(model: Path) -> None:
     before = left_behind()
     engine = AsyncEngine(model, **OPTIONS, tensor_parallel=2)

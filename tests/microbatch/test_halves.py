@@ -13,12 +13,13 @@ from torch import Tensor
 
 from overlap.cache.pages import PAGE
 from overlap.graphs.eager import drive
-from overlap.microbatch.halves import LEAST_TOKENS, Half, cut, drive_together, pays
+from overlap.microbatch.halves import LEAST_TOKENS, Half, cut, drive_together, middle_of
 from overlap.models.config import ModelConfig
 from overlap.models.dummy import DummyCheckpoint
 from overlap.models.load import build
 from overlap.models.program import Batch, Joint, Reduce
 from overlap.ops.attention import AttentionRows, TorchAttention
+from overlap.schedule.plan import StepPlan
 from overlap.streams.sim import SimDevice, SimStream
 from overlap.streams.stream import Mark
 
@@ -124,10 +125,33 @@ def test_halves_are_cut_between_rows_as_evenly_as_rows_allow() -> None:
     assert cut(np.array([500], dtype=np.int32)) is None
 
 
-def test_halves_pay_with_several_ranks_and_enough_tokens() -> None:
-    assert pays(LEAST_TOKENS, 2)
-    assert not pays(LEAST_TOKENS - 1, 2)
-    assert not pays(4096, 1)
+@pytest.mark.parametrize(
+    ("counts", "num_decode", "middle"),
+    [
+        ([LEAST_TOKENS // 2] * 2, 0, 1),
+        ([LEAST_TOKENS // 2, LEAST_TOKENS // 2 - 1], 0, None),
+        ([1] * 300, 300, None),
+        ([1] * 40 + [4000], 40, None),
+        ([1] * 40 + [2000, 900], 40, 41),
+        ([500], 0, None),
+    ],
+    ids=["enough", "too few", "decode rows", "one prompt beside few rows", "two prompts", "one row"],
+)
+def test_halves_pay_with_enough_prompt_tokens_that_can_be_cut_into_two_of_about_as_many(
+    counts: list[int], num_decode: int, middle: int | None
+) -> None:
+    own = planned(counts, num_decode)
+    assert middle_of(own) == middle
+
+
+def planned(counts: list[int], num_decode: int) -> StepPlan:
+    none = np.empty(0, dtype=np.int32)
+    return StepPlan(
+        number=1, slots=np.arange(len(counts), dtype=np.int32), counts=np.array(counts, dtype=np.int32),
+        starts=np.zeros(len(counts), dtype=np.int32), num_decode=num_decode,
+        prompt=np.zeros(sum(counts[num_decode:]), dtype=np.int32), emits=none, sampled=none, truncated=False,
+        admissions=(), page_slots=none, page_indices=none, page_ids=none, chunk_pages=none,
+    )  # fmt: skip
 
 
 class Alone:

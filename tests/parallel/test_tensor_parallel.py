@@ -106,6 +106,37 @@ async def test_any_number_of_ranks_gives_the_same_tokens_with_shared_prefixes_an
     assert "tensor parallel: 3 ranks" in engines[3].explain()
 
 
+async def test_two_halves_of_a_step_give_the_tokens_of_one_with_aborts_preemption_and_shared_prefixes(
+    model: Path,
+) -> None:
+    more = {"token_budget": 256, "kv_cache": 640, "max_rows": 6}
+    prompts = [[3 + (i * k) % 300 for i in range(30 + 31 * (k % 6))] for k in range(1, 19)]
+    prompts += [SHARED + prompt[:60] for prompt in prompts[:6]]
+
+    async def tokens(engine: AsyncEngine) -> list[list[int]]:
+        asked = zip(prompts, PARAMS * 4, strict=True)
+        return await asyncio.gather(*(answer(engine, *one) for one in asked))
+
+    async with AsyncEngine(model, **OPTIONS | more) as engine:
+        whole = await tokens(engine)
+    async with AsyncEngine(model, **OPTIONS | more, tensor_parallel=3, lanes="halves") as engine:
+        left = [asyncio.create_task(answer(engine, prompt, PARAMS[0])) for prompt in prompts[:4]]
+        await asyncio.sleep(0.05)
+        for task in left[1:]:
+            task.cancel()
+        assert await tokens(engine) == whole
+        await asyncio.gather(*left, return_exceptions=True)
+        figures = engine.statistics()
+        assert (figures.failed_steps, figures.running) == (0, 0)
+        halves = next(line for line in engine.explain().splitlines() if line.startswith("halves: "))
+        assert int(halves.split()[-3]) > 3, halves
+
+
+async def test_halves_want_several_ranks(model: Path) -> None:
+    with pytest.raises(ConfigError, match="give tensor_parallel"):
+        await AsyncEngine(model, **OPTIONS, lanes="halves").start()
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_aborts_leave_the_ranks_in_step(engines: dict[int, AsyncEngine], seed: int) -> None:
     draw = random.Random(seed)

@@ -4,8 +4,8 @@
     sums          ─a1─ ─b1─ ─a2─ ─b2─
 
 A sum over ranks is started and not waited for until its half goes on, so this needs no more than `Ranks.start_sum`:
-gloo sums on a thread of its own, NCCL on a stream of its own, and the simulated device on a stream of its own. (Other
-engines do it with a second copy of the model, or with a thread for each half: docs/architecture.md.)
+gloo sums on a thread of its own, NCCL on a stream of its own, and the simulated device on a stream of its own. No
+second copy of the model, and no thread for each half.
 
 Both halves are of one step: they read each other's KV nowhere, since a row is in one of them only.
 """
@@ -14,19 +14,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from torch import Tensor
 
-from overlap.cache.pages import Ints
-from overlap.models.program import Attend, Forward, Pending
-from overlap.ops.attention import Attention
+from overlap.cache.pages import PAGE, Ints
+from overlap.models.program import Attend, Batch, Forward, Pending, Program
+from overlap.ops.attention import Attention, AttentionRows
+from overlap.schedule.plan import StepPlan
+from overlap.state.inputs import StepInputs
 
 LEAST_TOKENS: Final = 128
-"""Tokens of a step from which two halves pay: 64 in each. With fewer, a matrix product takes as long for half of them
-as for all, since it waits for the weights, which two halves read twice."""
+"""Prompt tokens of a step from which two halves pay: 64 in each. With fewer, a matrix product takes as long for half of
+them as for all, since it waits for the weights, which two halves read twice."""
+LEAST_SHARE: Final = 0.25
+"""Of a step's tokens, what the smaller half has at least: it hides no more of the other's sums than it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +39,6 @@ class Half:
 
     forward: Forward
     attention: Attention
-
-
-def pays(num_tokens: int, num_ranks: int) -> bool:
-    """Return whether a step of so many tokens is better run as two halves: there are sums to hide, and enough work."""
-    return num_ranks > 1 and num_tokens >= LEAST_TOKENS
 
 
 def cut(counts: Ints) -> int | None:
@@ -52,6 +51,58 @@ def cut(counts: Ints) -> int | None:
     until = np.cumsum(counts)
     nearest = int(np.abs(2 * until - until[-1]).argmin())
     return min(nearest + 1, len(counts) - 1)
+
+
+def middle_of(plan: StepPlan) -> int | None:
+    """Return how many rows of a step make the first of two halves; None if two halves do not pay.
+
+    It depends on the plan only, so all ranks cut alike. Decode steps are bound by their weights, and stay whole.
+    """
+    middle = cut(plan.counts) if len(plan.prompt) >= LEAST_TOKENS else None
+    if middle is None:
+        return None
+    first = int(plan.counts[:middle].sum())
+    return middle if min(first, plan.num_tokens - first) >= LEAST_SHARE * plan.num_tokens else None
+
+
+def attention_rows(plan: StepPlan, inputs: StepInputs, first: int, last: int, sms: int = 0) -> AttentionRows:
+    """Return what attention has to know of the rows of a step from `first` up to `last`, on so many SMs (0: all)."""
+    num_decode = min(max(plan.num_decode, first), last) - first
+    num_pages = -(-(plan.starts + plan.counts) // PAGE)
+    begin, end = (int(num_pages[plan.num_decode : max(row, plan.num_decode)].sum()) for row in (first, last))
+    return AttentionRows(
+        num_decode=num_decode,
+        seq_lens=inputs.seq_lens[first:last],
+        page_table=inputs.page_table[first:last],
+        starts=plan.starts[first:last],
+        counts=plan.counts[first:last],
+        chunk_pages=plan.chunk_pages[begin:end],
+        sms=sms,
+    )
+
+
+def halves_of(
+    plan: StepPlan,
+    inputs: StepInputs,
+    batch: Batch,
+    program: Program,
+    attentions: tuple[Attention, Attention],
+    middle: int,
+) -> list[Half]:
+    """Return the halves of a step, cut behind its first `middle` rows, each with its attention planned."""
+    cut = int(plan.counts[:middle].sum())
+    parts = ((0, middle, slice(0, cut)), (middle, plan.num_rows, slice(cut, None)))
+    halves = []
+    for attention, (first, last, tokens) in zip(attentions, parts, strict=True):
+        attention.plan(attention_rows(plan, inputs, first, last))
+        own = replace(
+            batch,
+            token_ids=batch.token_ids[tokens],
+            positions=batch.positions[tokens],
+            kv_index=batch.kv_index[tokens],
+        )
+        halves.append(Half(program.forward(own), attention))
+    return halves
 
 
 def drive_together(halves: Sequence[Half]) -> list[Tensor]:

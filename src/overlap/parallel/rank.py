@@ -160,6 +160,9 @@ class _Rank:
         attention, _ = choose_attention(
             kv, part.num_heads, max_pages_per_row=pages_for(memory.context), max_rows=setup.max_rows
         )
+        halves = None
+        if setup.halves:
+            halves, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
         return Runner(
             program,
             attention,
@@ -169,6 +172,7 @@ class _Rank:
             token_budget=setup.token_budget,
             context=memory.context,
             graphs=setup.graphs,
+            halves=halves,
         )
 
     def _fail(self, failure: BaseException) -> None:

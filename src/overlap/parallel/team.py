@@ -391,5 +391,6 @@ def _setup(asked: EngineConfig, resolved: Resolved, rank: int, store: str) -> Se
         max_rows=resolved.max_rows,
         token_budget=resolved.token_budget,
         graphs=resolved.graphs,
+        halves=resolved.lanes == "halves",
         timeout_s=resolved.step_limit,
     )

@@ -33,6 +33,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_rows: int
     token_budget: int
     graphs: bool
+    halves: bool
+    """Whether steps with many prompt tokens are run as two halves."""
     timeout_s: float
 
 
