@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,19 @@ def test_quickstart_prints_an_answer_and_a_batch() -> None:
     assert run.stderr == ""
     assert all(f"{country}: " in run.stdout for country in ("Italy", "Japan", "Kenya", "Peru"))
     assert "Tokyo" in run.stdout
+
+
+@pytest.mark.parametrize("by_torchrun", [False, True], ids=["by itself", "torchrun"])
+def test_a_model_on_several_ranks_answers_however_they_were_started(by_torchrun: bool) -> None:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"] if by_torchrun else []
+    program = [str(EXAMPLES / "several_devices.py"), "smollm2-135m-instruct", "3", "--device", "cpu"]
+    run = subprocess.run(
+        [sys.executable, *start, *program], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Paris" in run.stdout
+    assert "tensor parallel: 3 ranks" in run.stdout
 
 
 async def test_the_web_app_streams_and_lets_a_client_leave() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -338,6 +339,29 @@ async def test_torchrun_starts_the_ranks_just_as_well(
     line = next(line for line in done.stdout.splitlines() if line.startswith("tokens"))
     params = SamplingParams(max_tokens=9, ignore_eos=True, temperature=0)
     assert list(map(int, line.split()[1:])) == await answer(engines[1], [5, 6, 7], params)
+
+
+def test_ranks_of_torchrun_that_never_follow_are_told_of(model: Path) -> None:
+    program = "\n".join((
+        "import overlap.parallel.team as team", "team.START_S = 0.5", "import asyncio, sys",
+        "from overlap import AsyncEngine, ConfigError",
+        "async def main():",
+        "    engine = AsyncEngine(sys.argv[1], device='cpu', load_format='dummy', tensor_parallel=2)",
+        "    try: await engine.start()",
+        "    except ConfigError as error: print(error)",
+        "asyncio.run(main())",
+    ))  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {
+        "TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model)], capture_output=True, text=True, timeout=60, env=os.environ | place
+    )
+    assert "Of 1 other ranks 0 came within" in done.stdout, done.stderr
+    assert "overlap.parallel.rank.follow()" in done.stdout
 
 
 @pytest.mark.slow

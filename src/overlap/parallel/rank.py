@@ -201,7 +201,9 @@ class _Rank:
 
 
 def follow() -> int:
-    """Follow rank 0 of torchrun until its engine closes; return the exit status. For every rank but 0.
+    """Follow rank 0 of torchrun until its engine closes; return the exit status. For every rank but 0, once.
+
+    `examples/several_devices.py` is a program that torchrun can start.
 
     Raises ConfigError outside torchrun, and on rank 0. If rank 0 ends without closing its engine, so does this process.
     """

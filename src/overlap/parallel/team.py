@@ -227,9 +227,15 @@ class Team:
             store.set(ADDRESS_KEY, f"{host} {server.getsockname()[1]} {token}")
             found: dict[int, tuple[socket.socket, Hello]] = {}
             while len(found) < self.size - 1:
-                connection, _ = server.accept()
-                connection.settimeout(START_S)
-                data = receive(connection)
+                try:
+                    connection, _ = server.accept()
+                    connection.settimeout(START_S)
+                    data = receive(connection)
+                except TimeoutError:
+                    raise ConfigError(
+                        f"Of {self.size - 1} other ranks {len(found)} came within {START_S:.0f} s. Each has to call "
+                        "overlap.parallel.rank.follow(), which follows one engine: a job has one."
+                    ) from None
                 hello = None if data is None else REPORTS.decode(data)
                 if isinstance(hello, Hello) and secrets.compare_digest(hello.token, token):
                     connection.settimeout(None)
