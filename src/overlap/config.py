@@ -90,8 +90,7 @@ class EngineConfig:
     """How prompts and decode rows share the device. "mixed": in one step. "serial": in steps of their own, in turn.
     "streams": at the same time, in two lanes. "halves", with `tensor_parallel`: in one step, which is run as two halves
     of its rows where it has many prompt tokens; while the ranks sum for one, the other computes. "auto" chooses for
-    each step by what steps have taken so far, on CUDA; there it is "halves" with `tensor_parallel`; on a CPU it is
-    "mixed"."""
+    each step by what steps have taken so far, on CUDA; with `tensor_parallel`, and on a CPU, it is "mixed"."""
     decode_sms: int | None = None
     """With `lanes="streams"` on CUDA: how many SMs are the decode rows' own while prompts are read beside them; the
     prompts have the others. A multiple of 8. None lets the two compete for all; `lanes="auto"` chooses by itself."""
@@ -402,10 +401,9 @@ def _lanes(
             raise ConfigError(
                 'lanes="streams" needs tensor_parallel=1: two lanes would sum over the ranks in no common order.'
             )
-        if asked.lanes == "auto" and on_cuda:
-            return chose("lanes", "halves", "ranks sum in one order, so in one lane; a half hides the other's sums")
         if asked.lanes == "auto":
-            return chose("lanes", "mixed", "ranks sum in one order, so in one lane")
+            why = 'ranks sum in one order, so in one lane; "halves" pay where sums take long, over NVLink they do not'
+            return chose("lanes", "mixed", why)
     elif asked.lanes == "halves":
         raise ConfigError('lanes="halves" hides the sums of several ranks: give tensor_parallel, or another `lanes`.')
     if asked.speculative is not None and asked.lanes == "auto":

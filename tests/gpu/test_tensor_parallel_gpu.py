@@ -65,7 +65,7 @@ async def test_two_halves_of_a_step_on_two_gpus_give_the_tokens_of_one_in_float3
     prompts, found = [[3 + (i * k) % 500 for i in range(90 + 30 * k)] for k in range(1, 13)], []
     more: dict[str, Any] = OPTIONS | {"dtype": "float32", "graphs": False, "token_budget": 512}
     for size in (1, 2):
-        async with AsyncEngine(model, **more, tensor_parallel=size) as engine:
+        async with AsyncEngine(model, **more, tensor_parallel=size, lanes="halves" if size > 1 else "auto") as engine:
             found.append(await asyncio.gather(*(answer(engine, prompt, 24) for prompt in prompts)))
             explained = engine.explain()
     halves = next(line for line in explained.splitlines() if line.startswith("halves: "))
