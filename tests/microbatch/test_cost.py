@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overlap.microbatch.cost import CostModel, Kind, Nominal, cost_path, near_bucket, size_bucket
+from overlap.microbatch.cost import MOST_SIZES, CostModel, Kind, Nominal, cost_path, near_bucket, size_bucket
 
 NOMINAL = Nominal(weights_s=1e-4, kv_token_s=1e-9, token_s=1e-6, step_s=5e-4)
 
@@ -197,6 +197,28 @@ def test_who_saves_last_loses_nothing_that_another_has_measured_more_often(tmp_p
     assert again.seconds("decode", 8, 4000, 0) == pytest.approx(0.001)
     assert again.count("mixed", 8, 4000, 300) == again.total("mixed") == 1
     assert [each.name for each in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_of_many_sizes_those_that_were_measured_most_often_are_kept(tmp_path: Path) -> None:
+    cost, often = CostModel(NOMINAL), [(8, 64), (64, 512), (256, 1024)]
+    for rows, each in often:
+        for _ in range(5):
+            cost.note("decode", rows, rows * each, 0, 0.001)
+    sizes = [(rows, each, tokens) for rows in range(1, 60) for each in (1, 9, 99, 999, 9999) for tokens in (7, 77, 777)]
+    for rows, each, tokens in sizes:
+        cost.note("mixed", rows, rows * each, tokens, 0.002)
+        cost.note("decode", rows + 300, (rows + 300) * each, 0, 0.001)
+        assert 0 < cost.seconds("mixed", rows + 1, rows * each, tokens + 1) < 1
+    for rows in range(1, 5000, 3):
+        for each in (1, 8, 64, 512, 4096):
+            cost.note("decode", rows, rows * each, 0, 0.001)
+            cost.note("mixed", rows, rows * each, rows, 0.001)
+    assert all(cost.count("decode", rows, rows * each, 0) >= 5 for rows, each in often)
+    cost.save(tmp_path / "costs.json")
+    again = CostModel(NOMINAL)
+    again.load(tmp_path / "costs.json")
+    kept = int(again.note_on_file.split()[0])
+    assert 300 < kept <= 2 * MOST_SIZES
 
 
 def test_machines_have_files_of_their_own(tmp_path: Path) -> None:

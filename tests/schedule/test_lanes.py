@@ -24,7 +24,7 @@ from overlap.schedule.settled import Settled
 from overlap.schedule.split import Always, Choice, Outlook, Splitter
 from overlap.testing import EchoModel, SimDevice, SimRunner, SimTimeline
 
-MODEL = EchoModel()
+MODEL = EchoModel(longest=20000)
 
 
 class Drawn(Always):
@@ -56,6 +56,7 @@ class Rig:
     overlap: bool = True
     side_blocks: int = 1
     block_cost: float = 0.0
+    context: int = 4096
 
     def __post_init__(self) -> None:
         self.answers: dict[int, list[int]] = {}
@@ -69,7 +70,7 @@ class Rig:
             num_pages=self.num_pages,
             token_budget=self.token_budget,
             prefill_chunk=self.token_budget,
-            context=4096,
+            context=self.context,
             splitter=self.splitter,
         )
         self.runner = SimRunner(
@@ -495,3 +496,19 @@ async def test_a_policy_that_knows_nothing_learns_each_way_though_prompts_always
     more()
     await rig.serve(*(request(key, [1, 2, key], 2500) for key in range(8)))
     assert all(policy.samples(route) >= FIRM for route in policy.routes), policy.explain()
+
+
+async def test_while_a_prompt_of_16384_tokens_is_read_running_answers_go_on_at_their_own_pace() -> None:
+    """A chunk takes as long as 16 decode steps."""
+
+    def cost(work: str, tokens: int) -> float:
+        return 20.0 * tokens / 1024 if work == "prompts" else 10.0  # one of eight blocks
+
+    rig = Rig(Always("lanes"), cost=cost, num_pages=3000, token_budget=1024, side_blocks=8, context=20000)
+    await rig.serve(*(request(key, [1, 2, key], 400) for key in range(4)), request(9, [7] * 16384, 2))
+    assert rig.answers[9] == MODEL.answer([7] * 16384, 2)
+    reading = rig.device.streams["side"].spans
+    first, last = reading[0].start, reading[-1].end
+    assert last - first >= 16 * 160.0
+    steps = [span for span in rig.device.streams["main"].spans if first <= span.start < last]
+    assert len(steps) * 10.0 > 0.95 * (last - first), "hardly a step waits for the prompt"

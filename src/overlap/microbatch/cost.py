@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from heapq import nsmallest
@@ -43,6 +44,8 @@ _SHORTER: Final = 2
 """So many in a row that are far off what is known are the new truth."""
 _REACH: Final = 2
 """How many buckets away a neighbour may be."""
+MOST_SIZES: Final = 512
+"""Sizes of a kind, with a share of SMs, that are kept; of more the half that was measured most often."""
 _FEW: Final = 5
 """Sizes that speak for one that has no neighbour."""
 _BESIDES: Final[tuple[Kind, ...]] = ("decode beside", "prefill beside")
@@ -194,8 +197,19 @@ class CostModel:
         _learn(self._kinds, _kind(kind, share), times)
         size = _size(kind, rows, context, tokens, share)
         if size not in self._sizes:
-            self._like.setdefault((kind, share), []).append(size)
+            like = self._like.setdefault((kind, share), [])
+            if len(like) >= MOST_SIZES:
+                self._forget_half(like)
+            like.append(size)
         _learn(self._sizes, size, times)
+
+    def _forget_half(self, like: list[Size]) -> None:
+        """Forget those of the sizes of a kind that were measured least."""
+        like.sort(key=lambda size: self._sizes[size].count)
+        for size in like[: len(like) // 2]:
+            del self._sizes[size]
+        del like[: len(like) // 2]
+        self._nearest.clear()
 
     def seconds(self, kind: Kind, rows: int, context: int, tokens: int, share: int = 0) -> float:
         """Return what such a step takes, as far as is known."""
@@ -275,6 +289,8 @@ class CostModel:
         """
         nearest = self._nearest.get(size)
         if nearest is None:
+            if len(self._nearest) >= 4 * MOST_SIZES:
+                self._nearest.clear()
             nearest = self._nearest[size] = _Nearest()
         nearest.take_in(size, self._like.get((size[0], size[4]), []))
         total = weights = 0.0
@@ -306,6 +322,8 @@ class CostModel:
         if isinstance(other, _Saved):
             kinds, sizes = _more_often(kinds, other.kinds), _more_often(sizes, dict(other.sizes))
             attended = attended or other.attended
+            if len(sizes) > len(self._sizes):
+                sizes = _most_often(sizes)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{secrets.token_hex(4)}.part")  # its own: others may be saving, too
         try:
@@ -353,6 +371,16 @@ def cost_path(folder: Path, machine: str) -> Path:
 def _more_often(known: dict[K, _Known], others: dict[K, _Known]) -> dict[K, _Known]:
     """Return what is known of all, each from where it was measured more often."""
     return others | {key: one for key, one in known.items() if key not in others or one.count >= others[key].count}
+
+
+def _most_often(sizes: dict[Size, _Known]) -> dict[Size, _Known]:
+    """Return the MOST_SIZES sizes of each kind and share that were measured most often."""
+    kept, seen = dict[Size, _Known](), Counter[tuple[str, int]]()
+    for size, known in sorted(sizes.items(), key=lambda item: -item[1].count):
+        seen[size[0], size[4]] += 1
+        if seen[size[0], size[4]] <= MOST_SIZES:
+            kept[size] = known
+    return kept
 
 
 def _learn(known: dict[K, _Known], key: K, times: float) -> None:

@@ -64,6 +64,8 @@ _TRIAL_CHOICES: Final = 12
 _SECOND_OPINIONS: Final = 2
 _FORGIVEN: Final = 256
 """Choices after which a way that was slow at first gets its second opinion, however slow it was."""
+MOST_SIZES: Final = 1024
+"""Sizes of work for which it is remembered what was chosen; of more the half that came most often."""
 _TARGET_MARGIN: Final = 0.95
 _LEAST_CHUNK: Final = 32
 
@@ -180,6 +182,9 @@ class SplitPolicy:
         )  # fmt: skip
         size = self._sizes.get(key)
         if size is None:
+            if len(self._sizes) >= MOST_SIZES:
+                often = sorted(self._sizes.items(), key=lambda item: -item[1].chosen)
+                self._sizes = dict(often[: MOST_SIZES // 2])
             size = self._sizes[key] = _Size(route=self._last)
         size.chosen += 1
         self._total += 1
@@ -376,7 +381,8 @@ def _choice(way: _Way, why: str) -> Choice:
 def _why(chosen: _Way, ways: dict[Route, _Way], target_s: float | None) -> str:
     def told(way: _Way) -> str:
         between = "" if target_s is None else f" ({way.tokens} at once, {way.between_s * 1e3:.1f} ms between tokens)"
-        return f"{name_of(way.route)} {way.total_s * 1e3:.2f} ms{between}"
+        guessed = "" if way.samples else "some "  # never measured at such a size
+        return f"{name_of(way.route)} {guessed}{way.total_s * 1e3:.2f} ms{between}"
 
     others = ", ".join(told(way) for way in ways.values() if way is not chosen)
     return f"{told(chosen)} for a decode step and the prompts, against {others}"
