@@ -509,6 +509,6 @@ async def test_while_a_prompt_of_16384_tokens_is_read_running_answers_go_on_at_t
     assert rig.answers[9] == MODEL.answer([7] * 16384, 2)
     reading = rig.device.streams["side"].spans
     first, last = reading[0].start, reading[-1].end
-    assert last - first >= 16 * 160.0
+    assert last - first > 15 * 160.0
     steps = [span for span in rig.device.streams["main"].spans if first <= span.start < last]
     assert len(steps) * 10.0 > 0.95 * (last - first), "hardly a step waits for the prompt"

@@ -7,6 +7,7 @@ the light picture.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import median
 from typing import Final
 from xml.sax.saxutils import escape
@@ -65,7 +66,7 @@ def picture(record: Record, *, steps: int = 12) -> str:
         grounds.append(_lane(y, DEVICE_TALL, stream, "stream"))
         lanes += _device_lane([span for span in record.device if span.stream == stream], record, scale, y)
         y += DEVICE_TALL + BETWEEN
-    parts += [*grounds, *_axis(scale, bottom), *lanes, *_legend(bottom + 56)]
+    parts += [*grounds, *_axis(scale, bottom), *lanes, *_legend(bottom + 56, several=len(record.streams) > 1)]
     return _svg(bottom + 78, parts)
 
 
@@ -154,6 +155,21 @@ def _host_lane(spans: list[HostSpan], scale: _Scale, y: float, fill: str) -> lis
 
 def _device_lane(spans: list[DeviceSpan], record: Record, scale: _Scale, y: float) -> list[str]:
     parts: list[str] = []
+    for start, end in _idle_beside(spans, record.device):
+        if scale.shows(start, end):
+            x, until = scale.x(start), scale.x(end)
+            words = f"idle while another lane ran: {_duration(end - start)}"
+            parts.append(
+                _box(
+                    x,
+                    y + 1,
+                    max(1.0, until - x),
+                    DEVICE_TALL - 2,
+                    f'fill="url(#ov-idle)" stroke="{LINE}"',
+                    words,
+                    radius=1.5,
+                )
+            )
     for span in spans:
         if span.bubble > 0.0 and scale.shows(span.start - span.bubble, span.start):
             parts += _bubble(span, scale, y)
@@ -175,6 +191,17 @@ def _device_lane(spans: list[DeviceSpan], record: Record, scale: _Scale, y: floa
         lines = [f"step {span.number}", *([_size(step.rows, step.prompt_tokens)] if step else [])]
         parts += _device_label(x + width / 2, y, width, lines, str(span.number))
     return parts
+
+
+def _idle_beside(spans: list[DeviceSpan], device: Iterable[DeviceSpan]) -> list[tuple[float, float]]:
+    """Return when a stream stood still between two of its spans, bubbles apart, while another stream ran."""
+    others = [span for span in device if span.stream != spans[0].stream] if spans else []
+    found = []
+    for span in spans[1:]:
+        start, end = span.start - span.gap, span.start - span.bubble
+        if end - start > 1e-9:
+            found += [(max(start, o.start), min(end, o.end)) for o in others if o.start < end and o.end > start]
+    return found
 
 
 def _device_label(middle: float, y: float, width: float, lines: list[str], short: str) -> list[str]:
@@ -220,6 +247,11 @@ def _title(record: Record, shown: list[DeviceSpan]) -> list[str]:
     bubbles = f"bubbles {_percent(here)} of the device’s time"
     if total > len(numbers):
         bubbles += f", {_percent(all_steps)} in all {total} steps"
+    if len(record.streams) > 1:
+        lanes = [[span for span in shown if span.stream == stream] for stream in record.streams]
+        idle = sum(end - start for lane in lanes for start, end in _idle_beside(lane, shown))
+        whole = max(span.end for span in shown) - min(span.start for span in shown)
+        bubbles += f"; one lane idle beside the other {_percent(idle / whole)}"
     medians = [
         f"{verb} {_duration(median(spans))}"
         for verb in VERBS
@@ -246,7 +278,7 @@ def _axis(scale: _Scale, y: float) -> list[str]:
     return parts
 
 
-def _legend(y: float) -> list[str]:
+def _legend(y: float, *, several: bool) -> list[str]:
     entries = [(verb, f'fill="{fill}"') for verb, fill in FILL if fill != "none"]
     entries += [
         ("waits", f'fill="none" class="ov-wait" stroke="{FAINT}" stroke-dasharray="3 2.5"'),
@@ -254,7 +286,10 @@ def _legend(y: float) -> list[str]:
         ("step with prompts", f'class="ov-prompt" fill="{PROMPT}"'),
         ("bubble: work was waiting, nothing was queued", f'fill="url(#ov-bubble)" stroke="{RED}"'),
     ]
-    parts, x = [], float(LEFT)
+    if several:
+        entries[-1] = ("bubble: nothing was queued", entries[-1][1])
+        entries.append(("idle beside the other lane", f'fill="url(#ov-idle)" stroke="{LINE}"'))
+    parts, x = [], 28.0 if several else float(LEFT)
     for words, style in entries:
         parts.append(_box(x, y - 10, 16, 12, style, words, radius=2))
         parts.append(_text(x + 22, y, words, size=12))
@@ -267,6 +302,8 @@ def _svg(height: float, parts: list[str]) -> str:
         '<pattern id="ov-bubble" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
         '<rect class="ov-hatch" width="6" height="6" fill="#fde3e1"/>'
         f'<path d="M0 0V6" stroke="{RED}" stroke-width="3"/></pattern>'
+        '<pattern id="ov-idle" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        f'<path class="ov-line" d="M0 0V6" stroke="{LINE}" stroke-width="3"/></pattern>'
     )
     ground = f'<rect class="ov-paper" width="{WIDTH}" height="{height:g}" rx="10" fill="{PAPER}"/>'
     body = "\n".join(parts)
