@@ -184,7 +184,7 @@ async def test_no_stop_comes_before_min_tokens(llama: tuple[Path, Any]) -> None:
     eager_to_end = {EOS: 100, 17: 90}  # either ends the answer, and nothing else is as likely
     for kv_cache in (8192, 208):  # with and without preemption
         jobs = [
-            (prompt, SamplingParams(max_tokens=NEW, min_tokens=n, logit_bias=eager_to_end, stop_token_ids=[17, 9999]))
+            (prompt, SamplingParams(max_tokens=NEW, min_tokens=n, logit_bias=eager_to_end, stop_token_ids=[17, 199]))
             for n, prompt in enumerate(PROMPTS * 2, start=19)
         ]
         got, figures = await answers_and_figures(path, jobs, kv_cache=kv_cache)

@@ -448,7 +448,7 @@ def _request(
 ) -> Request:
     """Return what the engine's loop has to know of a request."""
     goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
-    stop_ids = {*params.stop_token_ids, *(() if goes_on else eos_ids)}
+    stop_ids = {*params.stop_token_ids, *(() if goes_on else (end for end in eos_ids if end < vocab_size))}
     return Request(
         key=key,
         front=front,

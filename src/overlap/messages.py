@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import NoneType
 from typing import Any, Final, Literal, TypeAlias
 
 from overlap.errors import RequestError, nearest
+from overlap.plain import plain_float, plain_int
 from overlap.schedule.shaping import MOST_ALTERNATIVES, MOST_BANNED, MOST_BIASED, Shaping
 from overlap.structured import StructuredOutput
 
@@ -22,6 +22,8 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or chat messages (which go through the model's chat template)."""
 
 MAX_STOP_STRINGS: Final = 64
+MAX_STOP_TOKEN_IDS: Final = 256
+"""Each step looks for all of them in every row."""
 _LATER: Final = ("best_of", "bad_words")
 _NEVER: Final = {
     "n": "A request has one answer. Give the prompt n times to `generate_batch`, with seeds of their own or none.",
@@ -29,6 +31,16 @@ _NEVER: Final = {
     "structured_outputs": "Give `structured`, a StructuredOutput.",
     "response_format": "Give `structured`, a StructuredOutput.",
 }
+
+_FLOATS: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_INTEGERS: Final = ("top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs")
+_OPTIONAL: Final = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_BOOLEANS: Final = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+
+
+def _keep(frozen: object, name: str, value: object) -> None:
+    """Give a field of a frozen object the form in which it is kept; only for its `__post_init__`."""
+    object.__setattr__(frozen, name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +57,8 @@ class SamplingParams:
     `repetition_penalty`, `frequency_penalty`, `presence_penalty`. A greedy request takes the most likely token of what
     they leave.
 
-    Raises RequestError for a value out of range and for an unknown name (the nearest known one is named).
+    Numbers may be numpy's; what is kept are Python's. Raises RequestError for a value out of range and for an unknown
+    name (the nearest known one is named).
     """
 
     temperature: float = 1.0
@@ -82,8 +95,8 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     """End the answer before any of these strings. No part of one is ever emitted."""
     stop_token_ids: Sequence[int] = field(default=())
-    """End the answer at any of these tokens, beside the model's own end tokens. The token that ends an answer is in
-    `Output.token_ids`, and no part of its text."""
+    """End the answer at any of these tokens, beside the model's own end tokens; 256 at most. The token that ends an
+    answer is in `Output.token_ids`, and no part of its text."""
     ignore_eos: bool = False
     """Do not end the answer at the model's own end tokens."""
     structured: StructuredOutput | None = None
@@ -94,9 +107,14 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     """Let the text end with the stop string, or with the text of the stop token, that ended the answer."""
 
-    def __new__(cls, **given: object) -> SamplingParams:
+    def __new__(cls, *unnamed: object, **given: object) -> SamplingParams:
         """Refuse unknown names before the dataclass' own, poorer, TypeError does."""
         known = [f.name for f in fields(cls)]
+        if unnamed:
+            raise RequestError(
+                "SamplingParams takes its values by name, as in SamplingParams(temperature=0.5), not "
+                f"{unnamed[0]!r:.80}."
+            )
         for name in given:
             if name in _NEVER:
                 raise RequestError(f"There is no sampling parameter {name!r} here. {_NEVER[name]}")
@@ -112,17 +130,22 @@ class SamplingParams:
         def refuse(name: str, must: str) -> RequestError:
             return RequestError(f"{name} must be {must}, not {getattr(self, name)!r}.")
 
-        for name in (
-            "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        for name in _FLOATS:
+            number = plain_float(getattr(self, name))
+            if number is None or not math.isfinite(number):
                 raise refuse(name, "a finite number")
-        for name in ("top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            _keep(self, name, number)
+        for name in _INTEGERS:
             value = getattr(self, name)
-            optional = name not in ("top_k", "min_tokens")
-            if isinstance(value, bool) or not isinstance(value, int | (NoneType if optional else int)):
+            if value is None and name in _OPTIONAL:
+                continue
+            whole = plain_int(value)
+            if whole is None:
                 raise refuse(name, "an integer")
+            _keep(self, name, whole)
+        for name in _BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise refuse(name, "True or False")
         if self.temperature < 0:
             raise refuse("temperature", "0 (greedy) or more")
         if self.top_k < -1 or self.top_k > 2**31 - 1:
@@ -135,16 +158,7 @@ class SamplingParams:
             raise refuse("seed", "an integer of 64 bits")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise refuse("max_tokens", "1 or more, or None")
-        stops = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else tuple(self.stop)
-        if len(stops) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop has {len(stops)} strings; give {MAX_STOP_STRINGS} at most.")
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise refuse("stop", "a non-empty string or a sequence of them")
-        ids = tuple(self.stop_token_ids)
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-            raise refuse("stop_token_ids", "a sequence of token ids")
-        object.__setattr__(self, "stop", stops)
-        object.__setattr__(self, "stop_token_ids", ids)
+        self._check_stops(refuse)
         self._check_shaping(refuse)
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise refuse("structured", "a StructuredOutput, as in StructuredOutput.json_schema({...}), or None")
@@ -153,6 +167,27 @@ class SamplingParams:
                 f"min_tokens ({self.min_tokens}) and structured exclude each other: an answer ends where its form is "
                 "complete. Leave min_tokens out, or ask for a form that is long enough."
             )
+
+    def _check_stops(self, refuse: Callable[[str, str], RequestError]) -> None:
+        given = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        must = "a non-empty string or a sequence of them"
+        if not isinstance(given, Iterable) or isinstance(given, Mapping):
+            raise refuse("stop", must)
+        stops = tuple(given)
+        if len(stops) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(stops)} strings; give {MAX_STOP_STRINGS} at most.")
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise refuse("stop", must)
+        _keep(self, "stop", stops)
+        if not isinstance(self.stop_token_ids, Iterable) or isinstance(self.stop_token_ids, (Mapping, str, bytes)):
+            raise refuse("stop_token_ids", "a sequence of token ids")
+        tokens = tuple(self.stop_token_ids)
+        if len(tokens) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(f"stop_token_ids has {len(tokens)} ids; give {MAX_STOP_TOKEN_IDS} at most.")
+        ids = tuple(plain_int(token) for token in tokens)
+        if any(token is None or token < 0 for token in ids):
+            raise refuse("stop_token_ids", "a sequence of token ids")
+        _keep(self, "stop_token_ids", ids)
 
     def _check_shaping(self, refuse: Callable[[str, str], RequestError]) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -165,16 +200,30 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= MOST_ALTERNATIVES:
                 raise refuse(name, f"from 0 to {MOST_ALTERNATIVES}, or None")
-        given = self.logit_bias or {}
+        _keep(self, "logit_bias", self._biases(refuse) or None)
+
+    def _biases(self, refuse: Callable[[str, str], RequestError]) -> tuple[tuple[int, float], ...]:
+        """Return `logit_bias` as pairs."""
+        given: object = () if self.logit_bias is None else self.logit_bias
+        must = "a mapping of token ids to numbers, as in {42: -5.0}"
+        if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+            raise refuse("logit_bias", must)
         pairs = tuple(given.items() if isinstance(given, Mapping) else given)
         if len(pairs) > MOST_BIASED:
             raise RequestError(f"logit_bias has {len(pairs)} entries; give {MOST_BIASED} at most.")
-        for token, value in pairs:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise RequestError(f"logit_bias has the key {token!r}; give token ids, as integers.")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
-                raise RequestError(f"logit_bias gives {value!r} to token {token}; give a number in [-100, 100].")
-        object.__setattr__(self, "logit_bias", tuple((token, float(value)) for token, value in pairs) or None)
+        biases: dict[int, float] = {}
+        for pair in pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise refuse("logit_bias", must)
+            token, bias = plain_int(pair[0]), plain_float(pair[1])
+            if token is None or token < 0:
+                raise RequestError(f"logit_bias has the key {pair[0]!r}; give token ids, as integers.")
+            if bias is None or not -100 <= bias <= 100:
+                raise RequestError(f"logit_bias gives {pair[1]!r} to token {token}; give a number in [-100, 100].")
+            if token in biases:
+                raise RequestError(f"logit_bias has token {token} twice. Give each token one bias.")
+            biases[token] = bias
+        return tuple(biases.items())
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -184,9 +233,14 @@ class SamplingParams:
     def shaping(self, stop_ids: Iterable[int], vocab_size: int) -> Shaping | None:
         """Return what is done to the logits before a token is drawn; None for nothing.
 
-        `stop_ids` are all tokens that end the answer. Raises RequestError for a bias of a token that the vocabulary
-        does not have, and where `min_tokens` would have to hold back too many stop ids.
+        `stop_ids` are all tokens that end the answer. Raises RequestError for a bias and a stop id of a token that the
+        vocabulary does not have, and where `min_tokens` would have to hold back too many stop ids.
         """
+        for token in self.stop_token_ids:
+            if token >= vocab_size:
+                raise RequestError(
+                    f"stop_token_ids has token {token}, but the vocabulary has {vocab_size} tokens. Leave it out."
+                )
         pairs: tuple[tuple[int, float], ...] = self.logit_bias or ()  # type: ignore[assignment]  # __post_init__ made it one
         for token, _ in pairs:
             if token >= vocab_size:
@@ -228,14 +282,15 @@ class Terms:
     token what others have asked."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+        priority = plain_int(self.priority)
+        if priority is None:
             raise RequestError(f"priority must be an integer, not {self.priority!r}. Higher goes first.")
-        if self.deadline is not None and (
-            isinstance(self.deadline, bool)
-            or not isinstance(self.deadline, (int, float))
-            or not 0 < self.deadline < math.inf
-        ):
-            raise RequestError(f"deadline must be a number of seconds above 0, not {self.deadline!r}.")
+        _keep(self, "priority", priority)
+        if self.deadline is not None:
+            deadline = plain_float(self.deadline)
+            if deadline is None or not 0 < deadline < math.inf:
+                raise RequestError(f"deadline must be a number of seconds above 0, not {self.deadline!r}.")
+            _keep(self, "deadline", deadline)
         for name in ("fairness_key", "cache_salt"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} must be a string, not {getattr(self, name)!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -63,7 +63,8 @@ class StructuredOutput:
     @classmethod
     def choice(cls, choices: Sequence[str]) -> StructuredOutput:
         """One of these texts."""
-        if isinstance(choices, str) or not all(isinstance(one, str) and one for one in choices):
+        listed = isinstance(choices, Iterable) and not isinstance(choices, str)
+        if not listed or not all(isinstance(one, str) and one for one in choices):
             raise RequestError(f"The choices must be a list of texts that are not empty, not {choices!r:.200}.")
         return cls("choice", json.dumps(list(choices)))
 

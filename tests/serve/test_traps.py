@@ -20,7 +20,7 @@ SAMPLED: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "top_p": 1e-300}, {"seed": 2**64 - 1}, {"seed": -(2**63)}, {"temperature": 1e-300},
     {"logit_bias": {str(token): -100 for token in range(512)}}, {"repetition_penalty": 1e6}, {"min_tokens": 8},
     {"logit_bias": {"2": 100}, "min_tokens": 3}, {"frequency_penalty": -2, "presence_penalty": 2}, {"logprobs": 20},
-    {"n": 5, "seed": 1}, {"echo": True, "logprobs": 3}, {"stop_token_ids": list(range(300))}, {"top_k": 1, "n": 2},
+    {"n": 5, "seed": 1}, {"echo": True, "logprobs": 3}, {"stop_token_ids": list(range(256))}, {"top_k": 1, "n": 2},
 )  # fmt: skip
 
 
