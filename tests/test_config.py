@@ -5,9 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from overlap import equivalents
 from overlap.assemble import machine
 from overlap.cache.pages import PAGE
 from overlap.config import (
@@ -58,8 +60,19 @@ def reason(of: Resolved, name: str) -> str:
         ("max_rows", 0, 'an integer of 1 or more, or "auto"'),
         ("token_budget", -5, 'an integer of 1 or more, or "auto"'),
         ("prefill_chunk", True, 'an integer of 1 or more, or "auto"'),
-        ("context", 1.5, 'an integer of 1 or more, or "auto"'),
-        ("context", "long", 'an integer of 1 or more, or "auto"'),
+        ("context", 1.5, 'an integer of 2 or more, or "auto"'),
+        ("context", "long", 'an integer of 2 or more, or "auto"'),
+        ("context", 1, 'an integer of 2 or more, or "auto"'),
+        ("model", 5, "a model's name or path"),
+        ("model", None, "a model's name or path"),
+        ("device", torch.device("cpu"), '"auto", "cpu", "cuda" or "cuda:N"'),
+        ("cache_dir", 5, "a path, or None"),
+        ("draft_model", 5, "a path, or None"),
+        ("progress", "yes", "True, False or None"),
+        ("revision", 5, "a branch, tag or commit of a Hub repo, or None"),
+        ("target_itl_ms", float("inf"), "a number of milliseconds above 0, or None"),
+        ("target_itl_ms", float("nan"), "a number of milliseconds above 0, or None"),
+        ("max_waiting", np.True_, "an integer of 1 or more"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_name_and_itself(name: str, value: Any, must: str) -> None:
@@ -71,6 +84,38 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_itself(name: str, val
 def test_an_unknown_option_is_refused_with_the_nearest_known_one() -> None:
     with pytest.raises(ConfigError, match=r"Unknown engine option 'max_row'\. Did you mean 'max_rows'\? Known: device"):
         EngineConfig.from_options("m", {"max_row": 3})
+
+
+@pytest.mark.parametrize("name", ["gpu_memory_utilization", "max_model_len", "enforce_eager", "tensor_parallel_size"])
+def test_an_option_of_another_engine_is_refused_with_what_stands_for_it_here(name: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        EngineConfig.from_options("m", {name: 1})
+    assert str(refusal.value) == f"There is no engine option {name!r} here. {equivalents.ENGINE[name]}"
+
+
+@pytest.mark.parametrize("model", [5, None])
+def test_a_model_that_is_no_name_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match=f"model must be a model's name or path, not {model!r}"):
+        EngineConfig.from_options(model, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_drafts": 3}, "num_drafts is 3, but nothing drafts. Give speculative, one of ngram, eagle, draft."),
+        ({"target_itl_ms": 5.0, "tensor_parallel": 2}, "target_itl_ms needs tensor_parallel=1, not 2"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        EngineConfig(model="m", **options)
+    assert str(refusal.value).startswith(said)
+
+
+def test_numbers_of_numpy_are_kept_as_those_of_python() -> None:
+    options: dict[str, Any] = {"max_rows": 3, "context": 99, "step_limit": 1.5, "target_itl_ms": 2.5, "kv_cache": 64}
+    given: dict[str, Any] = {name: np.array(value)[()] for name, value in options.items()}
+    assert repr(resolved(**given)) == repr(resolved(**options))
 
 
 def test_options_make_a_config_and_a_path_will_do_for_a_model() -> None:
@@ -104,7 +149,26 @@ def test_kv_cache_is_tokens_a_size_or_a_share(asked: str | float, budget: KvBudg
 
 
 @pytest.mark.parametrize(
-    "asked", [PAGE - 1, 0, -1, True, 0.0, 1.0, -0.5, float("nan"), "", "lots", "2", "2 G", "2iB", "-1GB", "1e3MB", None]
+    "asked",
+    [
+        PAGE - 1,
+        0,
+        -1,
+        True,
+        0.0,
+        1.0,
+        -0.5,
+        float("nan"),
+        "",
+        "lots",
+        "2",
+        "2 G",
+        "2iB",
+        "-1GB",
+        "1e3MB",
+        "9" * 400 + "B",
+        None,
+    ],
 )
 def test_any_other_kv_cache_is_refused_with_the_ways_to_write_one(asked: Any) -> None:
     with pytest.raises(
@@ -286,6 +350,12 @@ def test_a_budget_beyond_the_free_memory_is_refused_with_both_figures() -> None:
     with pytest.raises(ConfigError, match=r"needs 24,576 bytes; 24,575 are free on cpu\. Lower kv_cache"):
         num_kv_pages(resolved(kv_cache=32), MODEL, 24_575)
     assert num_kv_pages(resolved(kv_cache=32), MODEL, 24_576) == 2
+
+
+def test_more_rows_than_memory_has_tables_for_are_refused_with_both_figures() -> None:
+    with pytest.raises(ConfigError, match=r"max_rows is 100,000,000, whose tables need [\d,]+ bytes .* Lower max_rows"):
+        num_kv_pages(resolved(max_rows=10**8), MODEL, 2**34)
+    assert num_kv_pages(resolved(max_rows=10**4), MODEL, 2**34)
 
 
 # ── the environment ──────────────────────────────────────────────────────────────────────────────────────────────────

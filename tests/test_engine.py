@@ -321,7 +321,7 @@ async def test_a_bad_prompt_is_refused_and_other_requests_go_on(engine: AsyncEng
         ({"stop": ["x"] * 65}, "stop has 65 strings"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be"),
         ({"temprature": 1}, "Unknown sampling parameter 'temprature'. Did you mean 'temperature'"),
-        ({"bad_words": []}, "'bad_words' is not supported yet"),
+        ({"bad_words": []}, "There is no sampling parameter 'bad_words' here. Give `logit_bias`"),
     ],
 )
 def test_a_bad_sampling_parameter_is_refused_by_name_and_value(given: dict[str, Any], message: str) -> None:

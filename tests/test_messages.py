@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from overlap import AsyncEngine, RequestError, SamplingParams, StructuredOutput, Terms
+from overlap import AsyncEngine, EngineConfig, RequestError, SamplingParams, StructuredOutput, Terms, equivalents
 from overlap.messages import MAX_STOP_TOKEN_IDS
 
 MANY = list(range(MAX_STOP_TOKEN_IDS + 1))
@@ -52,6 +53,24 @@ def test_what_a_sampling_parameter_cannot_be_is_said_with_its_name(given: dict[s
 def test_sampling_parameters_go_by_name() -> None:
     with pytest.raises(RequestError, match=r"by name, as in SamplingParams\(temperature=0\.5\), not 0\.7"):
         SamplingParams(0.7)  # type: ignore[call-arg]  # what is tested
+
+
+@pytest.mark.parametrize(
+    "name", ["guided_json", "truncate_prompt_tokens", "detokenize", "n", "best_of", "max_new_tokens"]
+)
+def test_a_parameter_of_another_engine_is_refused_with_what_stands_for_it_here(name: str) -> None:
+    given: dict[str, Any] = {name: 1}
+    with pytest.raises(RequestError) as error:
+        SamplingParams(**given)
+    assert str(error.value) == f"There is no sampling parameter {name!r} here. {equivalents.SAMPLING[name]}"
+
+
+def test_what_stands_for_other_names_is_no_name_of_ours_and_names_only_what_there_is() -> None:
+    for table, ours in ((equivalents.SAMPLING, SamplingParams), (equivalents.ENGINE, EngineConfig)):
+        known = {field.name for field in fields(ours)}
+        assert not known & set(table)
+        named = {name for text in table.values() for name in re.findall(r"`(\w+)`", text)}
+        assert named <= known | {"generate_batch"}
 
 
 def test_numbers_of_numpy_are_kept_as_those_of_python() -> None:

@@ -224,7 +224,7 @@ async def test_stop_strings_are_looked_for_behind_min_tokens_and_may_be_shown(ll
         ({"logit_bias": {4: 101}}, "logit_bias gives 101 to token 4; give a number in [-100, 100]."),
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 entries; give 1024 at most."),
         ({"n": 2}, "Give the prompt n times to `generate_batch`"),
-        ({"bad_words": ["x"]}, "'bad_words' is not supported yet."),
+        ({"bad_words": ["x"]}, "There is no sampling parameter 'bad_words' here. Give `logit_bias`"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(given: dict[str, Any], message: str) -> None:

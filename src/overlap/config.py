@@ -6,15 +6,18 @@ the only file that reads the environment.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeVar, get_args
 
+from overlap import equivalents
 from overlap.cache.pages import PAGE, pages_for
 from overlap.errors import ConfigError, nearest
+from overlap.plain import plain_float, plain_int
 from overlap.schedule.plan import Ladder
 
 if TYPE_CHECKING:
@@ -118,59 +121,89 @@ class EngineConfig:
         def refuse(name: str, must: str) -> ConfigError:
             return ConfigError(f"{name} must be {must}, not {getattr(self, name)!r}.")
 
-        if not self.model or not isinstance(self.model, str):
+        if not isinstance(self.model, str) or not self.model:
             raise refuse("model", "a model's name or path")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise refuse("device", '"auto", "cpu", "cuda" or "cuda:N"')
         if self.dtype not in get_args(DType):
             raise refuse("dtype", "one of " + ", ".join(get_args(DType)))
         if self.load_format not in get_args(LoadFormat):
             raise refuse("load_format", "one of " + ", ".join(get_args(LoadFormat)))
-        for name in ("max_rows", "token_budget", "prefill_chunk", "context"):
-            value = getattr(self, name)
-            if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise refuse(name, 'an integer of 1 or more, or "auto"')
-        if not isinstance(self.max_waiting, int) or isinstance(self.max_waiting, bool) or self.max_waiting < 1:
-            raise refuse("max_waiting", "an integer of 1 or more")
-        if (
-            isinstance(self.step_limit, bool)
-            or not isinstance(self.step_limit, (int, float))
-            or not self.step_limit > 0
-        ):
+        for name in ("max_rows", "token_budget", "prefill_chunk"):
+            self._check_count(name, 1, auto=True)
+        self._check_count("context", 2, auto=True)  # a token of the prompt and one of the answer
+        self._check_count("max_waiting", 1)
+        self._check_count("tensor_parallel", 1)
+        limit = plain_float(self.step_limit)
+        if limit is None or not limit > 0:
             raise refuse("step_limit", "a number of seconds above 0")
+        object.__setattr__(self, "step_limit", limit)
         if self.lanes not in LANES:
             raise refuse("lanes", "one of " + ", ".join(LANES))
-        target = self.target_itl_ms
-        if target is not None and (isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0):
-            raise refuse("target_itl_ms", "a number of milliseconds above 0, or None")
-        if target is not None and self.lanes != "auto":
-            raise ConfigError(
-                f'target_itl_ms is for lanes="auto"; with lanes={self.lanes!r} nothing is left to choose.'
-            )
-        sms = self.decode_sms
-        if sms is not None and (not isinstance(sms, int) or isinstance(sms, bool) or sms < 8 or sms % 8):
-            raise refuse("decode_sms", "a multiple of 8, or None")
-        if sms is not None and self.lanes != "streams":
-            raise ConfigError(f'decode_sms is for lanes="streams"; lanes is {self.lanes!r}.')
-        size = self.tensor_parallel
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise refuse("tensor_parallel", "an integer of 1 or more")
+        if self.target_itl_ms is not None:
+            self._check_target(refuse)
+        if self.decode_sms is not None:
+            sms = plain_int(self.decode_sms)
+            if sms is None or sms < 8 or sms % 8:
+                raise refuse("decode_sms", "a multiple of 8, or None")
+            if self.lanes != "streams":
+                raise ConfigError(f'decode_sms is for lanes="streams"; lanes is {self.lanes!r}.')
+            object.__setattr__(self, "decode_sms", sms)
+        for name in ("cache_dir", "draft_model"):
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
+                raise refuse(name, "a path, or None")
         self._check_speculation()
         for name in ("prefix_cache", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise refuse(name, "True or False")
         if self.graphs != "auto" and not isinstance(self.graphs, bool):
             raise refuse("graphs", 'True, False or "auto"')
+        if self.progress is not None and not isinstance(self.progress, bool):
+            raise refuse("progress", "True, False or None")
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
+            raise refuse("revision", "a branch, tag or commit of a Hub repo, or None")
         parse_kv_cache(self.kv_cache)
 
+    def _check_count(self, name: str, least: int, *, auto: bool = False) -> None:
+        value = getattr(self, name)
+        if auto and isinstance(value, str) and value == "auto":
+            return
+        number = plain_int(value)
+        if number is None or number < least:
+            must = f"an integer of {least} or more" + (', or "auto"' if auto else "")
+            raise ConfigError(f"{name} must be {must}, not {value!r}.")
+        object.__setattr__(self, name, number)  # a plain one also where numpy's was given
+
+    def _check_target(self, refuse: Callable[[str, str], ConfigError]) -> None:
+        target = plain_float(self.target_itl_ms)
+        if target is None or not 0 < target < math.inf:
+            raise refuse("target_itl_ms", "a number of milliseconds above 0, or None")
+        if self.lanes != "auto":
+            raise ConfigError(
+                f'target_itl_ms is for lanes="auto"; with lanes={self.lanes!r} nothing is left to choose.'
+            )
+        if self.tensor_parallel > 1:
+            raise ConfigError(
+                f"target_itl_ms needs tensor_parallel=1, not {self.tensor_parallel}: it chooses between two lanes, and "
+                "ranks have one. Leave out either."
+            )
+        object.__setattr__(self, "target_itl_ms", target)
+
     def _check_speculation(self) -> None:
-        kind, drafts = self.speculative, self.num_drafts
+        kind = self.speculative
         if kind is not None and kind not in DRAFTERS:
             raise ConfigError(f"speculative must be one of {', '.join(DRAFTERS)}, or None, not {kind!r}.")
-        if drafts != "auto" and (
-            not isinstance(drafts, int) or isinstance(drafts, bool) or not 1 <= drafts <= MOST_DRAFTS
-        ):
-            raise ConfigError(f'num_drafts must be an integer from 1 to {MOST_DRAFTS}, or "auto", not {drafts!r}.')
+        if self.num_drafts != "auto":
+            drafts = plain_int(self.num_drafts)
+            if drafts is None or not 1 <= drafts <= MOST_DRAFTS:
+                raise ConfigError(
+                    f'num_drafts must be an integer from 1 to {MOST_DRAFTS}, or "auto", not {self.num_drafts!r}.'
+                )
+            if kind is None:
+                raise ConfigError(
+                    f"num_drafts is {drafts}, but nothing drafts. Give speculative, one of {', '.join(DRAFTERS)}."
+                )
+            object.__setattr__(self, "num_drafts", drafts)
         if kind == "draft" and not self.draft_model:
             raise ConfigError("speculative='draft' needs draft_model, a smaller model of the same family.")
         if self.draft_model is not None and kind not in ("eagle", "draft"):
@@ -189,9 +222,12 @@ class EngineConfig:
         """Build a config from keyword arguments; an unknown name is refused with the nearest known one."""
         known = [field.name for field in fields(cls) if field.name != "model"]
         for name in options:
-            if name not in known:
-                raise ConfigError(f"Unknown engine option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-        return cls(model=os.fspath(model), **options)
+            if name in known:
+                continue
+            if name in equivalents.ENGINE:
+                raise ConfigError(f"There is no engine option {name!r} here. {equivalents.ENGINE[name]}")
+            raise ConfigError(f"Unknown engine option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+        return cls(model=os.fspath(model) if isinstance(model, os.PathLike) else model, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +241,15 @@ class KvBudget:
 
 def parse_kv_cache(asked: str | float) -> KvBudget:
     """Read a `kv_cache` value; raises ConfigError with the ways to write one."""
-    if asked == "auto":
+    if isinstance(asked, str) and asked == "auto":
         return KvBudget()
-    if isinstance(asked, int) and not isinstance(asked, bool) and asked >= PAGE:
-        return KvBudget(tokens=asked)
-    if isinstance(asked, float) and 0 < asked < 1:
-        return KvBudget(share=asked)
+    tokens, share = plain_int(asked), plain_float(asked)
+    if tokens is not None and tokens >= PAGE:
+        return KvBudget(tokens=tokens)
+    if tokens is None and share is not None and 0 < share < 1:
+        return KvBudget(share=share)
     if isinstance(asked, str) and (
-        match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", asked, re.IGNORECASE)
+        match := re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([kmgt]?i?b)\s*", asked, re.IGNORECASE)
     ):
         unit = match[2].upper()
         if unit in _UNITS:
@@ -444,6 +481,11 @@ def page_bytes(model: ModelConfig, dtype: str) -> int:
     return 2 * model.num_layers * PAGE * model.num_kv_heads * model.head_dim * _BYTES[dtype]
 
 
+def _row_bytes(context: int) -> int:
+    """Return the bytes that a row takes in tables, of host and device together: its pages and 50 columns, or so."""
+    return 9 * pages_for(context) + 200
+
+
 def num_kv_pages(resolved: Resolved, model: ModelConfig, free_bytes: int, drafter_page_bytes: int = 0) -> int:
     """Turn the KV budget into pages, given the memory that the weights left free. Raises ConfigError if too small.
 
@@ -470,6 +512,12 @@ def num_kv_pages(resolved: Resolved, model: ModelConfig, free_bytes: int, drafte
     if pages * size > free_bytes:
         raise ConfigError(
             f"The KV budget needs {pages * size:,} bytes; {free_bytes:,} are free on {resolved.device}. Lower kv_cache."
+        )
+    rows = resolved.max_rows * _row_bytes(min(resolved.context, pages * PAGE))
+    if rows > free_bytes:
+        raise ConfigError(
+            f"max_rows is {resolved.max_rows:,}, whose tables need {rows:,} bytes beside the KV; {free_bytes:,} are "
+            f"free on {resolved.device}. Lower max_rows."
         )
     return int(pages)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, TypeAlias
 
+from overlap import equivalents
 from overlap.errors import RequestError, nearest
 from overlap.plain import plain_float, plain_int
 from overlap.schedule.shaping import MOST_ALTERNATIVES, MOST_BANNED, MOST_BIASED, Shaping
@@ -24,14 +25,6 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 MAX_STOP_STRINGS: Final = 64
 MAX_STOP_TOKEN_IDS: Final = 256
 """Each step looks for all of them in every row."""
-_LATER: Final = ("best_of", "bad_words")
-_NEVER: Final = {
-    "n": "A request has one answer. Give the prompt n times to `generate_batch`, with seeds of their own or none.",
-    "guided_decoding": "Give `structured`, a StructuredOutput.",
-    "structured_outputs": "Give `structured`, a StructuredOutput.",
-    "response_format": "Give `structured`, a StructuredOutput.",
-}
-
 _FLOATS: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS: Final = ("top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs")
 _OPTIONAL: Final = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
@@ -116,14 +109,13 @@ class SamplingParams:
                 f"{unnamed[0]!r:.80}."
             )
         for name in given:
-            if name in _NEVER:
-                raise RequestError(f"There is no sampling parameter {name!r} here. {_NEVER[name]}")
-            if name in _LATER:
-                raise RequestError(f"The sampling parameter {name!r} is not supported yet. Leave it out.")
-            if name not in known:
-                raise RequestError(
-                    f"Unknown sampling parameter {name!r}.{nearest(name, known)} Known ones: {', '.join(known)}."
-                )
+            if name in known:
+                continue
+            if name in equivalents.SAMPLING:
+                raise RequestError(f"There is no sampling parameter {name!r} here. {equivalents.SAMPLING[name]}")
+            raise RequestError(
+                f"Unknown sampling parameter {name!r}.{nearest(name, known)} Known ones: {', '.join(known)}."
+            )
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
