@@ -279,6 +279,29 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
     assert locate(tmp_path, cache_dir=tmp_path) == gguf
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "", NAME.upper()])
+def test_a_revision_of_what_has_none_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(GGUF)
+    model = name if name == NAME.upper() else str(tmp_path / name)
+    with pytest.raises(ModelError, match=r"revision is 'main', but .* is no repository of the Hugging Face Hub"):
+        locate(model, revision="main", cache_dir=tmp_path, known={NAME: MODEL})
+
+
+def test_an_adapter_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match="LoRA adapters are not supported; merge it into its model"):
+        locate(tmp_path, cache_dir=tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ModelError, match="'org/adapter' is an adapter"):
+        locate("org/adapter", cache_dir=tmp_path)
+
+
+def test_a_home_that_is_not_known_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="The home directory in '~nobody-of-this-name/model' is not known"):
+        locate("~nobody-of-this-name/model", cache_dir=tmp_path)
+
+
 def test_a_directory_of_two_ggufs_asks_which(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()

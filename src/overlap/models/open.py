@@ -13,7 +13,7 @@ from overlap.models.config_json import read_config
 from overlap.models.directory import DirectoryCheckpoint, find_tokenizer, read_chat_template
 from overlap.models.dummy import DummyCheckpoint
 from overlap.models.gguf import GgufCheckpoint
-from overlap.models.source import PYPI, locate
+from overlap.models.source import PYPI, expanded, locate
 
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 """Where weights come from: the model's files ("auto"), or a random generator ("dummy")."""
@@ -44,7 +44,7 @@ def open_checkpoint(
         if load_format != "dummy":
             raise ConfigError('A ModelConfig has no weights: pass load_format="dummy", or the path of a model.')
         return DummyCheckpoint(model)
-    path = Path(model).expanduser()
+    path = expanded(os.fspath(model))
     if load_format == "dummy" and path.suffix == ".json" and path.is_file():
         return _dummy_of_config(path)
     path = locate(model, revision=revision, cache_dir=cache_dir, index_url=index_url, progress=progress)

