@@ -120,11 +120,39 @@ def test_a_qwen3_norms_its_heads_and_has_the_head_size_that_it_says(tmp_path: Pa
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({"architectures": "Llama"}, r"architectures is 'Llama'; it must be a list of names"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
+        ({"attention_bias": 1}, "attention_bias is 1; it must be true or false"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number above 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be a number above 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; it must be a number above 0"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'; it must be a number above 0"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; it must be an object or null"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; it must be an object or null"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": "8"}}, "factor is '8'; it must be a number"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1}}, "low_freq_factor is 1.0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_parameters": {"rope_theta": 1e4}},
+            "rope_scaling is .* it must be what rope_parameters says",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; it must be an object or null"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(given: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=says):
         read_config(write(tmp_path, given))
+
+
+def test_both_ways_of_writing_may_say_the_same(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", **LLAMA3}
+    given = {"rope_parameters": {"rope_theta": 5e5, **scaling}, "rope_scaling": scaling}
+    assert read_config(write(tmp_path, given)) == read_config(write(tmp_path, {"rope_theta": 5e5, **given}))
+
+
+def test_a_bad_end_token_is_told_with_the_file_that_has_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"generation_config\.json', eos_token_id is '</s>'"):
+        read_config(write(tmp_path, {"eos_token_id": 2}, {"eos_token_id": "</s>"}))
 
 
 @pytest.mark.parametrize(("content", "says"), [("{", "cannot be read"), ("[]", "holds list, not an object")])
