@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from overlap.errors import ConfigError, ModelError
 from overlap.models import build, open_checkpoint
 from overlap.models.directory import DirectoryCheckpoint, read_chat_template
 
+NOTHING = torch.zeros(1)
 NAME = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -89,6 +91,58 @@ def test_a_tensor_of_a_wrong_shape_is_told_with_both_shapes(directory: Path) -> 
     with pytest.raises(ModelError, match=r"has the shape \[64, 161\].*should be \[64, 160\]"):
         build(checkpoint, device="cpu", dtype=torch.float32)
     checkpoint.close()
+
+
+def rewrite(directory: Path, tensors: dict[str, torch.Tensor] | None = None, **config: object) -> None:
+    """Put tensors into the checkpoint, and values into its config.json."""
+    weights, settings = directory / "model.safetensors", directory / "config.json"
+    save_file({**load_file(weights), **(tensors or {})}, weights)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.q_proj.bias", "self_attn.q_norm.weight", "mlp.gate_proj.weight_scale", "mlp.up_proj.bias"]
+)
+def test_a_tensor_that_the_configuration_has_no_place_for_is_refused(directory: Path, name: str) -> None:
+    rewrite(directory, {f"model.layers.0.{name}": torch.ones(64)})
+    with pytest.raises(ModelError, match=rf"has tensors that its .*no place for, 1: 'model\.layers\.0\.{name}'\."):
+        DirectoryCheckpoint(directory)
+
+
+def test_layers_beyond_those_of_the_configuration_are_refused(directory: Path) -> None:
+    rewrite(directory, num_hidden_layers=1)
+    with pytest.raises(ModelError, match=r"num_layers=1\) has no place for, 18: 'model\.layers\.1\..*, \.\.\."):
+        DirectoryCheckpoint(directory)
+
+
+def test_what_follows_from_the_configuration_may_be_stored_as_well(directory: Path) -> None:
+    rewrite(directory, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "value_head.weight": NOTHING})
+    DirectoryCheckpoint(directory).close()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_that_nothing_says_how_to_read_are_refused(directory: Path, dtype: torch.dtype) -> None:
+    rewrite(directory, {NAME: torch.ones(64, 160).to(dtype)})
+    with pytest.raises(ModelError, match=rf"'{NAME}' .* is of the type (I8|F8_E4M3), and no quantization_config"):
+        DirectoryCheckpoint(directory)
+
+
+def test_a_head_beside_tied_embeddings_has_to_be_the_embedding(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overlap.models.checkpoint.BLOCK_BYTES", 4 * 64 * 100)  # blocks of 100 rows
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(directory, {"lm_head.weight": embedding.clone()})
+    with closing(DirectoryCheckpoint(directory)) as checkpoint:
+        build(checkpoint, device="cpu", dtype=torch.float32)
+    embedding[-1, -1] += 1
+    for head in (embedding, embedding[:-1].clone()):
+        rewrite(directory, {"lm_head.weight": head})
+        with (
+            closing(DirectoryCheckpoint(directory)) as checkpoint,
+            pytest.raises(ModelError, match=r"'lm_head\.weight' is not its 'model\.embed_tokens\.weight'"),
+        ):
+            build(checkpoint, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -10])

@@ -335,6 +335,14 @@ def test_random_damage_to_a_header_is_a_model_error_or_harmless(path: Path) -> N
             GgufCheckpoint(path).close()
 
 
+@pytest.mark.parametrize("name", ["model.layers.2.input_layernorm.weight", "model.layers.1.self_attn.q_norm.weight"])
+def test_a_tensor_that_the_header_has_no_place_for_is_refused(name: str, tmp_path: Path) -> None:
+    weights = random_weights(shapes())
+    write_gguf(tmp_path / "more.gguf", {**weights, name: weights["model.norm.weight"]})
+    with pytest.raises(ModelError, match=rf"has tensors that its .* has no place for, 1: '{gguf_name(name)}'"):
+        GgufCheckpoint(tmp_path / "more.gguf")
+
+
 def test_a_missing_tensor_is_named_in_both_ways(tmp_path: Path) -> None:
     weights = random_weights(shapes())
     del weights["model.layers.1.mlp.up_proj.weight"]

@@ -6,12 +6,13 @@ order, straight to where they are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from overlap.errors import ModelError
@@ -21,6 +22,8 @@ from overlap.models.shard import Part
 
 BLOCK_BYTES: Final = 4 << 20
 """The size that one block of rows aims at as float32 while it is converted; a few of them are alive at once."""
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +89,46 @@ def check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[int
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
-    """Raise ModelError unless every tensor that the configuration asks for is there, in its shape."""
+    """Raise ModelError unless every tensor that the configuration asks for is there, in its shape.
+
+    A head beside tied embeddings has to be the embedding: it would not be looked at.
+    """
     for name, shape in tensor_shapes(checkpoint.config).items():
         if not checkpoint.has(name):
             raise missing_tensor(checkpoint.path, name)
         check_shape(checkpoint.path, name, checkpoint.shape(name), shape)
+    if checkpoint.config.tied_embeddings and checkpoint.has(HEAD) and not _same(checkpoint, EMBEDDING, HEAD):
+        raise ModelError(
+            f"{str(checkpoint.path)!r} ties its embeddings by its configuration, but its {HEAD!r} is not its "
+            f"{EMBEDDING!r}. Set tie_word_embeddings to false if the head is meant, or remove the head."
+        )
+
+
+def check_nothing_left(path: Path, config: ModelConfig, left: Iterable[str]) -> None:
+    """Raise ModelError if tensors of a model are left that its configuration has no place for.
+
+    They would change every answer: those of more layers, biases, norms.
+    """
+    if left := sorted(left):
+        raise ModelError(
+            f"{str(path)!r} has tensors that its configuration ({config.architecture}, num_layers={config.num_layers}) "
+            f"has no place for, {len(left)}: {', '.join(map(repr, left[:3]))}{', ...' * (len(left) > 3)}. "
+            "The configuration belongs to another model, or overlap does not know this kind: fetch the model again."
+        )
+
+
+def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors have the same values."""
+    shape = checkpoint.shape(name)
+    if shape != checkpoint.shape(other):
+        return False
+    for start, stop in row_blocks(shape[0], shape[1]):
+        blocks = [torch.empty(stop - start, shape[1]) for _ in range(2)]
+        for each, block in zip((name, other), blocks, strict=True):
+            checkpoint.read_into(each, block, Part((start, stop)))
+        if not torch.equal(*blocks):
+            return False
+    return True
 
 
 def row_blocks(num_rows: int, row_elements: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from overlap.errors import ModelError
-from overlap.models.checkpoint import TokenizerSource, check_shape, missing_tensor, row_blocks
+from overlap.models.checkpoint import (
+    HEAD,
+    TokenizerSource,
+    check_nothing_left,
+    check_shape,
+    missing_tensor,
+    row_blocks,
+)
 from overlap.models.config_json import read_config, read_json
+from overlap.models.layout import tensor_shapes
 from overlap.models.shard import Part
 
+_MADE_ANEW: Final = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""How the names of tensors end that old checkpoints keep although they follow from the configuration."""
+_DTYPES: Final = ("BF16", "F16", "F32", "F64")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -31,6 +42,7 @@ class DirectoryCheckpoint:
             for shard_path, listed in _shards(path).items():
                 self._shards[shard_path] = shard = _open_shard(shard_path)
                 self._shard_of.update(dict.fromkeys(_names(shard_path, shard, listed), shard))
+            self._check_used()
         except BaseException:
             self.close()
             raise
@@ -66,6 +78,21 @@ class DirectoryCheckpoint:
         while self._shards:
             _, shard = self._shards.popitem()
             shard.__exit__(None, None, None)
+
+    def _check_used(self) -> None:
+        """Refuse tensors that would be left out, and such as hold no plain numbers."""
+        known = tensor_shapes(self.config)
+        own = (name for name in self._shard_of if name.startswith(("model.", "lm_head.")) and name != HEAD)
+        check_nothing_left(
+            self._path, self.config, (name for name in own if name not in known and not name.endswith(_MADE_ANEW))
+        )
+        for name in known:
+            if name in self._shard_of and (dtype := self._slice(name).get_dtype()) not in _DTYPES:
+                raise ModelError(
+                    f"The tensor {name!r} in {str(self._path)!r} is of the type {dtype}, and no quantization_config "
+                    f"says how to read it. overlap reads {', '.join(_DTYPES)}: use the model as it was before it was "
+                    "quantized, or a GGUF."
+                )
 
     def _slice(self, name: str) -> Any:
         try:

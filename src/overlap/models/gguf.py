@@ -17,9 +17,16 @@ import torch
 from torch import Tensor
 
 from overlap.errors import ModelError
-from overlap.models.checkpoint import TokenizerSource, check_shape, missing_tensor, row_blocks
+from overlap.models.checkpoint import (
+    TokenizerSource,
+    check_nothing_left,
+    check_shape,
+    missing_tensor,
+    row_blocks,
+)
 from overlap.models.config import ModelConfig, RopeScaling
 from overlap.models.gguf_header import GgufHeader, GgufTensor, read_header
+from overlap.models.layout import tensor_shapes
 from overlap.models.shard import Part
 
 _OUTER: Final = {
@@ -41,6 +48,8 @@ _INNER: Final = {
     "mlp.down_proj": "ffn_down",
 }
 _ARCHITECTURES: Final = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_MADE_ANEW: Final = (".attn_rot_embd.weight",)
+"""How the names of tensors end that old files keep although they follow from the header."""
 _PIECE: Final = 1 << 18
 """Numbers that are dequantized at once: `gguf` cuts what has rows into sixteen of them, of which small ones take three
 times as long (SmolLM2: 0.59 s, 0.22 in pieces of this size, 0.78 of four times it)."""
@@ -66,6 +75,11 @@ class GgufCheckpoint:
             header = read_header(path, self._data)
             self._tensors = header.tensors
             self.config = _config(path, header, self._factors(header))
+            known = {gguf_name(name) for name in tensor_shapes(self.config)}
+            own = (name for name in self._tensors if name.startswith(("blk.", "output")))
+            check_nothing_left(
+                path, self.config, (name for name in own if name not in known and not name.endswith(_MADE_ANEW))
+            )
         except BaseException:
             self._data.close()
             raise
