@@ -78,9 +78,19 @@ async def test_answers_of_others_stay_as_they_are_and_a_cancelled_one_leaves_not
         assert statistics.free_pages + statistics.evictable_pages == statistics.num_pages
 
 
-async def test_where_nothing_is_chosen_there_is_nothing_to_calibrate(tiny_llama_dir: Path) -> None:
-    async with AsyncEngine(tiny_llama_dir, device="cpu", lanes="serial", kv_cache=640) as engine:
-        with pytest.raises(ConfigError, match="lanes is 'serial'"):
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lanes": "serial"}, r"lanes='serial' was asked for: leave it out\.$"),
+        ({}, r"Here lanes = mixed: on a CPU, .* once\. Give target_itl_ms \(`--target-itl-ms`\) to have it choose\.$"),
+        ({"speculative": "ngram"}, r"Here lanes = mixed: a drafter and its verify share one lane .* so far\.$"),
+    ],
+)
+async def test_where_nothing_is_chosen_it_says_why_there_is_nothing_to_calibrate(
+    tiny_llama_dir: Path, options: dict[str, Any], says: str
+) -> None:
+    async with AsyncEngine(tiny_llama_dir, device="cpu", kv_cache=640, **options) as engine:
+        with pytest.raises(ConfigError, match='There is nothing to calibrate: only lanes="auto" chooses. ' + says):
             await engine.calibrate()
 
 

@@ -22,6 +22,7 @@ from overlap.observe.progress import bar
 from overlap.schedule.split import Route, name_of
 
 if TYPE_CHECKING:
+    from overlap.config import Resolved
     from overlap.core import Core
     from overlap.engine import AsyncEngine
 
@@ -89,15 +90,22 @@ def cells_of(*, max_rows: int, token_budget: int, kv_tokens: int, context: int) 
     return tuple(dict.fromkeys(cells))
 
 
+def _why_not(resolved: Resolved) -> str:
+    """Return why an engine does not choose its lanes, and what to do."""
+    why = next((reason for reason in resolved.reasons if reason.startswith("lanes = ")), None)
+    if why is None:
+        return f"lanes={resolved.lanes!r} was asked for: leave it out."
+    if resolved.device == "cpu" and resolved.tensor_parallel == 1 and resolved.speculative is None:
+        return f"Here {why}. Give target_itl_ms (`--target-itl-ms`) to have it choose."
+    return f"Here {why}."
+
+
 async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progress: bool | None) -> None:
     """See `AsyncEngine.calibrate`."""
     planner, _ = core.parts
     policy, resolved = planner.splitter, engine.config
     if not isinstance(policy, SplitPolicy):
-        raise ConfigError(
-            f'There is nothing to calibrate: lanes is {resolved.lanes!r} here, and only "auto" chooses. '
-            "`engine.explain()` says why it is so."
-        )
+        raise ConfigError(f'There is nothing to calibrate: only lanes="auto" chooses. {_why_not(resolved)}')
     for name, has, needs in (("max_rows", resolved.max_rows, 2), ("context", engine.context, 2 * _SHORT)):
         if has < needs:
             raise ConfigError(
