@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from overlap import AsyncEngine, SamplingParams
 from overlap.cli import main
@@ -138,6 +140,69 @@ def test_an_answer_is_held_to_a_form_and_its_prompt_is_scored(tiny_llama_dir: Pa
         assert all(entry["logprob"] <= 0 for entry in others)
 
 
+@pytest.mark.parametrize(
+    "option", ["--decode-sms", "--max-waiting", "--prefill-chunk", "--prefix-cache", "--no-prefix-cache"]
+)
+def test_serve_has_an_option_for_what_a_server_is_tuned_with(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    assert option in shown
+    assert "gguf, safetensors" not in shown
+
+
+def test_options_of_the_engine_reach_it(tiny_llama_dir: Path) -> None:
+    asked: list[str | Path] = ["generate", tiny_llama_dir, "Paris", "--max-tokens", "2", *TINY]
+    assert overlap(*asked, "--no-prefix-cache", "--prefill-chunk", "8", "--max-waiting", "3").returncode == 0
+    run = overlap(*asked, "--decode-sms", "8")
+    assert run.returncode == 2
+    assert "decode_sms is for lanes" in run.stderr
+
+
+def test_an_answer_of_no_asked_length_ends_with_the_context(tiny_llama_dir: Path) -> None:
+    asked: list[str | Path] = ["generate", tiny_llama_dir, "Paris is", "--json", "--ignore-eos", "--context", "20"]
+    run = overlap(*asked, *TINY)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["usage"]["total_tokens"] == 20
+    refused = overlap(*asked, *TINY, "--max-tokens", "256")
+    assert refused.returncode == 2
+    assert "256" in refused.stderr
+    longer = overlap(*asked[:-2], *TINY, "--min-tokens", "300")
+    assert json.loads(longer.stdout)["usage"]["completion_tokens"] == 300
+
+
+@pytest.mark.parametrize("option", ["--logprobs", "--prompt-logprobs"])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["generate", "nothing.gguf", "x"], "is told with --json only"),
+        (["chat", "nothing.gguf"], "has no place in a chat"),
+    ],
+)
+def test_what_would_be_shown_to_nobody_is_refused(asked: list[str], words: str, option: str) -> None:
+    run = overlap(*asked, option, "1")
+    assert run.returncode == 2
+    assert f"{option} {words}" in run.stderr
+
+
+def test_what_json_has_no_word_for_is_null(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    path = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, path / "model.safetensors")
+    run = overlap("generate", path, "Paris", "--json", "--logprobs", "1", "--max-tokens", "1", *GREEDY, *TINY)
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout, parse_constant=pytest.fail)
+    assert answer["logprobs"][0]["logprob"] is None
+
+
+def test_the_file_of_a_form_that_is_not_there_is_named() -> None:
+    run = overlap("generate", "x", "--structured", "json_schema:@nofile")
+    assert run.returncode == 2
+    said = "the form is to be in the file 'nofile', which cannot be read: No such file or directory."
+    assert said in " ".join(run.stderr.split())
+
+
 @pytest.mark.parametrize("form", ["yaml", "json_schema:{", "regex:", "regex:@nowhere", "choice:"])
 def test_a_form_that_is_none_is_refused_before_anything_is_loaded(form: str) -> None:
     run = overlap("generate", "x", "--structured", form)
@@ -205,6 +270,20 @@ def test_ctrl_c_ends_generate_quietly_with_130(smollm2_path: Path) -> None:
         program.send_signal(signal.SIGINT)
         program.stdout.read()
         assert program.stderr.read() == b""
+    assert program.returncode == 130
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("command", [["generate", "{}", "One, two,"], ["chat", "{}"], ["serve", "{}", "--fronts", "0"]])
+def test_ctrl_c_while_the_engine_opens_ends_quietly_with_130(tiny_llama_dir: Path, command: list[str]) -> None:
+    asked = [*OVERLAP, *(part.format(tiny_llama_dir) for part in command), *TINY]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(asked, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as program:
+        maps = Path(f"/proc/{program.pid}/maps")
+        while program.poll() is None and "libtorch" not in maps.read_text():  # torch is being imported
+            time.sleep(0.01)
+        program.send_signal(signal.SIGINT)
+        assert program.communicate(timeout=SOON) == ("", "")
     assert program.returncode == 130
 
 

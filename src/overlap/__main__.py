@@ -2,6 +2,9 @@
 
 import sys
 
-from overlap.cli import main
+try:
+    from overlap.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 sys.exit(main())

@@ -9,11 +9,14 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +28,10 @@ from overlap.messages import TokenLogprob
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
 INTERRUPTED: Final = 128 + 2
 BROKEN_PIPE: Final = 128 + 13
+USUAL_TOKENS: Final = 256
+"""Tokens of an answer of `generate` where nobody says how many, if the context has room for them."""
+LEAVE_SECONDS: Final = 10.0
+"""How long Ctrl-C waits for an engine that is still being opened."""
 
 _ENGINE_OPTIONS: Final = tuple(field.name for field in fields(EngineConfig) if field.name != "model")
 _SAMPLING_OPTIONS: Final = tuple(field.name for field in fields(SamplingParams))
@@ -51,8 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
+        _end_engines()
         return INTERRUPTED
     return code
+
+
+def _end_engines() -> None:
+    """Wait until no engine is being opened any more: Python must not end under a thread that imports torch.
+
+    If that takes long, or Ctrl-C comes again, the process ends here, with no more ado.
+    """
+    until = time.monotonic() + LEAVE_SECONDS
+    engines = [thread for thread in threading.enumerate() if thread.name == "overlap-engine"]
+    try:
+        for thread in engines:
+            thread.join(max(0.0, until - time.monotonic()))
+        left = any(thread.is_alive() for thread in engines)
+    except KeyboardInterrupt:
+        left = True
+    if left:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 # ---------------------------------------------------------------- generate
@@ -61,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     params = _sampling(arguments)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None and not arguments.json:
+            raise RequestError(f"--{name.replace('_', '-')} is told with --json only. Add --json, or leave it out.")
     asyncio.run(_stream_answer(arguments, prompt, params))
     return 0
 
@@ -68,11 +98,19 @@ def _generate(arguments: argparse.Namespace) -> int:
 async def _stream_answer(arguments: argparse.Namespace, prompt: str, params: SamplingParams) -> None:
     async with _engine(arguments) as engine:
         asked = [{"role": "user", "content": prompt}] if arguments.chat else prompt
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=await _usual_tokens(engine, asked, params.min_tokens))
         async with contextlib.aclosing(engine.generate(asked, params)) as outputs:
             async for output in outputs:
                 if not arguments.json:
                     print(output.text_delta, end="", flush=True)
-    print(json.dumps(_as_json(output)) if arguments.json else "", flush=True)
+    print(json.dumps(_as_json(output), allow_nan=False) if arguments.json else "", flush=True)
+
+
+async def _usual_tokens(engine: AsyncEngine, asked: str | list[dict[str, str]], least: int) -> int:
+    """Return how many tokens an answer may have where nobody has said: the usual, as far as the context has room."""
+    prompt = await (engine.encode(asked) if isinstance(asked, str) else engine.encode_chat(asked))
+    return max(1, min(max(USUAL_TOKENS, least), engine.context - len(prompt)))
 
 
 def _as_json(output: Output) -> dict[str, Any]:
@@ -86,13 +124,22 @@ def _as_json(output: Output) -> dict[str, Any]:
             "completion_tokens": output.usage.completion_tokens,
             "total_tokens": output.usage.total_tokens,
         },
-        **({} if output.logprobs is None else {"logprobs": [asdict(entry) for entry in output.logprobs]}),
+        **({} if output.logprobs is None else {"logprobs": _scores(output.logprobs)}),
         **({} if output.prompt_logprobs is None else {"prompt_logprobs": _scores(output.prompt_logprobs)}),
     }
 
 
 def _scores(entries: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
-    return [None if entry is None else asdict(entry) for entry in entries]
+    return [None if entry is None else _finite(asdict(entry)) for entry in entries]
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON has a word for: null stands for what is no finite number."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------- chat
@@ -145,6 +192,9 @@ class Conversation:
 def _chat(arguments: argparse.Namespace) -> int:
     opening = () if arguments.system is None else ({"role": "system", "content": arguments.system},)
     params = _sampling(arguments)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise RequestError(f"--{name.replace('_', '-')} has no place in a chat: use `overlap generate --json`.")
     # The engine has a thread of its own, so nothing stands still while this one waits for somebody to type.
     with asyncio.Runner() as runner:
         engine = _engine(arguments)
@@ -339,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="what to go on with; - reads it from stdin")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object when the answer is complete")
-    add_sampling(generate, max_tokens=256)
+    add_sampling(generate, max_tokens=USUAL_TOKENS)
     add_engine(generate)
     generate.set_defaults(run=_generate)
 

@@ -26,10 +26,14 @@ class _Biases(argparse.Action):
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    """Add an option for each field of SamplingParams; what is not given keeps the field's own default."""
+    """Add an option for each field of SamplingParams; what is not given keeps the field's own default.
+
+    `max_tokens` is what the command takes if none is given, for its help.
+    """
     group = parser.add_argument_group("sampling")
-    until = "until the model ends it or the context is full" if max_tokens is None else str(max_tokens)
-    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens of an answer (default: {until})")
+    until = "until the model ends it or the context is full"
+    until = until if max_tokens is None else f"{max_tokens}, or what the context has room for"
+    group.add_argument("--max-tokens", type=int, metavar="N", help=f"tokens of an answer (default: {until})")
     group.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: 1)")
     group.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     group.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest with this probability")
@@ -65,14 +69,18 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-cache", type=_number, metavar="SIZE", help="tokens, a size (2GiB), or a share (0.5)")
     group.add_argument("--max-rows", type=_number, metavar="N", help="requests in one step")
     group.add_argument("--token-budget", type=_number, metavar="N", help="tokens in one step")
+    group.add_argument("--prefill-chunk", type=_number, metavar="N", help="tokens of one prompt in one step")
+    group.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, help="(default: keep shared prefixes)")
+    group.add_argument("--max-waiting", type=int, metavar="N", help="requests in the queue at most (default: 16384)")
     group.add_argument("--lanes", help="mixed, serial, streams or auto: how prompts and answers share the device")
+    group.add_argument("--decode-sms", type=int, metavar="N", help="with --lanes streams: SMs for answers alone")
     group.add_argument("--target-itl-ms", type=float, metavar="MS", help="aim at so much between two tokens")
     group.add_argument("--tensor-parallel", type=int, metavar="N", help="devices to cut the model over")
     group.add_argument("--speculative", metavar="KIND", help="ngram, eagle or draft: what drafts tokens to verify")
     group.add_argument("--draft-model", metavar="PATH", help="the EAGLE head, or the small model that drafts")
-    group.add_argument("--num-drafts", type=_number, metavar="N", help="tokens to draft for a row at most (default: 4)")
+    group.add_argument("--num-drafts", type=_number, metavar="N", help="tokens to draft for a row (default: auto)")
     group.add_argument("--context", type=_number, metavar="N", help="tokens of one request, prompt and answer")
-    group.add_argument("--load-format", help="gguf, safetensors, auto, or dummy for random weights")
+    group.add_argument("--load-format", help="auto, or dummy for random weights")
     group.add_argument("--revision", help="branch, tag or commit of a repo")
     group.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
 
@@ -110,18 +118,28 @@ def _structured(asked: str) -> StructuredOutput:
     kind, _, text = asked.partition(":")
     try:
         if text.startswith("@"):
-            text = Path(text[1:]).read_text(encoding="utf-8")
+            text = _file_text(text[1:])
         if kind in ("json", "json_object") and not text:
             return StructuredOutput.json_object()
         if kind == "choice":
             return StructuredOutput.choice(text.split("|"))
         if kind in ("json_schema", "regex", "lark"):
             return StructuredOutput(kind, text)  # type: ignore[arg-type]  # one of the three
-    except (RequestError, OSError, UnicodeDecodeError) as error:
+    except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     raise argparse.ArgumentTypeError(
         f"a form is json, json_schema:TEXT, regex:TEXT, lark:TEXT or choice:ONE|OTHER, not {asked!r:.80}"
     )
+
+
+def _file_text(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise argparse.ArgumentTypeError(
+            f"the form is to be in the file {name!r}, which cannot be read: {why}. Give a file behind the @"
+        ) from None
 
 
 def _port(text: str) -> int:
