@@ -286,6 +286,8 @@ HOSTILE: list[tuple[str, Any]] = [
     ("completions", {"prompt": "x", "n": 10**30}),
     ("completions", {"prompt": "x", "priority": 10**30}),
     ("completions", {"prompt": "x", "stop_token_ids": [-1]}),
+    ("completions", {"prompt": "x", "stop_token_ids": [2**31]}),
+    ("completions", {"prompt": "x", "stop_token_ids": [3] * 257}),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
     ("chat/completions", {"messages": [[]]}),
     ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{"id": 3}]}]}),
