@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from overlap import equivalents
 from overlap.assemble import machine
 from overlap.cache.pages import PAGE
 from overlap.config import (
@@ -24,6 +23,7 @@ from overlap.config import (
     parse_kv_cache,
     resolve,
 )
+from overlap.equivalents import ENGINE_OPTIONS
 from overlap.errors import ConfigError
 from overlap.models.config import ModelConfig
 
@@ -90,7 +90,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one() -> None:
 def test_an_option_of_another_engine_is_refused_with_what_stands_for_it_here(name: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         EngineConfig.from_options("m", {name: 1})
-    assert str(refusal.value) == f"There is no engine option {name!r} here. {equivalents.ENGINE[name]}"
+    assert str(refusal.value) == f"There is no engine option {name!r} here. {ENGINE_OPTIONS[name]}"
 
 
 @pytest.mark.parametrize("model", [5, None])

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from overlap import AsyncEngine, EngineConfig, RequestError, SamplingParams, StructuredOutput, Terms, equivalents
+from overlap import AsyncEngine, EngineConfig, RequestError, SamplingParams, StructuredOutput, Terms
+from overlap.equivalents import ENGINE_OPTIONS, SAMPLING_PARAMETERS
 from overlap.messages import MAX_STOP_TOKEN_IDS
 
 MANY = list(range(MAX_STOP_TOKEN_IDS + 1))
@@ -62,11 +63,11 @@ def test_a_parameter_of_another_engine_is_refused_with_what_stands_for_it_here(n
     given: dict[str, Any] = {name: 1}
     with pytest.raises(RequestError) as error:
         SamplingParams(**given)
-    assert str(error.value) == f"There is no sampling parameter {name!r} here. {equivalents.SAMPLING[name]}"
+    assert str(error.value) == f"There is no sampling parameter {name!r} here. {SAMPLING_PARAMETERS[name]}"
 
 
 def test_what_stands_for_other_names_is_no_name_of_ours_and_names_only_what_there_is() -> None:
-    for table, ours in ((equivalents.SAMPLING, SamplingParams), (equivalents.ENGINE, EngineConfig)):
+    for table, ours in ((SAMPLING_PARAMETERS, SamplingParams), (ENGINE_OPTIONS, EngineConfig)):
         known = {field.name for field in fields(ours)}
         assert not known & set(table)
         named = {name for text in table.values() for name in re.findall(r"`(\w+)`", text)}

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypeVar, get_args
 
-from overlap import equivalents
 from overlap.cache.pages import PAGE, pages_for
+from overlap.equivalents import ENGINE_OPTIONS
 from overlap.errors import ConfigError, nearest
 from overlap.plain import plain_float, plain_int
 from overlap.schedule.plan import Ladder
@@ -224,8 +224,8 @@ class EngineConfig:
         for name in options:
             if name in known:
                 continue
-            if name in equivalents.ENGINE:
-                raise ConfigError(f"There is no engine option {name!r} here. {equivalents.ENGINE[name]}")
+            if name in ENGINE_OPTIONS:
+                raise ConfigError(f"There is no engine option {name!r} here. {ENGINE_OPTIONS[name]}")
             raise ConfigError(f"Unknown engine option {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
         return cls(model=os.fspath(model) if isinstance(model, os.PathLike) else model, **options)
 

@@ -15,7 +15,7 @@ _FILE_SAYS: Final = "The files say how the weights are written: give a quantized
 _OWN_TOKENIZER: Final = "The tokenizer is the one in the model's directory or GGUF."
 _NO_BEAMS: Final = "There is no beam search."
 
-ENGINE: Final[Mapping[str, str]] = MappingProxyType(
+ENGINE_OPTIONS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "gpu_memory_utilization": _SHARE,
         "mem_fraction_static": _SHARE,
@@ -67,7 +67,7 @@ ENGINE: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Options of an engine."""
 
-SAMPLING: Final[Mapping[str, str]] = MappingProxyType(
+SAMPLING_PARAMETERS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "n": "A request has one answer. Give the prompt n times to `generate_batch`, with seeds of their own or none.",
         "best_of": "A request has one answer. Give the prompt several times to `generate_batch`, and choose.",

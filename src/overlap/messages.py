@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, TypeAlias
 
-from overlap import equivalents
+from overlap.equivalents import SAMPLING_PARAMETERS
 from overlap.errors import RequestError, nearest
 from overlap.plain import plain_float, plain_int
 from overlap.schedule.shaping import MOST_ALTERNATIVES, MOST_BANNED, MOST_BIASED, Shaping
@@ -111,8 +111,8 @@ class SamplingParams:
         for name in given:
             if name in known:
                 continue
-            if name in equivalents.SAMPLING:
-                raise RequestError(f"There is no sampling parameter {name!r} here. {equivalents.SAMPLING[name]}")
+            if name in SAMPLING_PARAMETERS:
+                raise RequestError(f"There is no sampling parameter {name!r} here. {SAMPLING_PARAMETERS[name]}")
             raise RequestError(
                 f"Unknown sampling parameter {name!r}.{nearest(name, known)} Known ones: {', '.join(known)}."
             )
