@@ -72,7 +72,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill-chunk", type=_number, metavar="N", help="tokens of one prompt in one step")
     group.add_argument("--prefix-cache", action=argparse.BooleanOptionalAction, help="(default: keep shared prefixes)")
     group.add_argument("--max-waiting", type=int, metavar="N", help="requests in the queue at most (default: 16384)")
-    group.add_argument("--lanes", help="mixed, serial, streams or auto: how prompts and answers share the device")
+    group.add_argument("--lanes", help="mixed, serial, streams, halves or auto: how steps share the device")
     group.add_argument("--decode-sms", type=int, metavar="N", help="with --lanes streams: SMs for answers alone")
     group.add_argument("--target-itl-ms", type=float, metavar="MS", help="aim at so much between two tokens")
     group.add_argument("--tensor-parallel", type=int, metavar="N", help="devices to cut the model over")
