@@ -1,7 +1,8 @@
 """What does deciding a step cost on the host: microseconds of plan, launch and settle, by the number of rows?
 
 Steady: every row decodes and nothing else happens, the state in which a step should cost what changes and not what
-stays. Churn: at each step one row in a hundred ends and a new request comes in its place. One step is planned ahead, as
+stays. Full: the same while another request waits for a slot, as under any load that is more than the slots can
+hold. Churn: at each step one row in a hundred ends and a new request comes in its place. One step is planned ahead, as
 in the loop, and the device is simulated: launching is packing the plan and queueing it. A round's figure is the mean
 over its steps, so the steps in which rows get a new page (one in 16 for each row, at different steps for each) are in
 it; what is shown is the median of the rounds, each with a planner of its own. The limit it is set against: while
@@ -40,7 +41,7 @@ VERBS = ("plan", "launch", "settle")
 CONTEXT = 1024
 PROMPTS = range(8, 24)
 """Lengths of the prompts: sixteen in a row, so that a sixteenth of the rows needs a page at each step."""
-STATES = {"steady": 0.0, "churn": 0.01}
+STATES = {"steady": 0.0, "full": 0.0, "churn": 0.01}
 """Which share of the rows is replaced at each step."""
 WARM_UP = 20
 STOP_ID = 10**6
@@ -49,8 +50,9 @@ STOP_ID = 10**6
 class Rig:
     """A planner whose rows all decode from the next plan on, and what launches its plans."""
 
-    def __init__(self, num_rows: int, drafts: int) -> None:
-        max_rows = num_rows + num_rows // 50 + 2  # who has ended keeps a slot until its last step has landed
+    def __init__(self, num_rows: int, drafts: int, *, full: bool) -> None:
+        # Who has ended keeps a slot until its last step has landed.
+        max_rows = num_rows if full else num_rows + num_rows // 50 + 2
         num_pages, budget = max_rows * (CONTEXT // 16 + 1), max_rows * max(PROMPTS) + 1
         self.planner = Planner(
             max_rows=max_rows, num_pages=num_pages, token_budget=budget, prefill_chunk=budget, context=CONTEXT,
@@ -61,7 +63,7 @@ class Rig:
         self._stream = SimDevice(0.0).stream("compute")
         self._buffers = [np.zeros(capacity(max_rows, budget, num_pages), dtype=np.int32) for _ in range(3)]
         self._plans: list[StepPlan | None] = [None] * 3
-        for _ in range(num_rows):
+        for _ in range(num_rows + full):
             self.submit()
 
     def submit(self) -> None:
@@ -89,9 +91,9 @@ class Rig:
         self._stream.spans.clear()
 
 
-def measure(num_rows: int, steps: int, churn: float, drafts: int) -> dict[str, float]:
+def measure(num_rows: int, steps: int, state: str, drafts: int) -> dict[str, float]:
     """Return the mean microseconds of each verb, and of all together, over one round."""
-    rig = Rig(num_rows, drafts)
+    rig, churn = Rig(num_rows, drafts, full=state == "full"), STATES[state]
     planner, flight = rig.planner, rig.planner.plan()
     assert flight is not None
     clock, seed = time.perf_counter, np.random.default_rng(0)
@@ -134,9 +136,9 @@ def main() -> None:
         parser.error(f"--steps is {asked.steps}; it must be from 1 to {most}, as an answer is not longer")
     rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in tqdm(range(asked.rounds), unit="round"):
-        for state, churn in STATES.items():
+        for state in STATES:
             for rows in ROWS:  # in turns, so that a noisy moment is no one's alone
-                rounds.setdefault((state, rows), []).append(measure(rows, asked.steps, churn, asked.drafts))
+                rounds.setdefault((state, rows), []).append(measure(rows, asked.steps, state, asked.drafts))
     table: dict[str, dict[int, dict[str, object]]] = {state: {} for state in STATES}
     for state in STATES:
         print(f"{state:>8}" + "".join(f"{name + ' us':>12}" for name in (*VERBS, "sum")) + "   the rounds' sums")

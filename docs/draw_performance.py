@@ -68,8 +68,11 @@ def main() -> None:
     axes.tick_params(length=0)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
+    lighter = ", and in a lighter tone the best fixed way of sharing steps" if any(
+        best[key] is not auto[key] for key in keys
+    ) else ""  # fmt: skip
     title = (
-        "Green: overlap on the GPU named, by default, and in a lighter tone the best fixed way of sharing steps.\n"
+        f"Green: overlap on the GPU named, by default{lighter}.\n"
         "Grey: vLLM 0.25.1 on an H200, against the limit of the same bar's GPU."
     )
     axes.set_title(title, loc="left", fontsize=9)
