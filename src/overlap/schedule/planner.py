@@ -177,7 +177,7 @@ class Planner:
             return "The prompt is empty. Give at least one token."
         if num_prompt + limit > self._context:
             return (
-                f"The prompt has {num_prompt} tokens and asks for up to {limit} more; "
+                f"The prompt has {num_prompt} token{'s' * (num_prompt != 1)} and asks for up to {limit} more; "
                 f"the engine holds {self._context} for one request. "
                 "Shorten the prompt, lower max_tokens, or open the engine with more context or kv_cache."
             )
