@@ -24,7 +24,7 @@ from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
-from overlap.schedule.split import Always
+from overlap.schedule.split import Always, Splitter
 from overlap.testing import EchoModel, SimDevice, SimRunner
 from overlap.testing.echo import SimFlight
 
@@ -86,7 +86,7 @@ class Case:
 class Storm:
     """An engine's loop on a simulated device, and everybody who uses it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, splitter: Splitter | None = None) -> None:
         self.draw = draw = random.Random(seed)
         self.num_pages = draw.choice([4, 5, 7, 9, 12, 16, 24, 48])
         max_rows = draw.choice([1, 2, 4, 8, 8])
@@ -99,7 +99,7 @@ class Storm:
             context=draw.choice([1024, 1024, self.num_pages * PAGE - 7]),
             prefix_cache=draw.random() < 0.9,
             max_waiting=draw.choice([2**31, 2**31, 2**31, 4]),
-            splitter=draw.choice([None, None, Always("serial"), Always("mixed")]),
+            splitter=splitter,
         )
         self.failing = draw.choice([0.0, 0.0, 0.005, 0.04])
         self.checks = seed % 3 == 0
@@ -323,6 +323,11 @@ class Storm:
 @pytest.mark.parametrize("seed", range(100))
 async def test_whatever_happens_nothing_is_lost_and_every_token_is_right(seed: int) -> None:
     await Storm(seed).rage()
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_so_it_is_where_prompts_and_decode_rows_take_turns(seed: int) -> None:
+    await Storm(seed, Always("serial")).rage()
 
 
 async def test_the_storm_meets_all_that_is_hard() -> None:

@@ -254,6 +254,7 @@ class Planner:
             return self._plan_side()
         updates: list[Update] = []
         self._room.make_for_pressing()
+        preemptions = self._room.preemptions
         before, width, for_rows = self._before, 0, -1
         if before is not None and self._goes_on(before):
             for_rows = before.num_decode
@@ -284,8 +285,8 @@ class Planner:
             decode = NONE
         elif last:
             decode, width = self._grow(free, width, updates)
-        if not len(decode) and not chunks:
-            return None
+        if not len(decode) and not chunks:  # if the last row gave way, prompts have the step that was to be its
+            return self.plan() if self._room.preemptions > preemptions else None
         short = False
         if chunks:  # a step may be in turn with prompts, and have no decode rows
             short = self._prefill.is_short(decode, chunks)
