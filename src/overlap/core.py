@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import gc
 import itertools
+import os
 import threading
 import traceback
 import weakref
@@ -72,6 +73,8 @@ class Core:
         self._thread = threading.Thread(target=self._run, name="overlap-engine", daemon=True)
         self._opened: Future[Opened] = Future()
         self._stopped: Future[None] = Future()
+        for future in (self._opened, self._stopped):
+            future.set_running_or_notify_cancel()  # several may wait: who stops waiting must not cancel it for others
         self._events: asyncio.AbstractEventLoop | None = None
         self._loop: Loop | None = None
         self._planner: Planner | None = None
@@ -86,14 +89,19 @@ class Core:
         self._ended: Callable[[], OverlapError] | None = None
         self._close_asked = False
         self._draining = False
+        self._process: int | None = None  # where it was started: a fork copies all of this but the threads
+        self._leave = partial(Core._at_exit, weakref.ref(self))
 
     def start(self) -> Future[Opened]:
-        """Start the thread. The future brings what was opened, or why it could not be."""
+        """Start the thread, once. The future brings what was opened, or why it could not be."""
+        self.check_process()
         with self._lock:
             if self._close_asked:
                 raise EngineClosed("The engine was closed. Make a new one.")
-            self._thread.start()
-            atexit.register(self._at_exit, weakref.ref(self))
+            if self._thread.ident is None:
+                self._process = os.getpid()
+                self._thread.start()
+                atexit.register(self._leave)
         return self._opened
 
     def front(self, loop: asyncio.AbstractEventLoop) -> Front:
@@ -102,6 +110,7 @@ class Core:
 
     def add_front(self, make: Callable[[int], F]) -> F:
         """Take in a front of another kind; `make` gets its number."""
+        self.check_process()
         with self._lock:
             self._fronts = {n: front for n, front in self._fronts.items() if not front.loop.is_closed()}
             front = make(next(self._numbers))
@@ -118,8 +127,22 @@ class Core:
         """Done once the thread has ended and everything was given back."""
         return self._stopped
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy in a process that was forked off: it has no thread, and its locks may be held."""
+        return self._process is not None and self._process != os.getpid()
+
+    def check_process(self) -> None:
+        """Raise EngineClosed in a process that was forked off the engine's own."""
+        if self.forked:
+            raise EngineClosed(
+                f"The engine was opened in process {self._process}, and this is process {os.getpid()}: "
+                "open an engine in this process."
+            )
+
     def check_open(self) -> None:
-        """Raise EngineClosed or EngineDead if the engine has ended."""
+        """Raise EngineClosed or EngineDead if the engine has ended, or runs in another process."""
+        self.check_process()
         if self._ended is not None:
             raise self._ended()
 
@@ -240,7 +263,11 @@ class Core:
         return statistics_of(planner, loop, runner.statistics(), self._masks, self._fallbacks)
 
     def close(self) -> Future[None]:
-        """End every request and let the thread give everything back. Idempotent."""
+        """End every request and let the thread give everything back. Idempotent; in a forked process, nothing."""
+        if self.forked:
+            nothing: Future[None] = Future()
+            nothing.set_result(None)
+            return nothing
         with self._lock:
             first, self._close_asked = not self._close_asked, True
         if first and self._thread.ident is None:
@@ -262,7 +289,7 @@ class Core:
 
     @staticmethod
     def _at_exit(reference: weakref.ref[Core]) -> None:
-        """A program that ends with its engine open: let the device finish before the interpreter goes."""
+        """A program ends with its engine open: let the device finish before the interpreter goes."""
         core = reference()
         if core is not None:
             with suppress(TimeoutError):
@@ -300,6 +327,7 @@ class Core:
             finally:
                 with suppress(InvalidStateError):  # nobody waits any more: it was left behind
                     self._stopped.set_result(None)
+                atexit.unregister(self._leave)
 
     def _serve(self) -> None:
         try:
@@ -400,6 +428,7 @@ class Core:
         return loop
 
     def _post(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        self.check_process()
         with self._lock:
             if self._ended is not None:
                 raise self._ended()

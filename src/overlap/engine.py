@@ -72,31 +72,48 @@ class AsyncEngine:
         self._asked = EngineConfig.from_options(model, options)
         self._core = Core(self._asked)
         self._keys = itertools.count()
-        self._lock = threading.Lock()  # guards the two below, which threads of several event loops share
+        self._lock = threading.Lock()  # guards those below, which threads of several event loops share
+        self._num_starting = 0
         self._fronts: dict[asyncio.AbstractEventLoop, Front] = {}
         self._answers: dict[str, tuple[Answer, Front]] = {}
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def start(self) -> None:
-        """Open the model and start serving. The event loop runs on meanwhile. Raises ConfigError, EngineClosed."""
+        """Open the model and start serving. The event loop runs on meanwhile. Raises ConfigError, EngineClosed.
+
+        Any number of tasks may start one engine: it is opened once, and all of them wait for it. Once the last of them
+        has stopped waiting, the engine is closed.
+        """
+        self._core.check_process()
         if self._opened is not None:
             self._core.check_open()
             return
+        with self._lock:
+            self._num_starting += 1
         try:
-            self._opened = opened = await asyncio.wrap_future(self._core.start())
-        except BaseException:
-            self._core.close()
-            raise
-        text = opened.text
-        self._prompts = PromptEncoder(self.model_name, opened.model.vocab_size, text.tokenizer, text.template)
+            opened = await asyncio.wrap_future(self._core.start())
+            self._core.check_open()  # it may have been closed meanwhile
+            with self._lock:
+                if self._opened is None:
+                    text, vocab_size = opened.text, opened.model.vocab_size
+                    self._prompts = PromptEncoder(self.model_name, vocab_size, text.tokenizer, text.template)
+                    self._opened = opened
+        finally:
+            with self._lock:
+                self._num_starting -= 1
+                given_up = self._opened is None and not self._num_starting
+            if given_up:
+                self._core.close()
 
     async def aclose(self, *, drain: bool = False) -> None:
         """Close the engine and give all its memory back. Idempotent.
 
         `drain=True` lets every request end first, and takes no new ones; otherwise those that still run end with
-        EngineClosed.
+        EngineClosed. In a process that was forked off the engine's own there is nothing to close.
         """
+        if self._core.forked:
+            return
         if drain and self._opened is not None:
             with suppress(EngineClosed, EngineDead):  # it may end by itself: then nothing is left to drain
                 await asyncio.wrap_future(self._core.drain())
@@ -116,7 +133,7 @@ class AsyncEngine:
         await self.aclose()
 
     def __del__(self) -> None:
-        if self._opened is not None and not self._core.close_asked:
+        if self._opened is not None and not self._core.close_asked and not self._core.forked:
             warnings.warn(f"unclosed engine of {self._asked.model!r}: use `async with`", ResourceWarning, stacklevel=2)
             self._core.close()
             if self._prompts is not None:
@@ -199,6 +216,7 @@ class AsyncEngine:
 
         When this returns, nothing more of the request is seen, and the engine runs it no further.
         """
+        self._core.check_process()
         with self._lock:
             answer, front = self._answers.pop(request_id, (None, None))
         if answer is None or front is None:
@@ -242,6 +260,7 @@ class AsyncEngine:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`, made on another thread if it is long. Raises RequestError."""
+        self._core.check_process()
         return await self._encoder.encode_text(text, special=add_special_tokens)
 
     async def encode_chat(
@@ -252,6 +271,7 @@ class AsyncEngine:
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Return the token ids of `messages`, with the functions that the model may call. Raises RequestError."""
+        self._core.check_process()
         return await self._encoder.encode_chat(messages, tools, add_generation_prompt=add_generation_prompt)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -425,6 +445,8 @@ class AsyncEngine:
 
     def _forget(self, answer: Answer) -> None:
         """Drop an answer whose reader is gone. From any thread, and from a finalizer."""
+        if self._core.forked:
+            return
         with self._lock:
             _, front = self._answers.pop(answer.request_id, (None, None))
         if front is not None:
