@@ -6,13 +6,17 @@ import asyncio
 import gc
 import subprocess
 import sys
+import threading
+import time
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from overlap import AsyncEngine, EngineClosed, ModelError, SamplingParams
+from overlap import AsyncEngine, EngineClosed, EngineDead, ModelError, SamplingParams, StructuredOutput
+from overlap.pending import Pending
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache": 4096, "max_rows": 8}
 
@@ -80,6 +84,100 @@ async def test_who_waits_for_the_start_of_an_engine_that_is_closed_hears_of_it(t
     await engine.aclose()
     with pytest.raises(EngineClosed, match="was closed"):
         await starting
+
+
+# ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_who_drains_an_engine_that_is_closed_meanwhile_waits_no_more(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        reader = asyncio.create_task(text_of(engine, max_tokens=500))
+        while not engine.statistics().running:
+            await asyncio.sleep(0.001)
+        draining = asyncio.create_task(engine.aclose(drain=True))
+        while not engine.health().draining:
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(20):
+            await engine.aclose()
+            await draining
+            with pytest.raises(EngineClosed, match="was closed"):
+                await reader
+
+
+async def test_who_drains_an_engine_that_dies_meanwhile_waits_no_more(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        reader = asyncio.create_task(text_of(engine, max_tokens=500))
+        while not engine.statistics().running:
+            await asyncio.sleep(0.001)
+
+        def die(*_: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        draining = asyncio.create_task(engine.aclose(drain=True))
+        engine._core._planner.plan = die  # type: ignore[union-attr, method-assign]
+        async with asyncio.timeout(20):
+            await draining
+            with pytest.raises(EngineDead, match="a bug"):
+                await reader
+
+
+async def test_what_is_asked_of_a_loop_that_is_about_to_end_fails_with_it(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        core = engine._core
+        _, loop = core.parts
+        core._post(time.sleep, 0.1)  # behind that, the loop finds all of these at once
+        core._post(loop.close)
+        for future in (core.idle(), core.drain()):
+            with pytest.raises(EngineClosed, match="has ended"):
+                await asyncio.wait_for(asyncio.wrap_future(future), 10)
+
+
+def test_a_pending_future_is_completed_once_by_whoever_takes_it() -> None:
+    pending = Pending()
+    taken, cancelled, left = (Future[int]() for _ in range(3))
+    for future in (taken, cancelled, left):
+        pending.add(future)
+    cancelled.cancel()
+    assert pending.take(taken)
+    assert not pending.take(taken)
+    taken.set_result(1)
+    pending.fail(lambda: EngineClosed("It has ended."))
+    assert taken.result() == 1
+    assert cancelled.cancelled()
+    with pytest.raises(EngineClosed, match="It has ended"):
+        left.result(timeout=0)
+    assert not pending.take(left)
+
+
+async def test_who_waits_for_a_form_when_the_engine_is_closed_hears_of_it_and_is_not_cancelled(
+    tiny_llama_dir: Path,
+) -> None:
+    form = StructuredOutput.regex("[ab]+")
+    go_on = threading.Event()
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        assert await text_of(engine, structured=form, ignore_eos=False)
+        masks = engine._core._masks
+        assert masks is not None
+        masks._compiler.submit(go_on.wait)  # a form that takes long
+        readers = [asyncio.create_task(text_of(engine, structured=form)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        readers[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await readers[0]
+        await engine.aclose()
+        go_on.set()
+        for reader in readers[1:]:
+            with pytest.raises(EngineClosed, match="was closed"):
+                await reader
+        with pytest.raises(EngineClosed, match="was closed"):
+            masks.compile(form)
+
+
+async def test_a_long_text_for_an_engine_that_was_closed_is_refused_like_a_short_one(tiny_llama_dir: Path) -> None:
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        assert len(await engine.encode("Paris " * 1000)) >= 1000
+    with pytest.raises(EngineClosed, match="was closed"):
+        await engine.encode("Paris " * 1000)
 
 
 # ── other processes ──────────────────────────────────────────────────────────────────────────────────────────────────

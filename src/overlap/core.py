@@ -26,6 +26,7 @@ from overlap.figures import Statistics, statistics_of
 from overlap.front import Front, dead
 from overlap.loop import Loop
 from overlap.observe.stages import Stages
+from overlap.pending import Pending
 from overlap.streams.ahead import start_driver
 from overlap.turns import Rest
 
@@ -89,6 +90,7 @@ class Core:
         self._ended: Callable[[], OverlapError] | None = None
         self._close_asked = False
         self._draining = False
+        self._pending = Pending()
         self._process: int | None = None  # where it was started: a fork copies all of this but the threads
         self._leave = partial(Core._at_exit, weakref.ref(self))
 
@@ -179,7 +181,19 @@ class Core:
         if masks is None:
             self.check_open()
             raise RequestError("No answer of this model can be held to a form: it has no tokenizer, or no end token.")
-        return await asyncio.wrap_future(masks.compile(form))
+        try:
+            compiling = asyncio.wrap_future(masks.compile(form))
+        except EngineClosed:
+            self.check_open()  # if it died, that says why
+            raise
+        try:
+            return await asyncio.shield(compiling)  # so that it is known which of the two was cancelled
+        except asyncio.CancelledError:
+            if not compiling.cancelled():
+                compiling.cancel()  # nobody waits for it any more
+                raise
+            self.check_open()
+            raise EngineClosed("The engine was closed before the request's form was compiled.") from None
 
     def end(self, key: int) -> None:
         """End a request soon, without waiting. Does nothing once the engine has ended."""
@@ -189,11 +203,11 @@ class Core:
             return  # every request has ended with it
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call a function on the loop's thread."""
+        """Call a function on the loop's thread. The future raises EngineClosed, EngineDead if that ends before."""
         future: Future[T] = Future()
 
         def run() -> None:
-            awaited = future.set_running_or_notify_cancel()
+            awaited = self._pending.take(future)
             try:
                 result = function(*args, **kwargs)
             except BaseException as error:
@@ -203,7 +217,7 @@ class Core:
                 if awaited:
                     future.set_result(result)
 
-        self._post(run)
+        self._post_awaited(future, run)
         return future
 
     def end_and_tell(self, key: int) -> Future[bool]:
@@ -211,19 +225,22 @@ class Core:
         return self.call(self._live_loop.end, key)
 
     def drain(self) -> Future[None]:
-        """Take no new request from now on; the future is done when none is left and nothing is in flight."""
+        """Take no new request from now on; the future is done when none is left and nothing is in flight.
+
+        It raises EngineClosed, EngineDead if the loop ends before.
+        """
         self._draining = True
         return self.idle()
 
     def idle(self) -> Future[None]:
-        """Return a future of the moment when no request is left and nothing is in flight."""
+        """Return a future of the moment when no request is left and nothing is in flight. It may raise as `drain`'s."""
         future: Future[None] = Future()
 
         def tell() -> None:
-            if future.set_running_or_notify_cancel():  # else whoever waited has gone
+            if self._pending.take(future):
                 future.set_result(None)
 
-        self._post(self._live_loop.when_idle, tell)
+        self._post_awaited(future, self._live_loop.when_idle, tell)
         return future
 
     def watch(self, timeline: Timeline | None) -> Future[None]:
@@ -275,9 +292,10 @@ class Core:
             self._stopped.set_result(None)
         elif first:
             self._end_all(lambda: EngineClosed("The engine was closed."))
-            if self._events is not None and self._loop is not None:
+            events, loop = self._events, self._loop
+            if events is not None and loop is not None:
                 with suppress(RuntimeError):  # it has ended by itself meanwhile
-                    self._events.call_soon_threadsafe(self._loop.close)
+                    events.call_soon_threadsafe(loop.close)
         return self._stopped
 
     async def ended(self) -> None:
@@ -354,10 +372,11 @@ class Core:
             traceback.clear_frames(cause.__traceback__)
             self._end_all(lambda: dead(cause))
         finally:
-            parts.runner.close()
-            self._keep_costs()
             with self._lock:
                 self._events = None
+            self._pending.fail(self._ended or (lambda: EngineClosed("The engine has ended.")))
+            parts.runner.close()
+            self._keep_costs()
             events.close()
 
     async def _serve_parts(self, parts: Parts, events: asyncio.AbstractEventLoop) -> None:
@@ -408,6 +427,7 @@ class Core:
             return
         why = f"{team.why()} This rank does not come back from a sum: the process keeps its memory until it ends"
         self._end_all(lambda: EngineDead(why))
+        self._pending.fail(lambda: EngineDead(why))
         team.give_up()
         with suppress(InvalidStateError):  # it has just ended after all
             self._stopped.set_result(None)
@@ -435,6 +455,16 @@ class Core:
             if self._events is None:
                 raise EngineClosed("The engine was not started. Use `async with` or `await engine.start()`.")
             self._events.call_soon_threadsafe(lambda: function(*args, **kwargs))
+
+    def _post_awaited(
+        self, future: Future[T], function: Callable[P, object], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        self._pending.add(future)
+        try:
+            self._post(function, *args, **kwargs)
+        except BaseException:
+            self._pending.take(future)
+            raise
 
     def _end_all(self, make: Callable[[], OverlapError]) -> None:
         with self._lock:

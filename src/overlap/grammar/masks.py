@@ -18,7 +18,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 
 from overlap.cache.pages import Ints
-from overlap.errors import RequestError
+from overlap.errors import EngineClosed, RequestError
 from overlap.grammar.compile import Grammars, refusal
 from overlap.structured import StructuredOutput
 from overlap.text.tokenizer import Tokenizer
@@ -84,6 +84,7 @@ class Masks:
         self._jobs: queue.SimpleQueue[LiveMatcher | None] = queue.SimpleQueue()
         self._follower: threading.Thread | None = None
         self._wake: Callable[[], None] = lambda: None
+        self._closed = False
         self._compiled = self._refused = self._failed = self._made = 0
         self._compile_s = self._mask_s = 0.0
         self._making.start()
@@ -100,8 +101,16 @@ class Masks:
         self._wake = wake
 
     def compile(self, form: StructuredOutput) -> Future[LiveMatcher]:
-        """Return the matcher of a new request, whose first mask is made. The future raises RequestError."""
-        return self._compiler.submit(self._compile, form)
+        """Return the matcher of a new request, whose first mask is made. The future raises RequestError.
+
+        It is cancelled by `close`. Raises EngineClosed after that.
+        """
+        try:
+            return self._compiler.submit(self._compile, form)
+        except RuntimeError:
+            if not self._closed:
+                raise
+            raise EngineClosed("The engine was closed.") from None
 
     def _compile(self, form: StructuredOutput) -> LiveMatcher:
         self._making.join()
@@ -202,5 +211,6 @@ class Masks:
 
     def close(self) -> None:
         """Let the threads end. What is not made yet never is."""
+        self._closed = True
         self._compiler.shutdown(wait=False, cancel_futures=True)
         self._jobs.put(None)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
 from overlap.cache.pages import Ints
-from overlap.errors import RequestError
+from overlap.errors import EngineClosed, RequestError
 from overlap.messages import ChatMessage, Prompt
 
 if TYPE_CHECKING:
     from overlap.text.templates import ChatTemplate
     from overlap.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 _LONG_TEXT: Final = 2_000  # characters: below, encoding (about 0.2 ms) costs less than a change of thread
 
 
 class PromptEncoder:
-    """Encodes prompts for one model. `close` ends its thread."""
+    """Encodes prompts for one model. `close` ends its thread: what needs it raises EngineClosed from then on."""
 
     def __init__(self, model: str, vocab_size: int, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
         self._model = model
@@ -30,6 +32,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._template = template
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="overlap-text")
+        self._closed = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -44,7 +47,8 @@ class PromptEncoder:
         return None if self._template is None else self._template.source
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Let the thread end, once it has done what it was asked for."""
+        self._closed = True
         self._thread.shutdown(wait=False)
 
     async def encode(self, prompt: Prompt) -> Ints:
@@ -73,7 +77,7 @@ class PromptEncoder:
         if template is None:
             raise RequestError(f"{self._model!r} has no tokenizer. Give token ids as the prompt.")
         render = partial(template.render, messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        text = await asyncio.get_running_loop().run_in_executor(self._thread, render)
+        text = await self._on_thread(render)
         return await self.encode_text(text, special=False)
 
     async def encode_text(self, text: str, *, special: bool) -> list[int]:
@@ -81,5 +85,13 @@ class PromptEncoder:
         tokenizer = self.tokenizer
         if len(text) < _LONG_TEXT:
             return tokenizer.encode(text, special=special)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: tokenizer.encode(text, special=special))
+        return await self._on_thread(partial(tokenizer.encode, text, special=special))
+
+    async def _on_thread(self, function: Callable[[], T]) -> T:
+        try:
+            made = asyncio.get_running_loop().run_in_executor(self._thread, function)
+        except RuntimeError:
+            if not self._closed:
+                raise
+            raise EngineClosed("The engine was closed.") from None
+        return await made
