@@ -113,16 +113,20 @@ class Core:
     def add_front(self, make: Callable[[int], F]) -> F:
         """Take in a front of another kind; `make` gets its number."""
         self.check_process()
+        for other in tuple(self._fronts.values()):
+            if other.loop.is_closed():
+                self.remove_front(other)
         with self._lock:
-            self._fronts = {n: front for n, front in self._fronts.items() if not front.loop.is_closed()}
             front = make(next(self._numbers))
-            self._fronts[front.number] = front
+            self._fronts = {**self._fronts, front.number: front}
             return front
 
     def remove_front(self, front: Front) -> None:
-        """Let go of a front. Requests of it that still run end with their next token."""
+        """Let go of a front, and end what it still reads. From any thread."""
         with self._lock:
             self._fronts = {n: other for n, other in self._fronts.items() if other is not front}
+        for key in front.open_keys:
+            self.end(key)
 
     @property
     def stopped(self) -> Future[None]:
@@ -201,6 +205,13 @@ class Core:
             self._post(self._live_loop.end, key)
         except (EngineClosed, EngineDead):
             return  # every request has ended with it
+
+    def drop(self, key: int) -> None:
+        """End a request whose reader is gone, from a finalizer: it takes no lock, since its thread may hold any."""
+        events, loop = self._events, self._loop
+        if events is not None and loop is not None:
+            with suppress(RuntimeError):  # it has just ended, and every request with it
+                events.call_soon_threadsafe(loop.end, key)
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Call a function on the loop's thread. The future raises EngineClosed, EngineDead if that ends before."""
@@ -298,6 +309,15 @@ class Core:
                     events.call_soon_threadsafe(loop.close)
         return self._stopped
 
+    def close_soon(self) -> None:
+        """Close, from a finalizer: while the thread lives, it does that itself, and no lock is taken here."""
+        events = self._events
+        if events is None:
+            self.close()
+            return
+        with suppress(RuntimeError):  # it has just ended
+            events.call_soon_threadsafe(self.close)
+
     async def ended(self) -> None:
         """Wait for the thread's end, once `stopped` is done: it has nothing left to do, unless it was left behind."""
         for _ in range(100):
@@ -324,6 +344,8 @@ class Core:
             if front is None or not front.post_settled(part):  # its event loop was closed: nobody reads there any more
                 for key in (*part.keys.tolist(), *(one.key for one in part.scored)):
                     self.end(key)
+                if front is not None:
+                    self.remove_front(front)
 
     def tell_failed(self, key: int, front: int, failure: BaseException) -> None:
         """Outbox: tell a front that a request failed."""

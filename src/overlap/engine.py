@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from overlap.calibrate import calibrate
 from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
-from overlap.errors import EngineClosed, EngineDead, RequestError
+from overlap.errors import EngineClosed, EngineDead, RequestAborted, RequestError
 from overlap.figures import Statistics
 from overlap.front import Answer, Front, PromptScores
 from overlap.generation import Generation
@@ -51,6 +52,22 @@ class Health:
         return self.ok and not self.draining
 
 
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A request id in use."""
+
+    request_id: str
+    front: Front
+    answer: Answer | None = None
+    """None while the prompt is encoded."""
+    aborted: bool = False
+
+    def check(self) -> None:
+        """Raise RequestAborted if somebody aborted it."""
+        if self.aborted:
+            raise RequestAborted(f"Request {self.request_id!r} was aborted.")
+
+
 class AsyncEngine:
     """An LLM engine inside your program.
 
@@ -75,7 +92,8 @@ class AsyncEngine:
         self._lock = threading.Lock()  # guards those below, which threads of several event loops share
         self._num_starting = 0
         self._fronts: dict[asyncio.AbstractEventLoop, Front] = {}
-        self._answers: dict[str, tuple[Answer, Front]] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._dropped: deque[_Entry] = deque()  # what finalizers found: they must not wait for a lock
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -118,6 +136,7 @@ class AsyncEngine:
             with suppress(EngineClosed, EngineDead):  # it may end by itself: then nothing is left to drain
                 await asyncio.wrap_future(self._core.drain())
         stopped = self._core.close()
+        self._forget_dropped()
         if self._prompts is not None:
             self._prompts.close()
         await asyncio.shield(asyncio.wrap_future(stopped))
@@ -135,7 +154,7 @@ class AsyncEngine:
     def __del__(self) -> None:
         if self._opened is not None and not self._core.close_asked and not self._core.forked:
             warnings.warn(f"unclosed engine of {self._asked.model!r}: use `async with`", ResourceWarning, stacklevel=2)
-            self._core.close()
+            self._core.close_soon()
             if self._prompts is not None:
                 self._prompts.close()
 
@@ -218,9 +237,13 @@ class AsyncEngine:
         """
         self._core.check_process()
         with self._lock:
-            answer, front = self._answers.pop(request_id, (None, None))
-        if answer is None or front is None:
-            return False
+            entry = self._entries.pop(request_id, None)
+            if entry is None:
+                return False
+            entry.aborted = True
+            answer, front = entry.answer, entry.front
+        if answer is None:
+            return True  # it is not submitted yet, and never will be
         if asyncio.get_running_loop() is front.loop:
             front.abort(answer)
         else:
@@ -364,7 +387,8 @@ class AsyncEngine:
         whole: bool = False,
     ) -> Generation:
         begin = partial(self._begin, prompt, params or SamplingParams(), terms, whole=whole)
-        return Generation(begin, self._forget, request_id or f"req-{secrets.token_hex(8)}", index)
+        request_id = request_id or f"req-{secrets.token_hex(8)}"
+        return Generation(begin, self._forget_answer, self._drop_answer, request_id, index)
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         last: Output | None = None
@@ -382,19 +406,37 @@ class AsyncEngine:
     ) -> Answer:
         """Check, encode and submit a request, and open its answer."""
         self._core.check_open()
+        self._forget_dropped()
+        entry = _Entry(request_id, self._front())
+        with self._lock:
+            if request_id in self._entries:
+                raise RequestError(f"The request id {request_id!r} is in use. Give each request one of its own.")
+            self._entries[request_id] = entry
+        try:
+            return await self._submit(entry, prompt, params, terms, index, whole=whole)
+        except GeneratorExit:  # as in Generation: a finalizer may have ended this
+            self._drop(entry)
+            raise
+        except BaseException:
+            self._forget(entry)
+            raise
+
+    async def _submit(
+        self, entry: _Entry, prompt: Prompt, params: SamplingParams, terms: Terms, index: int, *, whole: bool
+    ) -> Answer:
         live = self._live
         deadline = None if terms.deadline is None else time.monotonic() + terms.deadline
         matcher = None if params.structured is None else await self._core.matcher(params.structured)
         tokens = await self._encoder.encode(prompt)
+        entry.check()
         limit = params.max_tokens or max(1, live.context - len(tokens))
         refusal = live.refusal(len(tokens), limit)
         if refusal is not None:
             raise RequestError(refusal)
-        key = next(self._keys)
-        front = self._front()
+        key, front = next(self._keys), entry.front
         answer = Answer(
             key=key,
-            request_id=request_id,
+            request_id=entry.request_id,
             index=index,
             num_prompt=len(tokens),
             text=AnswerText(live.text.tokenizer, tokens.tolist(), params),
@@ -418,15 +460,12 @@ class AsyncEngine:
             vocab_size=live.model.vocab_size,
         )
         with self._lock:
-            if request_id in self._answers:
-                raise RequestError(f"The request id {request_id!r} is in use. Give each request one of its own.")
-            self._answers[request_id] = (answer, front)
+            entry.check()
+            entry.answer = answer
         front.open(answer)
-        try:
-            self._core.submit(request)
-        except BaseException:
-            self._forget(answer)
-            raise
+        self._core.submit(request)
+        if entry.aborted:  # by another thread at this moment: it may have ended what was not there yet
+            self._core.end(key)
         return answer
 
     @staticmethod
@@ -440,19 +479,52 @@ class AsyncEngine:
             front = self._fronts.get(loop)
             if front is None:
                 self._fronts = {loop: front for loop, front in self._fronts.items() if not loop.is_closed()}
+                self._entries = {id_: one for id_, one in self._entries.items() if not one.front.loop.is_closed()}
                 front = self._fronts[loop] = self._core.front(loop)
             return front
 
-    def _forget(self, answer: Answer) -> None:
-        """Drop an answer whose reader is gone. From any thread, and from a finalizer."""
+    def _forget_answer(self, answer: Answer) -> None:
+        """Let go of an answer that nobody reads any more."""
+        entry = self._entries.get(answer.request_id)
+        if entry is not None and entry.answer is answer:  # else it was aborted
+            self._forget(entry)
+
+    def _drop_answer(self, answer: Answer) -> None:
+        """As `_forget_answer`, from a finalizer."""
+        entry = self._entries.get(answer.request_id)
+        if entry is not None and entry.answer is answer:
+            self._drop(entry)
+
+    def _forget(self, entry: _Entry) -> None:
+        """Let go of a request, and end it if it still runs. From any thread."""
         if self._core.forked:
             return
         with self._lock:
-            _, front = self._answers.pop(answer.request_id, (None, None))
-        if front is not None:
-            front.close(answer)
+            if self._entries.get(entry.request_id) is entry:
+                del self._entries[entry.request_id]
+        answer = entry.answer
+        if answer is not None:
+            entry.front.close(answer)
             if not answer.ended:
                 self._core.end(answer.key)
+
+    def _drop(self, entry: _Entry) -> None:
+        """As `_forget`, from a finalizer: it takes no lock, since its thread may hold any, and leaves that for later.
+
+        What the request runs on comes free at once all the same.
+        """
+        if self._core.forked:
+            return
+        self._dropped.append(entry)
+        if entry.answer is not None and not entry.answer.ended:
+            self._core.drop(entry.answer.key)
+        with suppress(RuntimeError):  # its event loop was closed: the next request does it
+            entry.front.loop.call_soon_threadsafe(self._forget_dropped)
+
+    def _forget_dropped(self) -> None:
+        while self._dropped:
+            with suppress(IndexError):  # another thread was faster
+                self._forget(self._dropped.popleft())
 
 
 def _request(

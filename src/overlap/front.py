@@ -218,12 +218,17 @@ class Front:
         self._mail: list[tuple[Callable[..., None], tuple[object, ...]]] = []
         self._called = False
 
+    @property
+    def open_keys(self) -> tuple[int, ...]:
+        """The keys of the answers that have not ended. From any thread."""
+        return tuple(self._answers)
+
     def open(self, answer: Answer) -> None:
         """Take in a new answer. On the front's own thread, like all but `post_*`."""
         self._answers[answer.key] = answer
 
     def close(self, answer: Answer) -> None:
-        """Forget an answer."""
+        """Forget an answer. From any thread."""
         self._answers.pop(answer.key, None)
 
     def post_settled(self, settled: Settled) -> bool:
@@ -274,7 +279,7 @@ class Front:
         if not ends and told is None:  # nearly all steps
             for key, token in zip(keys, settled.tokens.tolist(), strict=True):
                 if (answer := answers.get(key)) is not None and answer.take(token):
-                    del answers[key]
+                    answers.pop(key, None)
             return
         last = {key: row for row, key in enumerate(keys)} if ends else {}  # of a key there may be several tokens
         for row, (key, token) in enumerate(zip(keys, settled.tokens.tolist(), strict=True)):
@@ -284,7 +289,7 @@ class Front:
                 answer.push(token, end, None if told is None else told[row])
                 answer.wake()
                 if answer.ended:
-                    del answers[key]
+                    answers.pop(key, None)
 
     def _take_failed(self, key: int, failure: BaseException) -> None:
         answer = self._answers.pop(key, None)

@@ -22,12 +22,15 @@ class Generation:
         self,
         begin: Callable[[str, int], Awaitable[Answer]],
         forget: Callable[[Answer], None],
+        drop: Callable[[Answer], None],
         request_id: str,
         index: int,
     ) -> None:
+        """`drop` is what `forget` is, for finalizers, which run anywhere: it takes no lock."""
         self.request_id: Final = request_id
         self._begin = begin
         self._forget = forget
+        self._drop = drop
         self._index = index
         self._answer: Answer | None = None
         self._reading = False
@@ -48,6 +51,9 @@ class Generation:
                 answer = self._answer = await self._begin(self.request_id, self._index)
             while (output := answer.output_nowait()) is None:
                 await answer.news()
+        except GeneratorExit:  # nobody waits for this any more, and a finalizer may have found that out
+            self._abandon()
+            raise
         except BaseException:
             self._end()
             raise
@@ -69,9 +75,16 @@ class Generation:
         self._end()
 
     def __del__(self) -> None:
-        self._end()
+        self._abandon()
 
     def _end(self) -> None:
         self._done = True
-        if self._answer is not None:
-            self._forget(self._answer)
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            self._forget(answer)
+
+    def _abandon(self) -> None:
+        self._done = True
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            self._drop(answer)
