@@ -54,16 +54,29 @@ class PromptEncoder:
     async def encode(self, prompt: Prompt) -> Ints:
         """Return the token ids of any kind of prompt. Raises RequestError for what is none."""
         if isinstance(prompt, str):
-            return np.array(await self.encode_text(prompt, special=True), dtype=np.int32)
+            return self._known(await self.encode_text(prompt, special=True))
         parts: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # numpy arrays, tensors
         if isinstance(parts, (bytes, bytearray)) or not isinstance(parts, Sequence):
             raise RequestError(f"A prompt is text, token ids or chat messages, not {type(prompt).__name__}.")
         if parts and all(isinstance(part, Mapping) for part in parts):
-            return np.array(await self.encode_chat(parts), dtype=np.int32)
+            return self._known(await self.encode_chat(parts))
         for token in parts:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._vocab_size:
                 raise RequestError(f"A token id is an integer from 0 to {self._vocab_size - 1}, not {token!r:.80}.")
         return np.array(parts, dtype=np.int32)
+
+    def _known(self, ids: list[int]) -> Ints:
+        """Return the ids of a text, if the model has rows for them all: a tokenizer may have more tokens than that."""
+        tokens = np.array(ids, dtype=np.int32)
+        unknown = tokens[tokens >= self._vocab_size]
+        if len(unknown):
+            first = int(unknown[0])
+            name = self.tokenizer.decode([first], skip_special_tokens=False)
+            raise RequestError(
+                f"The prompt has the token {name!r} (id {first}), but the model knows ids from 0 to "
+                f"{self._vocab_size - 1} only. Leave it out, or give the model the tokenizer that it was trained with."
+            )
+        return tokens
 
     async def encode_chat(
         self,
