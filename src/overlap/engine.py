@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,16 @@ class AsyncEngine:
             if self._prompts is not None:
                 self._prompts.close()
 
+    def __repr__(self) -> str:
+        health, core = self.health(), self._core
+        if self._opened is None and not core.close_asked:
+            state = "not started"
+        elif core.close_asked and not core.forked:
+            state = "closed"
+        else:
+            state = "draining" if health.ok and health.draining else health.reason
+        return f"<{type(self).__name__} of {self._asked.model!r}: {state}>"
+
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def generate(
@@ -172,15 +183,16 @@ class AsyncEngine:
         cache_salt: str = "",
         whole: bool = False,
     ) -> Generation:
-        """Return the answer to `prompt` as an async iterator of Outputs; see Generation for how it stops.
+        """Return the answer to `prompt`: an async iterator of Outputs; `await` it for the last. See Generation.
 
         `prompt` is text, token ids, or chat messages (which go through the model's chat template). `params` are the
         defaults of SamplingParams if not given. A `request_id` of your own must not be in use. `priority`, `deadline`
         (seconds), `fairness_key` and `cache_salt` say how it is served beside others; see Terms. With `whole` there is
         one Output, the last: for answers that nobody reads as they grow, at a tenth of what each token costs the
-        reader's thread. Iterating raises RequestError for a request that cannot be served, QueueFull when too many
-        wait, DeadlineExceeded, RequestAborted after `abort`, RequestFailed when a step of it failed, EngineClosed and
-        EngineDead when the engine ended before the answer did.
+        reader's thread; `await` does so by itself. Raises RequestError for arguments that are none of these. Iterating
+        raises RequestError for a request that cannot be served, QueueFull when too many wait, DeadlineExceeded,
+        RequestAborted after `abort`, RequestFailed when a step of it failed, EngineClosed and EngineDead when the
+        engine ended before the answer did.
         """
         terms = Terms(priority=priority, deadline=deadline, fairness_key=fairness_key, cache_salt=cache_salt)
         return self._generation(prompt, params, terms, request_id, 0, whole=whole)
@@ -202,12 +214,17 @@ class AsyncEngine:
         which prompt it was.
         """
         terms = Terms(priority=priority, fairness_key=fairness_key, cache_salt=cache_salt)
-        items = list(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params] * len(items)
+        items = _listed(prompts)
+        given: object = params
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            each = [_checked(one) for one in given]
+        else:
+            each = [_checked(given)] * len(items)
         if len(each) != len(items):
             raise RequestError(f"{len(items)} prompts came with {len(each)} params. Give one, or one for each.")
         todo = iter(list(enumerate(zip(items, each, strict=True))))
-        window = 4 * self._live.resolved.max_rows  # enough to keep every slot taken
+        resolved = self._live.resolved
+        window = min(4 * resolved.max_rows, resolved.max_waiting)  # enough to keep every slot taken, if all may wait
         tasks: set[asyncio.Task[Output]] = set()
         try:
             with bar(len(items), "generating", "answer", asked=progress) as shown:
@@ -386,23 +403,23 @@ class AsyncEngine:
         *,
         whole: bool = False,
     ) -> Generation:
-        begin = partial(self._begin, prompt, params or SamplingParams(), terms, whole=whole)
+        if request_id is not None and not (isinstance(request_id, str) and request_id):
+            raise RequestError(f"request_id must be a string that is not empty, or None, not {request_id!r:.80}.")
+        if not isinstance(whole, bool):
+            raise RequestError(f"whole must be True or False, not {whole!r:.80}.")
+        begin = partial(self._begin, prompt, _checked(params), terms)
         request_id = request_id or f"req-{secrets.token_hex(8)}"
-        return Generation(begin, self._forget_answer, self._drop_answer, request_id, index)
+        return Generation(begin, self._forget_answer, self._drop_answer, request_id, index, whole=whole)
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
-        last: Output | None = None
         try:
-            async for output in self._generation(prompt, params, terms, None, index, whole=True):
-                last = output
+            return await self._generation(prompt, params, terms, None, index)
         except Exception as error:
             error.add_note(f"This was prompt {index} of the batch.")
             raise
-        assert last is not None, "an answer ends with an Output or an error"
-        return last
 
     async def _begin(
-        self, prompt: Prompt, params: SamplingParams, terms: Terms, request_id: str, index: int, *, whole: bool
+        self, prompt: Prompt, params: SamplingParams, terms: Terms, request_id: str, index: int, whole: bool
     ) -> Answer:
         """Check, encode and submit a request, and open its answer."""
         self._core.check_open()
@@ -525,6 +542,28 @@ class AsyncEngine:
         while self._dropped:
             with suppress(IndexError):  # another thread was faster
                 self._forget(self._dropped.popleft())
+
+
+def _checked(params: object) -> SamplingParams:
+    """Return what was given, or the defaults for None. Raises RequestError for anything else."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise RequestError(
+            f"params must be SamplingParams, as in SamplingParams(max_tokens=16), or None, not {params!r:.80}."
+        )
+    return params
+
+
+def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return the prompts of a batch. Raises RequestError for what is none, and for a single prompt."""
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise RequestError(f"A batch is a list of prompts, not {prompts!r:.80}. Put a single prompt into a list.")
+    items = list(prompts)
+    for one, kind in ((Integral, "token ids"), (Mapping, "chat messages")):
+        if items and all(isinstance(item, one) for item in items):
+            raise RequestError(f"A batch is a list of prompts, not of {kind}. Put a single prompt into a list.")
+    return items
 
 
 def _request(

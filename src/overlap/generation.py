@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Final
+from typing import Any, Final, NoReturn
 
 from overlap.front import Answer
 from overlap.messages import Output
 
 
 class Generation:
-    """One answer to iterate over: an async iterator of Outputs.
+    """One answer to iterate over: an async iterator of Outputs. `await` reads it to its end and returns the last one.
 
-    The request starts with the first `__anext__` and stops, giving its pages back, at the first of: its last Output;
-    an exception out of `__anext__` (a cancelled task and `asyncio.timeout` among them); `aclose()`; leaving
-    `async with`; the loss of the last reference to it (which is what `break` in an `async for` does).
+    The request starts with the first `__anext__`, or `await`, and stops, giving its pages back, at the first of: its
+    last Output; an exception out of `__anext__` (a cancelled task and `asyncio.timeout` among them); `aclose()`;
+    leaving `async with`; the loss of the last reference to it (which is what `break` in an `async for` does).
     """
 
     def __init__(
         self,
-        begin: Callable[[str, int], Awaitable[Answer]],
+        begin: Callable[[str, int, bool], Awaitable[Answer]],
         forget: Callable[[Answer], None],
         drop: Callable[[Answer], None],
         request_id: str,
         index: int,
+        *,
+        whole: bool = False,
     ) -> None:
         """`drop` is what `forget` is, for finalizers, which run anywhere: it takes no lock."""
         self.request_id: Final = request_id
@@ -32,7 +34,9 @@ class Generation:
         self._forget = forget
         self._drop = drop
         self._index = index
+        self._whole = whole
         self._answer: Answer | None = None
+        self._last: Output | None = None
         self._reading = False
         self._done = False
 
@@ -48,7 +52,7 @@ class Generation:
         try:
             answer = self._answer
             if answer is None:
-                answer = self._answer = await self._begin(self.request_id, self._index)
+                answer = self._answer = await self._begin(self.request_id, self._index, self._whole)
             while (output := answer.output_nowait()) is None:
                 await answer.news()
         except GeneratorExit:  # nobody waits for this any more, and a finalizer may have found that out
@@ -58,9 +62,26 @@ class Generation:
             self._end()
             raise
         else:
+            self._last = output
             return output
         finally:
             self._reading = False
+
+    def __await__(self) -> Generator[Any, None, Output]:
+        """Return the answer's last Output, with its whole text. Raises what iterating raises."""
+        return self._read().__await__()
+
+    async def _read(self) -> Output:
+        if self._answer is None and not self._reading:
+            self._whole = True  # nobody reads how it grows
+        async for _ in self:
+            pass
+        if self._last is None or not self._last.finished:
+            raise RuntimeError(f"request {self.request_id!r} was stopped before its answer was whole")
+        return self._last
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("A Generation is read with `async for output in generation`, or whole with `await generation`.")
 
     async def aclose(self) -> None:
         """Stop the request. Idempotent."""

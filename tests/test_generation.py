@@ -1,0 +1,70 @@
+"""Generation: the ways to read one answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overlap import AsyncEngine, Output, RequestAborted, RequestError, SamplingParams
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache": 4096, "max_rows": 4}
+SHORT = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture
+async def engine(tiny_llama_dir: Path) -> AsyncIterator[AsyncEngine]:
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        yield engine
+
+
+async def test_awaiting_an_answer_brings_its_last_output(engine: AsyncEngine) -> None:
+    streamed = [output async for output in engine.generate("The quick", SHORT)][-1]
+    answer = engine.generate("The quick", SHORT)
+    output: Output = await answer
+    assert (output.text, output.token_ids, output.finish_reason) == (streamed.text, streamed.token_ids, "length")
+    assert output.text_delta == output.text, "it was not read in pieces"
+    assert await answer is output, "it stays"
+    assert not engine._entries
+
+
+async def test_an_answer_that_was_begun_can_be_awaited_for_the_rest(engine: AsyncEngine) -> None:
+    answer = engine.generate("The quick", SHORT)
+    await anext(answer)
+    output = await answer
+    assert output.usage.completion_tokens == 12
+    assert output.text == (await engine.generate("The quick", SHORT)).text
+
+
+async def test_awaiting_an_answer_raises_what_iterating_raises(engine: AsyncEngine) -> None:
+    with pytest.raises(RequestError, match="prompt is empty"):
+        await engine.generate("")
+    reading = asyncio.ensure_future(engine.generate("The", LONG, request_id="mine"))
+    while not engine.statistics().running:
+        await asyncio.sleep(0.001)
+    await engine.abort("mine")
+    with pytest.raises(RequestAborted):
+        await reading
+    stopped = engine.generate("The", LONG)
+    await anext(stopped)
+    await stopped.aclose()
+    with pytest.raises(RuntimeError, match="was stopped before its answer was whole"):
+        await stopped
+
+
+async def test_cancelling_who_awaits_an_answer_stops_it(engine: AsyncEngine) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await engine.generate("The", LONG)
+    await asyncio.wait_for(asyncio.wrap_future(engine._core.idle()), 10)
+    assert not engine._entries
+
+
+async def test_a_plain_loop_over_an_answer_says_how_it_is_read(engine: AsyncEngine) -> None:
+    with pytest.raises(TypeError, match=r"`async for output in generation`.*`await generation`"):
+        for _ in engine.generate("The", SHORT):
+            pass
