@@ -327,7 +327,7 @@ class Core:
 
     @staticmethod
     def _at_exit(reference: weakref.ref[Core]) -> None:
-        """A program ends with its engine open: let the device finish before the interpreter goes."""
+        """A program that ends with its engine open: let the device finish before the interpreter goes."""
         core = reference()
         if core is not None:
             with suppress(TimeoutError):

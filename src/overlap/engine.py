@@ -9,15 +9,16 @@ import secrets
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from overlap.arguments import checked, listed, request_of
 from overlap.calibrate import calibrate
 from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
@@ -28,13 +29,10 @@ from overlap.generation import Generation
 from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
 from overlap.observe.trace import Trace, Tracing
-from overlap.schedule.request import Request
 from overlap.text.answer import AnswerText
 from overlap.text.prompts import PromptEncoder
 
 if TYPE_CHECKING:
-    from overlap.cache.pages import Ints
-    from overlap.schedule.matcher import Matcher
     from overlap.text import Tokenizer
 
 
@@ -94,6 +92,7 @@ class AsyncEngine:
         self._num_starting = 0
         self._fronts: dict[asyncio.AbstractEventLoop, Front] = {}
         self._entries: dict[str, _Entry] = {}
+        self._reference = weakref.ref(self)
         self._dropped: deque[_Entry] = deque()  # what finalizers found: they must not wait for a lock
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -214,12 +213,12 @@ class AsyncEngine:
         which prompt it was.
         """
         terms = Terms(priority=priority, fairness_key=fairness_key, cache_salt=cache_salt)
-        items = _listed(prompts)
+        items = listed(prompts)
         given: object = params
         if isinstance(given, Sequence) and not isinstance(given, str):
-            each = [_checked(one) for one in given]
+            each = [checked(one) for one in given]
         else:
-            each = [_checked(given)] * len(items)
+            each = [checked(given)] * len(items)
         if len(each) != len(items):
             raise RequestError(f"{len(items)} prompts came with {len(each)} params. Give one, or one for each.")
         todo = iter(list(enumerate(zip(items, each, strict=True))))
@@ -407,7 +406,7 @@ class AsyncEngine:
             raise RequestError(f"request_id must be a string that is not empty, or None, not {request_id!r:.80}.")
         if not isinstance(whole, bool):
             raise RequestError(f"whole must be True or False, not {whole!r:.80}.")
-        begin = partial(self._begin, prompt, _checked(params), terms)
+        begin = partial(self._begin, prompt, checked(params), terms)
         request_id = request_id or f"req-{secrets.token_hex(8)}"
         return Generation(begin, self._forget_answer, self._drop_answer, request_id, index, whole=whole)
 
@@ -464,7 +463,7 @@ class AsyncEngine:
             turns=front.turns,
             scored=None if params.prompt_logprobs is None else PromptScores(tokens.tolist(), params.prompt_logprobs),
         )
-        request = _request(
+        request = request_of(
             params,
             terms,
             key=key,
@@ -536,70 +535,18 @@ class AsyncEngine:
         if entry.answer is not None and not entry.answer.ended:
             self._core.drop(entry.answer.key)
         with suppress(RuntimeError):  # its event loop was closed: the next request does it
-            entry.front.loop.call_soon_threadsafe(self._forget_dropped)
+            entry.front.loop.call_soon_threadsafe(self._remind, self._reference)
 
     def _forget_dropped(self) -> None:
         while self._dropped:
-            with suppress(IndexError):  # another thread was faster
-                self._forget(self._dropped.popleft())
+            try:
+                entry = self._dropped.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._forget(entry)
 
-
-def _checked(params: object) -> SamplingParams:
-    """Return what was given, or the defaults for None. Raises RequestError for anything else."""
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise RequestError(
-            f"params must be SamplingParams, as in SamplingParams(max_tokens=16), or None, not {params!r:.80}."
-        )
-    return params
-
-
-def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Return the prompts of a batch. Raises RequestError for what is none, and for a single prompt."""
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise RequestError(f"A batch is a list of prompts, not {prompts!r:.80}. Put a single prompt into a list.")
-    items = list(prompts)
-    for one, kind in ((Integral, "token ids"), (Mapping, "chat messages")):
-        if items and all(isinstance(item, one) for item in items):
-            raise RequestError(f"A batch is a list of prompts, not of {kind}. Put a single prompt into a list.")
-    return items
-
-
-def _request(
-    params: SamplingParams,
-    terms: Terms,
-    *,
-    key: int,
-    front: int,
-    prompt: Ints,
-    limit: int,
-    matcher: Matcher | None,
-    deadline: float | None,
-    eos_ids: set[int],
-    vocab_size: int,
-) -> Request:
-    """Return what the engine's loop has to know of a request."""
-    goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
-    stop_ids = {*params.stop_token_ids, *(() if goes_on else (end for end in eos_ids if end < vocab_size))}
-    return Request(
-        key=key,
-        front=front,
-        prompt=prompt,
-        limit=limit,
-        temperature=params.temperature,
-        top_k=max(params.top_k, 0),
-        top_p=params.top_p,
-        min_p=params.min_p,
-        seed=secrets.randbits(64) if params.seed is None else params.seed % 2**64,
-        stop_ids=tuple(sorted(stop_ids)),
-        shaping=params.shaping(stop_ids, vocab_size),
-        logprobs=params.logprobs is not None,
-        structured=params.structured,
-        matcher=matcher,
-        scores=0 if params.prompt_logprobs is None else len(prompt),
-        priority=terms.priority,
-        fairness_key=terms.fairness_key,
-        salt=terms.cache_salt,
-        deadline=deadline,
-    )
+    @staticmethod
+    def _remind(reference: weakref.ref[AsyncEngine]) -> None:
+        engine = reference()
+        if engine is not None:  # else it has closed, and every request has ended with it
+            engine._forget_dropped()
