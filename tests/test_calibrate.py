@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,24 @@ async def test_what_was_measured_is_kept_though_an_engine_that_knew_less_ends_la
             pass
     async with AsyncEngine(tiny_llama_dir, cache_dir=str(tmp_path), **OPTIONS) as engine:
         assert policy_of(engine).calibrated, engine.explain()
+
+
+async def test_models_in_other_places_have_costs_of_their_own_random_ones_too(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "eos_token_id": 2,
+    }  # fmt: skip
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for name in ("one", "two", "two/../one"):
+        model, cache = tmp_path / name, str(tmp_path / "cache")
+        async with AsyncEngine(model, cache_dir=cache, load_format="dummy", **OPTIONS) as engine:
+            assert ("were measured before" in engine.explain()) == ("/.." in name)
+            async for _ in engine.generate([5, 6, 7], PARAMS):
+                pass
+    assert len(list((tmp_path / "cache" / "costs").iterdir())) == 2
 
 
 async def test_answers_of_others_stay_as_they_are_and_a_cancelled_one_leaves_nothing(

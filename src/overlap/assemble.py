@@ -29,6 +29,7 @@ from overlap.microbatch.cost import CostModel, Nominal, cost_path
 from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
 from overlap.models.config import ModelConfig
+from overlap.models.dummy import DummyCheckpoint
 from overlap.models.llama import Llama
 from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
@@ -228,7 +229,7 @@ def _parts(
         halves, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
     fallbacks = fallbacks_of(device, attention, why)
     stages.end("lanes")
-    weight_bytes, place = program.weight_bytes(), checkpoint.path.resolve()
+    weight_bytes, place = program.weight_bytes(), _place(resolved.model, checkpoint)
     splitter, costs = _splitter(resolved, model, place, weight_bytes, device, cache, shares)
     own = Runner(
         program,
@@ -378,10 +379,18 @@ def _shares(
     return shares, (f"lanes: SM shares, decode rows + prompts: {', '.join(parts)} of {cuts.num_sms}",)
 
 
+def _place(model: str, checkpoint: Checkpoint) -> str:
+    """Return where a model is, whatever name led there."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    return model if isinstance(checkpoint, DummyCheckpoint) else str(checkpoint.path.resolve())
+
+
 def _splitter(
     resolved: Resolved,
     model: ModelConfig,
-    place: Path,
+    place: str,
     weight_bytes: int,
     device: torch.device,
     cache: Path,

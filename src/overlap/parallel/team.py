@@ -49,6 +49,8 @@ from overlap.streams.stream import Stream
 
 R = TypeVar("R", Hello, Loaded, Ready)
 
+GONE_S: Final = 3.0
+"""How long a rank that does not hear any more may take to be known to have ended."""
 START_S: Final = 300.0
 """Seconds that a rank may take to start, load and join."""
 STOP_S: Final = 10.0
@@ -123,7 +125,7 @@ class _Follower:
         code = None
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(timeout=2.0)
+                code = self._process.wait(timeout=GONE_S - 1)
         if code is None:
             return "closed its connection"
         if code < 0:
@@ -314,6 +316,7 @@ class Team:
             try:
                 follower.tell(order)
             except OSError as failure:
+                self._lost.wait(GONE_S)  # who listens to it says how it ended
                 self._lose(f"rank {follower.rank} is gone ({failure})")
                 raise EngineDead(self.why()) from failure
 
