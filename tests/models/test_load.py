@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from overlap import models
+from overlap import ModelError, models
 from overlap.models import build, open_checkpoint
 from overlap.models.config import ModelConfig
 from overlap.models.dummy import DummyCheckpoint
 from overlap.models.layout import tensor_shapes
+from overlap.models.shard import Part
 
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from overlap import models
+from overlap import ModelError, models
 from overlap.models import build, open_checkpoint
 
 def anonymous_bytes():
@@ -111,3 +112,21 @@ def test_a_program_outlives_its_checkpoint(tiny_llama_dir: Path) -> None:
 def test_a_name_that_the_package_has_not_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"overlap\.models' has no attribute 'nonsense'"):
         models.__getattr__("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(float("nan"), torch.float32), (float("-inf"), torch.float32), (1e5, torch.float16)]
+)
+def test_a_value_that_is_none_or_too_large_for_the_dtype_is_refused_with_its_tensor(
+    value: float, dtype: torch.dtype
+) -> None:
+    class Broken(DummyCheckpoint):
+        """One value is spoilt."""
+
+        def read_into(self, name: str, out: torch.Tensor, part: Part | None = None) -> None:
+            super().read_into(name, out, part)
+            if name == "model.layers.3.mlp.down_proj.weight":
+                out[1, 1] = value
+
+    with pytest.raises(ModelError, match=r"not finite as torch.float\d\d, in 'model.layers.3.mlp.down_proj.weight'"):
+        build(Broken(large(tied=True)), device="cpu", dtype=dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from overlap.bars import Bar
+from overlap.errors import ModelError
 from overlap.models.checkpoint import Checkpoint, check_complete
 from overlap.models.layout import tensor_shapes
 from overlap.models.llama import Layer, Llama
@@ -30,11 +31,13 @@ def build(
 
     Memory peaks at the weights, the largest matrix once more (while the CPU packs it; the head and the embedding, the
     largest, come first, when little else is there), and 16 MiB of staging. `progress` shows a bar on stderr. Raises
-    ModelError for a tensor that is missing or of a wrong shape before anything is read, ConfigError for a model that
-    cannot be cut for so many ranks. The checkpoint stays open.
+    ModelError for a tensor that is missing or of a wrong shape before anything is read, and for one with values that
+    are not finite as `dtype`; ConfigError for a model that cannot be cut for so many ranks. The checkpoint stays open.
     """
     with torch.inference_mode(), _Loading(checkpoint, torch.device(device), dtype, ranks, progress=progress) as loading:
-        return loading.llama()
+        llama = loading.llama()
+        loading.check_finite()
+        return llama
 
 
 class _Loading:
@@ -57,6 +60,8 @@ class _Loading:
         self._dtype = dtype
         self._whole = tensor_shapes(checkpoint.config)
         self._shapes = part_shapes(checkpoint.config, self._rank, self._size)
+        self._sums: dict[str, Tensor] = {}
+        """By name: the sum of a tensor's values, on its device; finite if they all are."""
         check_complete(checkpoint)
         total = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
         self._bar = Bar(
@@ -147,4 +152,16 @@ class _Loading:
             self._checkpoint.read_into(name, out)
         else:
             self._checkpoint.read_into(name, out, part)
+        self._sums[name] = out.sum(dtype=torch.float32)
         self._bar.update(out.nbytes)
+
+    def check_finite(self) -> None:
+        """Raise ModelError if a value is none, or too large for the dtype: every answer would be of the same token."""
+        finite = torch.stack(list(self._sums.values())).isfinite().tolist()  # the device is waited for here, once
+        broken = [name for name, is_finite in zip(self._sums, finite, strict=True) if not is_finite]
+        if broken:
+            raise ModelError(
+                f"{str(self._checkpoint.path)!r} has values that are not finite as {self._dtype}, in "
+                f"{', '.join(map(repr, broken[:3]))}{', ...' * (len(broken) > 3)}. Fetch the model again, or give "
+                "another dtype if they are too large for this one."
+            )
