@@ -211,6 +211,20 @@ def test_a_form_that_is_none_is_refused_before_anything_is_loaded(form: str) -> 
     assert "Traceback" not in run.stderr
 
 
+def test_what_runs_as_what_is_said_and_what_host_and_device_did_is_drawn(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    said = overlap("explain", tiny_llama_dir, *TINY)
+    assert said.returncode == 0, said.stderr
+    assert "max_rows = 32: " in said.stdout
+    assert "attention: " in said.stdout
+    asked: list[str | Path] = ["generate", tiny_llama_dir, "Paris", "--ignore-eos", "--max-tokens", "9", *TINY]
+    drawn = overlap(*asked, "--trace", tmp_path / "steps.svg")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "9 of 9 steps" in (tmp_path / "steps.svg").read_text(encoding="utf-8")
+    refused = overlap(*asked, "--trace", tmp_path / "steps.gif")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert ".svg" in refused.stderr
+
+
 def test_stdout_gets_the_text_and_nothing_else(tiny_llama_dir: Path) -> None:
     asked: list[str | Path] = ["generate", tiny_llama_dir, "The quick brown fox", "--max-tokens", "12", *GREEDY, *TINY]
     streamed, whole = overlap(*asked), overlap(*asked, "--json")

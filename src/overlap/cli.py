@@ -100,10 +100,12 @@ async def _stream_answer(arguments: argparse.Namespace, prompt: str, params: Sam
         asked = [{"role": "user", "content": prompt}] if arguments.chat else prompt
         if params.max_tokens is None:
             params = replace(params, max_tokens=await _usual_tokens(engine, asked, params.min_tokens))
-        async with contextlib.aclosing(engine.generate(asked, params)) as outputs:
-            async for output in outputs:
-                if not arguments.json:
-                    print(output.text_delta, end="", flush=True)
+        seen = contextlib.nullcontext() if arguments.trace is None else engine.trace(arguments.trace)
+        with seen:
+            async with contextlib.aclosing(engine.generate(asked, params)) as outputs:
+                async for output in outputs:
+                    if not arguments.json:
+                        print(output.text_delta, end="", flush=True)
     print(json.dumps(_as_json(output), allow_nan=False) if arguments.json else "", flush=True)
 
 
@@ -334,6 +336,18 @@ def _warmup(arguments: argparse.Namespace) -> int:
     return 1 if warmup.build(wanted, arguments.arch, _note) else 0
 
 
+# ---------------------------------------------------------------- explain
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    async def explained() -> None:
+        async with _engine(arguments) as engine:
+            print(engine.explain())
+
+    asyncio.run(explained())
+    return 0
+
+
 # ---------------------------------------------------------------- calibrate
 
 
@@ -389,6 +403,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="what to go on with; - reads it from stdin")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object when the answer is complete")
+    generate.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="what host and device did step by step: a picture (.svg), or .json for Perfetto",
+    )
     add_sampling(generate, max_tokens=USUAL_TOKENS)
     add_engine(generate)
     generate.set_defaults(run=_generate)
@@ -413,6 +432,11 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--fa3", action=argparse.BooleanOptionalAction, default=True, help="(default: build it, 10 min)")
     warm.add_argument("--cache-dir", metavar="DIR", help="where fetched models are kept")
     warm.set_defaults(run=_warmup)
+
+    explain = commands.add_parser("explain", help="say what a model would run as, and why", allow_abbrev=False)
+    _add_model(explain)
+    add_engine(explain)
+    explain.set_defaults(run=_explain)
 
     measure = commands.add_parser("calibrate", help="measure how prompts and answers share a GPU", allow_abbrev=False)
     _add_model(measure)
