@@ -31,9 +31,9 @@ async def idle(engine: AsyncEngine) -> None:
     await asyncio.wait_for(asyncio.wrap_future(engine._core.idle()), 20)
     await asyncio.sleep(0)  # what finalizers left is done
     gc.collect()
-    engine._forget_dropped()  # as the next request does for event loops that are gone
-    assert not engine._entries
-    assert not engine._dropped
+    engine._requests.forget_dropped()  # as the next request does for event loops that are gone
+    assert not engine._requests.entries
+    assert not engine._requests.dropped
     await asyncio.wrap_future(engine._core.call(engine._core.parts[0].check_idle))
 
 
@@ -193,5 +193,5 @@ async def test_with_the_first_token_for_a_closed_event_loop_all_its_requests_end
     await asyncio.wait_for(asyncio.wrap_future(engine._core.idle()), 20)
     assert engine.statistics().tokens_in < 700, "more prompts were run than the one that was begun"
     await one_more(engine)
-    assert not engine._entries, "their ids are still in use"
+    assert not engine._requests.entries, "their ids are still in use"
     del kept

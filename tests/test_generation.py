@@ -29,7 +29,7 @@ async def test_awaiting_an_answer_brings_its_last_output(engine: AsyncEngine) ->
     assert (output.text, output.token_ids, output.finish_reason) == (streamed.text, streamed.token_ids, "length")
     assert output.text_delta == output.text, "it was not read in pieces"
     assert await answer is output, "it stays"
-    assert not engine._entries
+    assert not engine._requests.entries
 
 
 async def test_an_answer_that_was_begun_can_be_awaited_for_the_rest(engine: AsyncEngine) -> None:
@@ -61,7 +61,7 @@ async def test_cancelling_who_awaits_an_answer_stops_it(engine: AsyncEngine) -> 
         async with asyncio.timeout(0.05):
             await engine.generate("The", LONG)
     await asyncio.wait_for(asyncio.wrap_future(engine._core.idle()), 10)
-    assert not engine._entries
+    assert not engine._requests.entries
 
 
 async def test_a_plain_loop_over_an_answer_says_how_it_is_read(engine: AsyncEngine) -> None:

@@ -9,8 +9,6 @@ import secrets
 import threading
 import time
 import warnings
-import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,13 +20,14 @@ from overlap.arguments import checked, listed, request_of
 from overlap.calibrate import calibrate
 from overlap.config import EngineConfig, Resolved
 from overlap.core import Core, Opened
-from overlap.errors import EngineClosed, EngineDead, RequestAborted, RequestError
+from overlap.errors import EngineClosed, EngineDead, RequestError
 from overlap.figures import Statistics
 from overlap.front import Answer, Front, PromptScores
 from overlap.generation import Generation
 from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
 from overlap.observe.trace import Trace, Tracing
+from overlap.register import Entry, Register
 from overlap.text.answer import AnswerText
 from overlap.text.prompts import PromptEncoder
 
@@ -49,22 +48,6 @@ class Health:
     def ready(self) -> bool:
         """Whether it takes new requests."""
         return self.ok and not self.draining
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A request id in use."""
-
-    request_id: str
-    front: Front
-    answer: Answer | None = None
-    """None while the prompt is encoded."""
-    aborted: bool = False
-
-    def check(self) -> None:
-        """Raise RequestAborted if somebody aborted it."""
-        if self.aborted:
-            raise RequestAborted(f"Request {self.request_id!r} was aborted.")
 
 
 class AsyncEngine:
@@ -88,12 +71,10 @@ class AsyncEngine:
         self._asked = EngineConfig.from_options(model, options)
         self._core = Core(self._asked)
         self._keys = itertools.count()
+        self._requests = Register(self._core)
         self._lock = threading.Lock()  # guards those below, which threads of several event loops share
         self._num_starting = 0
         self._fronts: dict[asyncio.AbstractEventLoop, Front] = {}
-        self._entries: dict[str, _Entry] = {}
-        self._reference = weakref.ref(self)
-        self._dropped: deque[_Entry] = deque()  # what finalizers found: they must not wait for a lock
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -136,7 +117,7 @@ class AsyncEngine:
             with suppress(EngineClosed, EngineDead):  # it may end by itself: then nothing is left to drain
                 await asyncio.wrap_future(self._core.drain())
         stopped = self._core.close()
-        self._forget_dropped()
+        self._requests.forget_dropped()
         if self._prompts is not None:
             self._prompts.close()
         await asyncio.shield(asyncio.wrap_future(stopped))
@@ -252,12 +233,10 @@ class AsyncEngine:
         When this returns, nothing more of the request is seen, and the engine runs it no further.
         """
         self._core.check_process()
-        with self._lock:
-            entry = self._entries.pop(request_id, None)
-            if entry is None:
-                return False
-            entry.aborted = True
-            answer, front = entry.answer, entry.front
+        entry = self._requests.abort(request_id)
+        if entry is None:
+            return False
+        answer, front = entry.answer, entry.front
         if answer is None:
             return True  # it is not submitted yet, and never will be
         if asyncio.get_running_loop() is front.loop:
@@ -408,7 +387,9 @@ class AsyncEngine:
             raise RequestError(f"whole must be True or False, not {whole!r:.80}.")
         begin = partial(self._begin, prompt, checked(params), terms)
         request_id = request_id or f"req-{secrets.token_hex(8)}"
-        return Generation(begin, self._forget_answer, self._drop_answer, request_id, index, whole=whole)
+        return Generation(
+            begin, self._requests.forget_answer, self._requests.drop_answer, request_id, index, whole=whole
+        )
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         try:
@@ -422,23 +403,18 @@ class AsyncEngine:
     ) -> Answer:
         """Check, encode and submit a request, and open its answer."""
         self._core.check_open()
-        self._forget_dropped()
-        entry = _Entry(request_id, self._front())
-        with self._lock:
-            if request_id in self._entries:
-                raise RequestError(f"The request id {request_id!r} is in use. Give each request one of its own.")
-            self._entries[request_id] = entry
+        entry = self._requests.enter(request_id, self._front())
         try:
             return await self._submit(entry, prompt, params, terms, index, whole=whole)
         except GeneratorExit:  # as in Generation: a finalizer may have ended this
-            self._drop(entry)
+            self._requests.drop(entry)
             raise
         except BaseException:
-            self._forget(entry)
+            self._requests.forget(entry)
             raise
 
     async def _submit(
-        self, entry: _Entry, prompt: Prompt, params: SamplingParams, terms: Terms, index: int, *, whole: bool
+        self, entry: Entry, prompt: Prompt, params: SamplingParams, terms: Terms, index: int, *, whole: bool
     ) -> Answer:
         live = self._live
         deadline = None if terms.deadline is None else time.monotonic() + terms.deadline
@@ -475,9 +451,7 @@ class AsyncEngine:
             eos_ids=self._eos_ids(live),
             vocab_size=live.model.vocab_size,
         )
-        with self._lock:
-            entry.check()
-            entry.answer = answer
+        self._requests.note_answer(entry, answer)
         front.open(answer)
         self._core.submit(request)
         if entry.aborted:  # by another thread at this moment: it may have ended what was not there yet
@@ -495,58 +469,6 @@ class AsyncEngine:
             front = self._fronts.get(loop)
             if front is None:
                 self._fronts = {loop: front for loop, front in self._fronts.items() if not loop.is_closed()}
-                self._entries = {id_: one for id_, one in self._entries.items() if not one.front.loop.is_closed()}
+                self._requests.forget_closed()
                 front = self._fronts[loop] = self._core.front(loop)
             return front
-
-    def _forget_answer(self, answer: Answer) -> None:
-        """Let go of an answer that nobody reads any more."""
-        entry = self._entries.get(answer.request_id)
-        if entry is not None and entry.answer is answer:  # else it was aborted
-            self._forget(entry)
-
-    def _drop_answer(self, answer: Answer) -> None:
-        """As `_forget_answer`, from a finalizer."""
-        entry = self._entries.get(answer.request_id)
-        if entry is not None and entry.answer is answer:
-            self._drop(entry)
-
-    def _forget(self, entry: _Entry) -> None:
-        """Let go of a request, and end it if it still runs. From any thread."""
-        if self._core.forked:
-            return
-        with self._lock:
-            if self._entries.get(entry.request_id) is entry:
-                del self._entries[entry.request_id]
-        answer = entry.answer
-        if answer is not None:
-            entry.front.close(answer)
-            if not answer.ended:
-                self._core.end(answer.key)
-
-    def _drop(self, entry: _Entry) -> None:
-        """As `_forget`, from a finalizer: it takes no lock, since its thread may hold any, and leaves that for later.
-
-        What the request runs on comes free at once all the same.
-        """
-        if self._core.forked:
-            return
-        self._dropped.append(entry)
-        if entry.answer is not None and not entry.answer.ended:
-            self._core.drop(entry.answer.key)
-        with suppress(RuntimeError):  # its event loop was closed: the next request does it
-            entry.front.loop.call_soon_threadsafe(self._remind, self._reference)
-
-    def _forget_dropped(self) -> None:
-        while self._dropped:
-            try:
-                entry = self._dropped.popleft()
-            except IndexError:  # another thread was faster
-                return
-            self._forget(entry)
-
-    @staticmethod
-    def _remind(reference: weakref.ref[AsyncEngine]) -> None:
-        engine = reference()
-        if engine is not None:  # else it has closed, and every request has ended with it
-            engine._forget_dropped()
