@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from overlap import AsyncEngine, Output, RequestAborted, RequestError, SamplingParams
+from overlap import AsyncEngine, Generation, Output, RequestAborted, RequestError, SamplingParams
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache": 4096, "max_rows": 4}
 SHORT = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -68,3 +68,22 @@ async def test_a_plain_loop_over_an_answer_says_how_it_is_read(engine: AsyncEngi
     with pytest.raises(TypeError, match=r"`async for output in generation`.*`await generation`"):
         for _ in engine.generate("The", SHORT):
             pass
+
+
+async def test_one_that_another_task_closes_while_it_is_read_ends_for_its_reader_and_for_the_engine(
+    engine: AsyncEngine,
+) -> None:
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    for moment in ("encoding", "waiting"):
+        generation = engine.generate([5, 6, 7] if moment == "waiting" else "a text " * 60, params, whole=True)
+        reading = asyncio.create_task(_count(generation))
+        await asyncio.sleep(0 if moment == "encoding" else 0.02)
+        await generation.aclose()
+        async with asyncio.timeout(10):
+            assert await reading == 0
+        await asyncio.wrap_future(engine._core.idle())
+        assert not engine._requests.entries
+
+
+async def _count(generation: Generation) -> int:
+    return len([output async for output in generation])

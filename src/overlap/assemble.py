@@ -35,7 +35,7 @@ from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
 from overlap.observe.stages import Stages
 from overlap.ops.attention import choose_attention, fallbacks_of
-from overlap.runner import Runner
+from overlap.runner import Runner, halves_from
 from overlap.schedule.pace import Pace
 from overlap.schedule.planner import Planner
 from overlap.schedule.split import Always, Splitter
@@ -226,7 +226,8 @@ def _parts(
         shares, share_notes = _shares(resolved, device, (stream, side[1]))
     halves = None
     if resolved.lanes == "halves":
-        halves, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
+        second, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
+        halves = second, halves_from(checkpoint.config, resolved.tensor_parallel, graphs=resolved.graphs and kv.is_cuda)
     fallbacks = fallbacks_of(device, attention, why)
     stages.end("lanes")
     weight_bytes, place = program.weight_bytes(), _place(resolved.model, checkpoint)
@@ -381,10 +382,10 @@ def _shares(
 
 def _place(model: str, checkpoint: Checkpoint) -> str:
     """Return where a model is, whatever name led there."""
+    if not isinstance(checkpoint, DummyCheckpoint):
+        return str(checkpoint.path.resolve())
     path = Path(model).expanduser()
-    if path.exists():
-        return str(path.resolve())
-    return model if isinstance(checkpoint, DummyCheckpoint) else str(checkpoint.path.resolve())
+    return str(path.resolve()) if path.exists() else model
 
 
 def _splitter(

@@ -387,9 +387,8 @@ class AsyncEngine:
             raise RequestError(f"whole must be True or False, not {whole!r:.80}.")
         begin = partial(self._begin, prompt, checked(params), terms)
         request_id = request_id or f"req-{secrets.token_hex(8)}"
-        return Generation(
-            begin, self._requests.forget_answer, self._requests.drop_answer, request_id, index, whole=whole
-        )
+        requests = self._requests
+        return Generation(begin, requests.forget_answer, requests.drop_answer, request_id, index, whole=whole)
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         try:

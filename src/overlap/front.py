@@ -165,6 +165,12 @@ class Answer:
         if not waiter.done():
             waiter.set_result(None)
 
+    def stop_waiting(self) -> None:
+        """Let whoever waits for news look: the reading is over."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
     def output_nowait(self) -> Output | None:
         """Return what is new, or None; raise StopAsyncIteration behind the last Output, or the failure."""
         if not self._news or self._muted or (self._whole and not self.ended):

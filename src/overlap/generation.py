@@ -53,7 +53,7 @@ class Generation:
             answer = self._answer
             if answer is None:
                 answer = self._answer = await self._begin(self.request_id, self._index, self._whole)
-            while (output := answer.output_nowait()) is None:
+            while (output := self._output_of(answer)) is None:
                 await answer.news()
         except GeneratorExit:  # nobody waits for this any more, and a finalizer may have found that out
             self._abandon()
@@ -66,6 +66,12 @@ class Generation:
             return output
         finally:
             self._reading = False
+
+    def _output_of(self, answer: Answer) -> Output | None:
+        """Return what is new, or None; raise StopAsyncIteration behind the end, and once a task has closed this."""
+        if self._done:
+            raise StopAsyncIteration
+        return answer.output_nowait()
 
     def __await__(self) -> Generator[Any, None, Output]:
         """Return the answer's last Output, with its whole text. Raises what iterating raises."""
@@ -84,7 +90,7 @@ class Generation:
         raise TypeError("A Generation is read with `async for output in generation`, or whole with `await generation`.")
 
     async def aclose(self) -> None:
-        """Stop the request. Idempotent."""
+        """Stop the request; a task that reads it sees its end. Idempotent."""
         self._end()
 
     async def __aenter__(self) -> Generation:
@@ -103,6 +109,7 @@ class Generation:
         answer, self._answer = self._answer, None
         if answer is not None:
             self._forget(answer)
+            answer.stop_waiting()
 
     def _abandon(self) -> None:
         self._done = True

@@ -277,11 +277,12 @@ class Loop:
         if any(isinstance(flight, _FailedFlight) for flight in (*lane, *beside)):
             return False
         self._end_unmatched()
+        waits = self._planner.waits_for_mask  # before planning: a mask may be made meanwhile, on another thread
         with self._timeline.span("plan"):
             plan = self._planner.plan(number)
         if plan is None:
             if number == MAIN and not lane and not beside and not self._planner.wants_side:
-                self._check_why_not()
+                self._check_why_not(waited=waits)
             return False
         reads = plan.num_rows > plan.num_decode
         if reads and number == MAIN:
@@ -297,9 +298,12 @@ class Loop:
             with self._timeline.span("tell", plan):
                 self._outbox.tell_settled(settled)
 
-    def _check_why_not(self) -> None:
-        """Nothing is in flight, and nothing could be planned: that is right while masks are made, or after an end."""
-        if self._planner.has_work and not self._planner.waits_for_mask:
+    def _check_why_not(self, *, waited: bool) -> None:
+        """Nothing is in flight, and nothing could be planned: that is right while masks are made, or after an end.
+
+        `waited` says that one was being made before.
+        """
+        if self._planner.has_work and not (waited or self._planner.waits_for_mask):
             raise InternalError("requests wait, nothing is in flight, and nothing could be planned")
 
     def _end_unmatched(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from overlap.equivalents import SAMPLING_PARAMETERS
 from overlap.errors import RequestError, nearest
-from overlap.plain import plain_float, plain_int
+from overlap.plain import plain_bool, plain_float, plain_int
 from overlap.schedule.shaping import MOST_ALTERNATIVES, MOST_BANNED, MOST_BIASED, Shaping
 from overlap.structured import StructuredOutput
 
@@ -136,8 +136,9 @@ class SamplingParams:
                 raise refuse(name, "an integer")
             _keep(self, name, whole)
         for name in _BOOLEANS:
-            if not isinstance(getattr(self, name), bool):
+            if (chosen := plain_bool(getattr(self, name))) is None:
                 raise refuse(name, "True or False")
+            _keep(self, name, chosen)
         if self.temperature < 0:
             raise refuse("temperature", "0 (greedy) or more")
         if self.top_k < -1 or self.top_k > 2**31 - 1:

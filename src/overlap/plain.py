@@ -21,6 +21,12 @@ def plain_int(value: object) -> int | None:
         return None
 
 
+def plain_bool(value: object) -> bool | None:
+    """Return True or False, numpy's too; None for what is neither."""
+    kind = type(value)
+    return bool(value) if kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")) else None
+
+
 def plain_float(value: object) -> float | None:
     """Return a real number as a float, or as an int if it is one; None for what is none or too large for a float."""
     if type(value) is float:

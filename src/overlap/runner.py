@@ -16,6 +16,7 @@ others with the target's forward in pieces.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -36,6 +37,8 @@ from overlap.graphs.lane import Lane
 from overlap.graphs.policy import Policy, Shape
 from overlap.graphs.shares import ShareGraphs
 from overlap.microbatch.halves import LEAST_TOKENS, attention_rows, drive_together, halves_of, middle_of
+from overlap.models.config import ModelConfig
+from overlap.models.layout import tensor_shapes
 from overlap.models.program import Program
 from overlap.ops.attention import Attention
 from overlap.sample.sampler import sample
@@ -54,11 +57,21 @@ HOST_BOUND: Final = 6.4e12
 """Floating point operations past which a step is not run in pieces: 16 ms at 400 TFLOP/s, longer than the host takes to
 launch it eagerly, so that pieces would bring nothing but padding."""
 
-
 BLOCK_LAYERS: Final = 8
 """Layers of a side lane's step that are launched at once. The main lane may have to wait for one block: milliseconds of
 host time while readers in the same process hold the interpreter (docs/log.md), so fewer layers keep its steps nearer
 together, and more read prompts sooner."""
+
+
+def host_bound_tokens(parameters: float) -> int:
+    """Return how many tokens a step of a model (or of a rank's part) has at most to be run in pieces."""
+    return int(HOST_BOUND / (2 * parameters))
+
+
+def halves_from(config: ModelConfig, num_ranks: int, *, graphs: bool) -> int:
+    """Return from how many tokens on a step may be run as two halves: more than pieces have. The same on all ranks."""
+    parameters = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    return host_bound_tokens(parameters / num_ranks) + 1 if graphs else 0
 
 
 def _has_tail(plan: StepPlan, layout: Layout) -> bool:
@@ -157,13 +170,14 @@ class Runner:
         context: int,
         graphs: bool = True,
         side: tuple[Attention, Stream] | None = None,
-        halves: Attention | None = None,
+        halves: tuple[Attention, int] | None = None,
         speculate: Callable[[SlotRows], Speculation] | None = None,
     ) -> None:
         """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are.
 
         `side` makes a side lane: a stream of its own, and an attention that shares no workspace with the main lane's.
-        `halves` is another attention, for the second half of a step that is run as two (`microbatch.halves`).
+        `halves` is another attention, for the second half of a step that is run as two (`microbatch.halves`), and how
+        many tokens such a step has at least: the same on all ranks.
         `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane.
         """
         self._device = kv.device
@@ -261,13 +275,12 @@ class _LaneRunner:
         *,
         graphs: bool,
         decodes: bool,
-        halves: Attention | None,
+        halves: tuple[Attention, int] | None,
         speculation: Speculation | None,
     ) -> None:
         self._program = program
         self._halves = halves
         self._num_halved = 0
-        self._most_in_pieces = 0
         self._attention = attention
         self._stream = stream
         self._kv = kv
@@ -298,7 +311,7 @@ class _LaneRunner:
         speculation = self._speculation
         whole = self._decodes and (self._attention.captures_decode if speculation is None else speculation.captures)
         parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
-        most = min(token_budget, max(max_rows, int(HOST_BOUND / (2 * parameters))))
+        most = min(token_budget, max(max_rows, host_bound_tokens(parameters)))
         tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
         wide: dict[int, tuple[int, ...]] = {}
         if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
@@ -308,7 +321,6 @@ class _LaneRunner:
 
         strips = tuple(size for size in STRIPS if whole and size <= max(1, token_budget // STRIP))
         self.short_steps = strips == STRIPS
-        self._most_in_pieces = most
 
         def make(_share: int) -> GraphDriver:
             policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide, strips)
@@ -490,9 +502,9 @@ class _LaneRunner:
         out = None if graphs is None or pieces is None else graphs.inputs(pieces, layout.num_rows, layout.num_emits)
         inputs = build_inputs(packed, layout, self._rows, out)
         self._rows.shapes.admit(plan.admissions, self._program.vocab_size, self._kv.device)
-        # Of the plan alone, not of what was captured so far: all ranks have to cut alike.
-        halves = self._halves if plan.num_tokens > self._most_in_pieces else None
-        middle = None if halves is None else middle_of(plan)
+        halves, least = (None, 0) if self._halves is None else self._halves
+        # By the plan alone, not by what was captured so far: all ranks have to cut alike.
+        middle = None if halves is None or plan.num_tokens < least else middle_of(plan)
         if middle is None:
             self._attention.plan(attention_rows(plan, inputs, 0, plan.num_rows, self._lane.sms))
         if block is not None:
@@ -545,7 +557,7 @@ class _LaneRunner:
         """Return what runs as which graph, what was captured, and every fallback with its reason: a sentence each."""
         lines = [self._graph_note, *(self._shares.explain() if self._shares is not None else ())]
         if self._halves is not None:
-            least = max(LEAST_TOKENS, self._most_in_pieces + 1)
+            least = max(LEAST_TOKENS, self._halves[1])
             lines.append(
                 f"halves: steps with {least} prompt tokens or more, whose rows can be cut into two of about as many, "
                 f"run as two halves: while the ranks sum for one, the other computes; {self._num_halved} so far"

@@ -132,7 +132,7 @@ def test_a_qwen3_norms_its_heads_and_has_the_head_size_that_it_says(tmp_path: Pa
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": "8"}}, "factor is '8'; it must be a number"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1}}, "low_freq_factor is 1.0"),
         (
-            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_parameters": {"rope_theta": 1e4}},
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_parameters": {"rope_type": "default"}},
             "rope_scaling is .* it must be what rope_parameters says",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
@@ -148,6 +148,8 @@ def test_both_ways_of_writing_may_say_the_same(tmp_path: Path) -> None:
     scaling = {"rope_type": "llama3", **LLAMA3}
     given = {"rope_parameters": {"rope_theta": 5e5, **scaling}, "rope_scaling": scaling}
     assert read_config(write(tmp_path, given)) == read_config(write(tmp_path, {"rope_theta": 5e5, **given}))
+    of_theta_only = {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": scaling}
+    assert read_config(write(tmp_path, of_theta_only)) == read_config(write(tmp_path, given))
 
 
 def test_a_bad_end_token_is_told_with_the_file_that_has_it(tmp_path: Path) -> None:

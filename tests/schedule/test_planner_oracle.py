@@ -199,13 +199,11 @@ class Oracle:
         return min(self.prefill_chunk, len(prompt) - chunked)
 
     def admit(self, budget: int) -> None:
-        coming = self.first()
-        if coming is None:
-            return
-        as_pressing = [stay for answer, stay in self.prefilling() if answer.priority >= coming.priority]
-        self.seen["passed one that is read"] += len(as_pressing) < len(self.prefilling())
-        budget -= sum(self.reads(stay.prompt, stay.chunked) for stay in as_pressing)
-        while budget > 0 and (first := self.first()) is not None:
+        while (first := self.first()) is not None:
+            as_pressing = [stay for answer, stay in self.prefilling() if answer.priority >= first.priority]
+            if budget <= sum(self.reads(stay.prompt, stay.chunked) for stay in as_pressing):
+                return
+            self.seen["passed one that is read"] += len(as_pressing) < len(self.prefilling())
             waiting = [answer for answer in self.answers if answer.stay is None]
             prompt = first.prompt + first.tokens
             pages = -(-(len(prompt) + 1) // PAGE)
@@ -217,7 +215,6 @@ class Oracle:
             self.had[first.fairness_key] += pages
             self.admitted += 1
             first.stay = Stay(prompt, pages, number=self.admitted)
-            budget -= self.reads(prompt)
 
     def prefilling(self) -> list[tuple[Answer, Stay]]:
         return sorted(

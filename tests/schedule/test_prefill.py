@@ -52,6 +52,17 @@ def test_a_prompt_of_a_higher_priority_does_not_wait_for_the_rest_of_a_long_one(
     assert plan.counts.tolist() == [30, 34]
 
 
+def test_those_of_a_higher_priority_bring_in_no_others_that_no_step_would_read() -> None:
+    own = planner(max_rows=40, num_pages=1400, token_budget=80, prefill_chunk=16)
+    for key in range(100):
+        own.submit(request(key, 320))
+    for key in range(100, 120):
+        own.submit(request(key, 8, 2, priority=1))
+        step(own)
+    unread = [slot for slot in np.flatnonzero(own._slots.reading) if not own._slots.next[slot]]
+    assert len(unread) <= 5, "a step's worth of chunks at most"
+
+
 def test_what_a_chunk_leaves_of_a_step_goes_to_other_prompts() -> None:
     own = planner(prefill_chunk=16)
     for key in range(5):

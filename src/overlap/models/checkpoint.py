@@ -118,12 +118,12 @@ def check_nothing_left(path: Path, config: ModelConfig, left: Iterable[str]) -> 
 
 
 def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
-    """Whether two tensors have the same values."""
+    """Whether two tensors have the same values, as bfloat16: one may be stored with more digits than the other."""
     shape = checkpoint.shape(name)
     if shape != checkpoint.shape(other):
         return False
     for start, stop in row_blocks(shape[0], shape[1]):
-        blocks = [torch.empty(stop - start, shape[1]) for _ in range(2)]
+        blocks = [torch.empty(stop - start, shape[1], dtype=torch.bfloat16) for _ in range(2)]
         for each, block in zip((name, other), blocks, strict=True):
             checkpoint.read_into(each, block, Part((start, stop)))
         if not torch.equal(*blocks):

@@ -129,7 +129,7 @@ class _Reader:
     def _rope(self) -> tuple[float, RopeScaling | None]:
         """Return theta and the scaling, of either way of writing."""
         given = [found for name in ("rope_parameters", "rope_scaling") if (found := self._object(name))]
-        scalings = [self._scaling(one) for one in given]
+        scalings = [self._scaling(one) for one in given if "rope_type" in one or "type" in one]
         if len(scalings) == 2 and scalings[0] != scalings[1]:
             raise self._wrong("rope_scaling", given[1], f"what rope_parameters says, {given[0]!r}, or left out")
         theta = next((one["rope_theta"] for one in [*given, self._raw] if one.get("rope_theta") is not None), None)

@@ -22,7 +22,7 @@ from overlap.models.config_json import read_config, read_json
 from overlap.models.layout import tensor_shapes
 from overlap.models.shard import Part
 
-_MADE_ANEW: Final = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+_MADE_ANEW: Final = (".inv_freq", ".original_inv_freq", ".cos_cached", ".sin_cached", ".masked_bias", ".position_ids")
 """How the names of tensors end that old checkpoints keep although they follow from the configuration."""
 _DTYPES: Final = ("BF16", "F16", "F32", "F64")
 _INDEX = "model.safetensors.index.json"

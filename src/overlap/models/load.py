@@ -10,7 +10,7 @@ from torch import Tensor
 
 from overlap.bars import Bar
 from overlap.errors import ModelError
-from overlap.models.checkpoint import Checkpoint, check_complete
+from overlap.models.checkpoint import BLOCK_BYTES, Checkpoint, check_complete
 from overlap.models.layout import tensor_shapes
 from overlap.models.llama import Layer, Llama
 from overlap.models.program import Ranks
@@ -152,7 +152,9 @@ class _Loading:
             self._checkpoint.read_into(name, out)
         else:
             self._checkpoint.read_into(name, out, part)
-        self._sums[name] = out.sum(dtype=torch.float32)
+        # In blocks of rows, for a CPU makes a copy of what it sums.
+        rows = len(out) if out.is_cuda else max(1, (BLOCK_BYTES // 4 * len(out)) // out.numel())
+        self._sums[name] = torch.stack([block.sum(dtype=torch.float32) for block in torch.split(out, rows)]).sum()
         self._bar.update(out.nbytes)
 
     def check_finite(self) -> None:

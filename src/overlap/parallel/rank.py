@@ -45,7 +45,7 @@ from overlap.parallel.wire import (
     receive,
     send,
 )
-from overlap.runner import Runner, TorchFlight
+from overlap.runner import Runner, TorchFlight, halves_from
 from overlap.streams.stream import Stream
 
 DEPTH: Final = 2
@@ -162,7 +162,8 @@ class _Rank:
         )
         halves = None
         if setup.halves:
-            halves, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
+            second, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
+            halves = second, halves_from(checkpoint.config, setup.size, graphs=setup.graphs and kv.is_cuda)
         return Runner(
             program,
             attention,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from overlap.cache.pages import PAGE
@@ -78,14 +78,16 @@ class Desk:
         key, available, running = self._blocked or (-1, 0, 0)
         return request.key == key and self._store.num_available <= available and self._slots.num_running >= running
 
-    def admit(self, budget: int, chunk: int, strips: int | None = None) -> Iterator[tuple[Request, Update]]:
-        """Give slots and pages to those whose turn it is, while slots, pages and a budget of prompt tokens last.
+    def admit(
+        self, budget_for: Callable[[Request], int], strips: int | None = None
+    ) -> Iterator[tuple[Request, Update]]:
+        """Give slots and pages to those whose turn it is, while slots and pages last.
 
-        A step reads `chunk` tokens of one prompt at most. With `strips` the prompts fit into so many strips together,
-        unless the first does not alone.
+        `budget_for` says how many prompt tokens the step has for one, beside those that go first. With `strips` the
+        prompts fit into so many strips together, unless the first does not alone.
         """
         needed, admitted = 0, False
-        while budget > 0 and (request := self.queue.first()) is not None:
+        while (request := self.queue.first()) is not None and budget_for(request) > 0:
             if not self._slots.free:
                 self._pressing = request
                 return
@@ -114,7 +116,6 @@ class Desk:
             self.queue.charge(request.fairness_key, wanted)
             update = self._slots.take(request, hit)
             self._note(request, hit)
-            budget -= min(chunk, len(request.prompt) - request.chunked)
             yield request, update
 
     def _note(self, request: Request, hit: Hit) -> None:

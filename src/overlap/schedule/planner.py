@@ -94,8 +94,10 @@ class Planner:
         self._decoding = Decoding(self._slots)
         shared = self._desk, self._forms, self._drafting, self._decoding
         self._prefill = Prefill(self._slots, *shared, chunk=prefill_chunk)
-        self._room = Room(self._slots, *shared, context=self._context, leave=self._leave)
         self._settling = Settling(self._slots, *shared, end=self._end_answer)
+        self._room = Room(
+            self._slots, self._desk, self._drafting, self._decoding, context=self._context, leave=self._leave
+        )
         self._requests: dict[int, Request] = {}
         self._went_first = False  # short prompts had the last step, though there were decode rows
         self._planned = self._settled = 0

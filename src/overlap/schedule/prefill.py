@@ -59,16 +59,18 @@ class Prefill:
     def admit(self, budget: int, *, few: bool = False) -> None:
         """Admit who comes next, while slots, pages and a budget of prompt tokens last.
 
-        What is left of the budget is what a step does not need for prompts of who is as pressing, or more. `few` takes
+        What the budget has for one is what a step does not need for prompts of who is as pressing, or more. `few` takes
         no more than fit into a short step, as far as they are short.
         """
         if not len(self._queue):
             return
-        coming = self._queue.first()
-        before = [r for r in self._requests if coming is None or r.priority >= coming.priority]
-        budget -= sum(min(self._chunk, len(r.prompt) - r.chunked) for r in before)
+
+        def budget_for(coming: Request) -> int:
+            before = (r for r in self._requests if r.priority >= coming.priority)
+            return budget - sum(min(self._chunk, len(r.prompt) - r.chunked) for r in before)
+
         strips = STRIPS[-1] - sum(-((r.chunked - len(r.prompt)) // STRIP) for r in self._requests) if few else -1
-        for request, update in self._desk.admit(budget, self._chunk, strips if strips >= 0 else None):
+        for request, update in self._desk.admit(budget_for, strips if strips >= 0 else None):
             self._forms.enter(request)
             insort(self._requests, request, key=_rank)
             self._entering[request.key] = self._admission(request), update

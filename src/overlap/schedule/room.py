@@ -17,7 +17,6 @@ from overlap.cache.pages import Ints
 from overlap.schedule.decoding import Decoding
 from overlap.schedule.desk import Desk
 from overlap.schedule.drafting import Drafting
-from overlap.schedule.forms import Forms
 from overlap.schedule.life import Change, Life
 from overlap.schedule.request import Request
 from overlap.schedule.slots import Slots, Update
@@ -30,7 +29,6 @@ class Room:
         self,
         slots: Slots,
         desk: Desk,
-        forms: Forms,
         drafting: Drafting,
         decoding: Decoding,
         *,
@@ -39,7 +37,7 @@ class Room:
     ) -> None:
         """`leave` takes slot and pages from a running request."""
         self._slots, self._store, self._desk, self._queue = slots, slots.store, desk, desk.queue
-        self._forms, self._drafting, self._decoding = forms, drafting, decoding
+        self._drafting, self._decoding = drafting, decoding
         self._context = context
         self._leave = leave
         self.preemptions = 0
@@ -84,7 +82,7 @@ class Room:
         if self._decoding.leaving:  # somebody was preempted
             updates[:] = [update for update in updates if at.reading[update[0]].all()]
             self._decoding.refresh()
-            slots = self._forms.free(self._decoding.slots)
+            slots = slots[np.isin(slots, self._decoding.slots)]  # a row whose mask has come meanwhile has no room yet
         return slots[~np.isin(slots, stalled)] if stalled else slots
 
     def make_for_pressing(self) -> None:
