@@ -189,3 +189,27 @@ async def test_whatever_ends_fails_or_is_preempted_each_token_and_each_mask_is_t
         if isinstance(one.matcher, LateMatcher):
             assert got[: len(one.matcher.told)] == one.matcher.told
             assert how != "no token may come next" or got == one.matcher.told
+
+
+class MadeMeanwhile(LateMatcher):
+    """Its first mask is made by another thread right behind the first question for it."""
+
+    _asked = 0
+    _made = False
+
+    @property
+    def ready(self) -> bool:
+        self._asked += 1
+        return self._asked > 1 and self._made
+
+    @ready.setter
+    def ready(self, made: bool) -> None:
+        self._made = made
+
+
+async def test_a_mask_that_is_made_while_the_only_request_is_planned_for_is_no_deadlock() -> None:
+    rig = Rig()
+    one = request(0, [1, 2], 5, delay=None)
+    one.matcher = MadeMeanwhile(2, lambda: 1, 999)
+    await rig.serve([one])
+    assert rig.answers == {0: MODEL.answer([1, 2], 5)}
