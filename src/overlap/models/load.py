@@ -152,8 +152,8 @@ class _Loading:
             self._checkpoint.read_into(name, out)
         else:
             self._checkpoint.read_into(name, out, part)
-        # In blocks of rows, for a CPU makes a copy of what it sums.
-        rows = len(out) if out.is_cuda else max(1, (BLOCK_BYTES // 4 * len(out)) // out.numel())
+        # In small blocks of rows, for a CPU makes a copy of what it sums.
+        rows = len(out) if out.is_cuda else max(1, (BLOCK_BYTES // 64 * len(out)) // out.numel())
         self._sums[name] = torch.stack([block.sum(dtype=torch.float32) for block in torch.split(out, rows)]).sum()
         self._bar.update(out.nbytes)
 
