@@ -48,12 +48,12 @@ def request_of(
     limit: int,
     matcher: Matcher | None,
     deadline: float | None,
-    eos_ids: set[int],
+    end_ids: set[int],
     vocab_size: int,
 ) -> Request:
     """Return what the engine's loop has to know of a request."""
     goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
-    stop_ids = {*params.stop_token_ids, *(() if goes_on else (end for end in eos_ids if end < vocab_size))}
+    stop_ids = {*params.stop_token_ids, *(() if goes_on else end_ids)}
     return Request(
         key=key,
         front=front,

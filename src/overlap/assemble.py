@@ -57,6 +57,11 @@ class Text:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
 
+    def end_ids(self, model: ModelConfig) -> set[int]:
+        """Return the tokens that end an answer by themselves, of those that the model has."""
+        own = () if self.tokenizer is None else self.tokenizer.eos_token_ids
+        return {token for token in (*model.eos_token_ids, *own) if token < model.vocab_size}
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -164,8 +169,7 @@ def _masks(text: Text, model: ModelConfig) -> Masks | None:
     """Begin to make what holds answers to a form, beside the loading of the model."""
     if text.tokenizer is None:
         return None
-    ends = tuple(sorted({*model.eos_token_ids, *text.tokenizer.eos_token_ids}))
-    ends = tuple(token for token in ends if token < model.vocab_size)
+    ends = tuple(sorted(text.end_ids(model)))
     threads = max(1, min(8, (psutil.cpu_count() or 1) // 4))
     return Masks(text.tokenizer, model.vocab_size, ends, threads=threads) if ends else None
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from overlap import AsyncEngine, EngineConfig, Output, SamplingParams, __version__
 from overlap.cli_options import add_engine, add_sampling, add_serving
+from overlap.core import THREAD
 from overlap.errors import OverlapError, RequestError
 from overlap.messages import TokenLogprob
 
@@ -69,7 +70,7 @@ def _end_engines() -> None:
     If that takes long, or Ctrl-C comes again, the process ends here, with no more ado.
     """
     until = time.monotonic() + LEAVE_SECONDS
-    engines = [thread for thread in threading.enumerate() if thread.name == "overlap-engine"]
+    engines = [thread for thread in threading.enumerate() if thread.name == THREAD]
     try:
         for thread in engines:
             thread.join(max(0.0, until - time.monotonic()))

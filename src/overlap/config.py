@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
-LANES: Final = ("auto", "mixed", "serial", "streams", "halves")
+Lanes: TypeAlias = Literal["auto", "mixed", "serial", "streams", "halves"]
+LANES: Final = get_args(Lanes)
 DRAFTERS: Final = ("ngram", "eagle", "draft")
 MOST_DRAFTS: Final = PAGE - 1
 _ANY_ROWS: Final = 1 << 31
@@ -296,7 +297,7 @@ class Resolved:
     prefill_chunk: int
     context: int
     graphs: bool
-    lanes: Literal["auto", "mixed", "serial", "streams", "halves"]
+    lanes: Lanes
     target_itl_s: float | None
     overlap: bool
     prefix_cache: bool
@@ -430,9 +431,7 @@ def _dtype(
     return chose("dtype", "float32", "this CPU has no instructions for bfloat16")
 
 
-def _lanes(
-    asked: EngineConfig, chose: _Chose, *, on_cuda: bool
-) -> Literal["auto", "mixed", "serial", "streams", "halves"]:
+def _lanes(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Lanes:
     if asked.tensor_parallel > 1:
         if asked.lanes == "streams":
             raise ConfigError(

@@ -49,6 +49,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Front)
 
+THREAD: Final = "overlap-engine"
+"""The name of an engine's thread."""
 LOST_S: Final = 15.0
 """Seconds that the engine has to end by itself once a rank is gone."""
 
@@ -71,7 +73,7 @@ class Core:
 
     def __init__(self, asked: EngineConfig) -> None:
         self._asked = asked
-        self._thread = threading.Thread(target=self._run, name="overlap-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
         self._opened: Future[Opened] = Future()
         self._stopped: Future[None] = Future()
         for future in (self._opened, self._stopped):

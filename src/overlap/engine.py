@@ -339,10 +339,10 @@ class AsyncEngine:
         """Measure how prompts and decode rows get on best beside each other.
 
         Prompts and answers of random tokens run in every way there is: mixed, in turn, in two lanes at each share of
-        SMs. What they took is kept with what other steps took, on disk when the engine closes, so each model, type and
-        device needs this once. Without it the engine learns from the requests it gets. Call it when nothing else runs:
-        requests of others go first, but `target_itl_ms` is not kept meanwhile, and cached prefixes may have to go. Its
-        requests are in the figures. An H200 took 3 s for a model of 135 million parameters, and 26 for one of 8 billion
+        SMs. What they took is kept on disk with what other steps took, so each model, type and device needs this once.
+        Without it the engine learns from the requests it gets. Call it when nothing else runs: requests of others go
+        first, but `target_itl_ms` is not kept meanwhile, and cached prefixes may have to go. Its requests are in the
+        figures. An H200 took 3 s for a model of 135 million parameters, and 26 for one of 8 billion
         (`bench/two_lanes.py`).
 
         `progress` shows a bar on stderr; None shows it in a terminal and in a notebook. Raises ConfigError where
@@ -447,7 +447,7 @@ class AsyncEngine:
             limit=limit,
             matcher=matcher,
             deadline=deadline,
-            eos_ids=self._eos_ids(live),
+            end_ids=live.text.end_ids(live.model),
             vocab_size=live.model.vocab_size,
         )
         self._requests.note_answer(entry, answer)
@@ -456,11 +456,6 @@ class AsyncEngine:
         if entry.aborted:  # by another thread at this moment: it may have ended what was not there yet
             self._core.end(key)
         return answer
-
-    @staticmethod
-    def _eos_ids(live: Opened) -> set[int]:
-        tokenizer = live.text.tokenizer
-        return {*live.model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer is not None else ())}
 
     def _front(self) -> Front:
         loop = asyncio.get_running_loop()

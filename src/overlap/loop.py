@@ -277,12 +277,13 @@ class Loop:
         if any(isinstance(flight, _FailedFlight) for flight in (*lane, *beside)):
             return False
         self._end_unmatched()
-        waits = self._planner.waits_for_mask  # before planning: a mask may be made meanwhile, on another thread
+        idle = number == MAIN and not lane and not beside
+        waited = idle and self._planner.waits_for_mask  # before planning: it may be made meanwhile, on another thread
         with self._timeline.span("plan"):
             plan = self._planner.plan(number)
         if plan is None:
-            if number == MAIN and not lane and not beside and not self._planner.wants_side:
-                self._check_why_not(waited=waits)
+            if idle and not self._planner.wants_side:
+                self._check_why_not(waited=waited)
             return False
         reads = plan.num_rows > plan.num_decode
         if reads and number == MAIN:

@@ -36,11 +36,11 @@ from overlap.graphs.eager import drive_in_blocks
 from overlap.graphs.lane import Lane
 from overlap.graphs.policy import Policy, Shape
 from overlap.graphs.shares import ShareGraphs
-from overlap.microbatch.halves import LEAST_TOKENS, attention_rows, drive_together, halves_of, middle_of
+from overlap.microbatch.halves import LEAST_TOKENS, drive_together, halves_of, middle_of
 from overlap.models.config import ModelConfig
 from overlap.models.layout import tensor_shapes
 from overlap.models.program import Program
-from overlap.ops.attention import Attention
+from overlap.ops.attention import Attention, AttentionRows
 from overlap.sample.sampler import sample
 from overlap.sample.score import write_scores
 from overlap.sample.shaping import mask_logits, shape_logits, told_words
@@ -505,14 +505,23 @@ class _LaneRunner:
         halves, least = (None, 0) if self._halves is None else self._halves
         # By the plan alone, not by what was captured so far: all ranks have to cut alike.
         middle = None if halves is None or plan.num_tokens < least else middle_of(plan)
+        rows = AttentionRows(
+            num_decode=plan.num_decode,
+            seq_lens=inputs.seq_lens,
+            page_table=inputs.page_table,
+            starts=plan.starts,
+            counts=plan.counts,
+            chunk_pages=plan.chunk_pages,
+            sms=self._lane.sms,
+        )
         if middle is None:
-            self._attention.plan(attention_rows(plan, inputs, 0, plan.num_rows, self._lane.sms))
+            self._attention.plan(rows)
         if block is not None:
             yield
         if halves is not None and middle is not None:
             self._num_halved += 1
             batch, attentions = self._lane.batch(inputs), (self._attention, halves)
-            hidden_TC = torch.cat(drive_together(halves_of(plan, inputs, batch, self._program, attentions, middle)))
+            hidden_TC = torch.cat(drive_together(halves_of(rows, batch, self._program, attentions, middle)))
         elif graphs is None or pieces is None:
             forward = self._program.forward(self._lane.batch(inputs))
             hidden_TC = yield from drive_in_blocks(forward, self._attention, block)

@@ -117,7 +117,8 @@ def test_layers_beyond_those_of_the_configuration_are_refused(directory: Path) -
 
 def test_what_follows_from_the_configuration_may_be_stored_as_well(directory: Path) -> None:
     rewrite(directory, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "value_head.weight": NOTHING})
-    DirectoryCheckpoint(directory).close()
+    with closing(DirectoryCheckpoint(directory)) as checkpoint:
+        assert checkpoint.has(NAME)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

@@ -24,7 +24,6 @@ from overlap.cache.pages import PAGE, Ints
 from overlap.models.program import Attend, Batch, Forward, Pending, Program
 from overlap.ops.attention import Attention, AttentionRows
 from overlap.schedule.plan import StepPlan
-from overlap.state.inputs import StepInputs
 
 LEAST_TOKENS: Final = 128
 """Prompt tokens of a step from which two halves pay: 64 in each. With fewer, a matrix product takes as long for half of
@@ -65,36 +64,31 @@ def middle_of(plan: StepPlan) -> int | None:
     return middle if min(first, plan.num_tokens - first) >= LEAST_SHARE * plan.num_tokens else None
 
 
-def attention_rows(plan: StepPlan, inputs: StepInputs, first: int, last: int, sms: int = 0) -> AttentionRows:
-    """Return what attention has to know of the rows of a step from `first` up to `last`, on so many SMs (0: all)."""
-    num_decode = min(max(plan.num_decode, first), last) - first
-    num_pages = -(-(plan.starts + plan.counts) // PAGE)
-    begin, end = (int(num_pages[plan.num_decode : max(row, plan.num_decode)].sum()) for row in (first, last))
-    return AttentionRows(
-        num_decode=num_decode,
-        seq_lens=inputs.seq_lens[first:last],
-        page_table=inputs.page_table[first:last],
-        starts=plan.starts[first:last],
-        counts=plan.counts[first:last],
-        chunk_pages=plan.chunk_pages[begin:end],
-        sms=sms,
+def part_of(rows: AttentionRows, first: int, last: int) -> AttentionRows:
+    """Return those of a step's rows from `first` up to `last`."""
+    decode = rows.num_decode
+    num_pages = -(-(rows.starts[decode:] + rows.counts[decode:]) // PAGE)
+    begin, end = (int(num_pages[: max(0, row - decode)].sum()) for row in (first, last))
+    return replace(
+        rows,
+        num_decode=min(max(decode, first), last) - first,
+        seq_lens=rows.seq_lens[first:last],
+        page_table=rows.page_table[first:last],
+        starts=rows.starts[first:last],
+        counts=rows.counts[first:last],
+        chunk_pages=rows.chunk_pages[begin:end],
     )
 
 
 def halves_of(
-    plan: StepPlan,
-    inputs: StepInputs,
-    batch: Batch,
-    program: Program,
-    attentions: tuple[Attention, Attention],
-    middle: int,
+    rows: AttentionRows, batch: Batch, program: Program, attentions: tuple[Attention, Attention], middle: int
 ) -> list[Half]:
     """Return the halves of a step, cut behind its first `middle` rows, each with its attention planned."""
-    cut = int(plan.counts[:middle].sum())
-    parts = ((0, middle, slice(0, cut)), (middle, plan.num_rows, slice(cut, None)))
+    cut = int(rows.counts[:middle].sum())
+    parts = ((0, middle, slice(0, cut)), (middle, len(rows.counts), slice(cut, None)))
     halves = []
     for attention, (first, last, tokens) in zip(attentions, parts, strict=True):
-        attention.plan(attention_rows(plan, inputs, first, last))
+        attention.plan(part_of(rows, first, last))
         own = replace(
             batch,
             token_ids=batch.token_ids[tokens],

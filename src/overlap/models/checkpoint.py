@@ -6,7 +6,7 @@ order, straight to where they are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -104,12 +104,15 @@ def check_complete(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_nothing_left(path: Path, config: ModelConfig, left: Iterable[str]) -> None:
-    """Raise ModelError if tensors of a model are left that its configuration has no place for.
+def check_nothing_left(
+    path: Path, config: ModelConfig, names: Iterable[str], known: Container[str], made_anew: tuple[str, ...]
+) -> None:
+    """Raise ModelError if a model has tensors that its configuration has no place for.
 
-    They would change every answer: those of more layers, biases, norms.
+    They would change every answer: those of more layers, biases, norms. `known` has a place; what follows from the
+    configuration ends as `made_anew` says.
     """
-    if left := sorted(left):
+    if left := sorted(name for name in names if name not in known and not name.endswith(made_anew)):
         raise ModelError(
             f"{str(path)!r} has tensors that its configuration ({config.architecture}, num_layers={config.num_layers}) "
             f"has no place for, {len(left)}: {', '.join(map(repr, left[:3]))}{', ...' * (len(left) > 3)}. "

@@ -83,9 +83,7 @@ class DirectoryCheckpoint:
         """Refuse tensors that would be left out, and such as hold no plain numbers."""
         known = tensor_shapes(self.config)
         own = (name for name in self._shard_of if name.startswith(("model.", "lm_head.")) and name != HEAD)
-        check_nothing_left(
-            self._path, self.config, (name for name in own if name not in known and not name.endswith(_MADE_ANEW))
-        )
+        check_nothing_left(self._path, self.config, own, known, _MADE_ANEW)
         for name in known:
             if name in self._shard_of and (dtype := self._slice(name).get_dtype()) not in _DTYPES:
                 raise ModelError(

@@ -77,9 +77,7 @@ class GgufCheckpoint:
             self.config = _config(path, header, self._factors(header))
             known = {gguf_name(name) for name in tensor_shapes(self.config)}
             own = (name for name in self._tensors if name.startswith(("blk.", "output")))
-            check_nothing_left(
-                path, self.config, (name for name in own if name not in known and not name.endswith(_MADE_ANEW))
-            )
+            check_nothing_left(path, self.config, own, known, _MADE_ANEW)
         except BaseException:
             self._data.close()
             raise

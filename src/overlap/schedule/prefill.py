@@ -64,10 +64,15 @@ class Prefill:
         """
         if not len(self._queue):
             return
+        left, before = budget, 0
 
         def budget_for(coming: Request) -> int:
-            before = (r for r in self._requests if r.priority >= coming.priority)
-            return budget - sum(min(self._chunk, len(r.prompt) - r.chunked) for r in before)
+            """Those who ask come by priority, as do those that are read: so each of these is counted once."""
+            nonlocal left, before
+            while before < len(self._requests) and self._requests[before].priority >= coming.priority:
+                request, before = self._requests[before], before + 1
+                left -= min(self._chunk, len(request.prompt) - request.chunked)
+            return left
 
         strips = STRIPS[-1] - sum(-((r.chunked - len(r.prompt)) // STRIP) for r in self._requests) if few else -1
         for request, update in self._desk.admit(budget_for, strips if strips >= 0 else None):
