@@ -41,26 +41,13 @@ from overlap.schedule.planner import Planner
 from overlap.schedule.split import Always, Splitter
 from overlap.spec.open import drafter_notes, head_page_bytes, open_head, speculation
 from overlap.streams.stream import Stream
-from overlap.text import ChatTemplate, Tokenizer
+from overlap.text import Text
 
 if TYPE_CHECKING:
     from overlap.parallel.leading import LeadingRunner
     from overlap.parallel.team import Team
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """What turns prompts into tokens and back; both None for random weights made from a configuration alone."""
-
-    tokenizer: Tokenizer | None
-    template: ChatTemplate | None
-
-    def end_ids(self, model: ModelConfig) -> set[int]:
-        """Return the tokens that end an answer by themselves, of those that the model has."""
-        own = () if self.tokenizer is None else self.tokenizer.eos_token_ids
-        return {token for token in (*model.eos_token_ids, *own) if token < model.vocab_size}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +128,7 @@ def assemble(asked: EngineConfig, stages: Stages | None = None) -> Parts:
             torch.cuda.set_device(device)  # of the engine's thread, which nobody else sees
             torch.zeros(1, device=device)  # starts the driver
         stages.end("device")
-        text = _text(checkpoint)
+        text = Text.of(checkpoint.tokenizer_source, checkpoint.chat_template)
         stages.end("tokenizer")
         team = _team(asked, resolved, checkpoint.config)
         stream = _stream(device)
@@ -308,24 +295,6 @@ def _notes(
         "linear: " + ", ".join(program.kinds()),
         *shared,
     )
-
-
-def _text(checkpoint: Checkpoint) -> Text:
-    source = checkpoint.tokenizer_source
-    if source is None:
-        return Text(tokenizer=None, template=None)
-    if source.kind == "gguf":
-        tokenizer = Tokenizer.from_gguf(source.fields)
-    else:
-        tokenizer = Tokenizer.from_json_file(source.path, config=source.fields)
-    template = ChatTemplate(
-        checkpoint.chat_template,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        unk_token=tokenizer.unk_token,
-        pad_token=tokenizer.pad_token,
-    )
-    return Text(tokenizer=tokenizer, template=template)
 
 
 def _on(stream: Stream, work: Callable[[], T]) -> T:

@@ -31,7 +31,7 @@ from overlap.streams.ahead import start_driver
 from overlap.turns import Rest
 
 if TYPE_CHECKING:
-    from overlap.assemble import Costs, Parts, Text
+    from overlap.assemble import Costs, Parts
     from overlap.config import EngineConfig, Resolved
     from overlap.grammar.masks import Masks
     from overlap.models.config import ModelConfig
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from overlap.schedule.request import Request
     from overlap.schedule.settled import Settled
     from overlap.structured import StructuredOutput
+    from overlap.text import Text
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -6,11 +6,9 @@ order, straight to where they are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -19,25 +17,12 @@ from overlap.errors import ModelError
 from overlap.models.config import ModelConfig
 from overlap.models.layout import tensor_shapes
 from overlap.models.shard import Part
+from overlap.text import TokenizerSource
 
 BLOCK_BYTES: Final = 4 << 20
 """The size that one block of rows aims at as float32 while it is converted; a few of them are alive at once."""
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerSource:
-    """What the tokenizer is made of.
-
-    For `kind="gguf"`, `fields` holds the file's `tokenizer.*` keys (plain values and lists) and `path` is the GGUF. For
-    `kind="json"`, `path` is the `tokenizer.json` and `fields` is the content of `tokenizer_config.json` (empty if
-    there is none).
-    """
-
-    kind: Literal["gguf", "json"]
-    path: Path
-    fields: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class Checkpoint(Protocol):

@@ -12,7 +12,6 @@ from torch import Tensor
 from overlap.errors import ModelError
 from overlap.models.checkpoint import (
     HEAD,
-    TokenizerSource,
     check_nothing_left,
     check_shape,
     missing_tensor,
@@ -21,6 +20,7 @@ from overlap.models.checkpoint import (
 from overlap.models.config_json import read_config, read_json
 from overlap.models.layout import tensor_shapes
 from overlap.models.shard import Part
+from overlap.text import TokenizerSource
 
 _MADE_ANEW: Final = (".inv_freq", ".original_inv_freq", ".cos_cached", ".sin_cached", ".masked_bias", ".position_ids")
 """How the names of tensors end that old checkpoints keep although they follow from the configuration."""

@@ -9,10 +9,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from overlap.models.checkpoint import TokenizerSource, check_shape
+from overlap.models.checkpoint import check_shape
 from overlap.models.config import ModelConfig
 from overlap.models.layout import tensor_shapes
 from overlap.models.shard import Part
+from overlap.text import TokenizerSource
 
 SCALE: Final = 0.02
 """Standard deviation of the random weights, as most models are initialised."""

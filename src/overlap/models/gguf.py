@@ -18,7 +18,6 @@ from torch import Tensor
 
 from overlap.errors import ModelError
 from overlap.models.checkpoint import (
-    TokenizerSource,
     check_nothing_left,
     check_shape,
     missing_tensor,
@@ -28,6 +27,7 @@ from overlap.models.config import ModelConfig, RopeScaling
 from overlap.models.gguf_header import GgufHeader, GgufTensor, read_header
 from overlap.models.layout import tensor_shapes
 from overlap.models.shard import Part
+from overlap.text import TokenizerSource
 
 _OUTER: Final = {
     "model.embed_tokens": "token_embd",

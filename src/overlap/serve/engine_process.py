@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -282,9 +281,7 @@ def welcome_of(asked: EngineConfig, opened: Opened) -> Welcome:
         return Welcome(
             resolved=asdict(opened.resolved),
             model=opened.model,
-            tokenizer=None
-            if source is None
-            else TokenizerFrom(kind=source.kind, path=str(Path(source.path).absolute()), fields=dict(source.fields)),
+            tokenizer=None if source is None else TokenizerFrom.packed(source),
             template=checkpoint.chat_template,
             notes=opened.notes,
             context=opened.context,

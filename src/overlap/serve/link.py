@@ -11,6 +11,7 @@ import itertools
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -35,6 +36,7 @@ from overlap.schedule.scores import Scored
 from overlap.schedule.settled import End, Settled
 from overlap.schedule.shaping import TOLD_WORDS, Shaping
 from overlap.structured import StructuredOutput
+from overlap.text import TokenizerSource
 
 MOST_TO_ENGINE: Final = 16 << 20
 """Bytes of a frame from a front: a prompt of four million tokens."""
@@ -100,6 +102,15 @@ class TokenizerFrom(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["gguf", "json"]
     path: str
     fields: dict[str, Any]
+
+    @classmethod
+    def packed(cls, source: TokenizerSource) -> TokenizerFrom:
+        """Return it as it goes over the line."""
+        return cls(kind=source.kind, path=str(source.path.absolute()), fields=dict(source.fields))
+
+    def unpacked(self) -> TokenizerSource:
+        """Return it as it was on the other side."""
+        return TokenizerSource(kind=self.kind, path=Path(self.path), fields=self.fields)
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -39,7 +38,6 @@ from overlap.serve.link import (
     Pulse,
     Seen,
     Step,
-    TokenizerFrom,
     Welcome,
     error_of,
     frame,
@@ -47,9 +45,9 @@ from overlap.serve.link import (
     settled_of,
     submit_of,
 )
+from overlap.text import Text
 
 if TYPE_CHECKING:
-    from overlap.assemble import Text
     from overlap.loop import Loop
     from overlap.schedule.matcher import Matcher
     from overlap.schedule.planner import Planner
@@ -245,30 +243,12 @@ class RemoteEngine(AsyncEngine):
 
 def opened_of(welcome: Welcome) -> Opened:
     """Return what a front knows of its engine. Raises ModelError for a tokenizer that cannot be made."""
+    source = welcome.tokenizer
     return Opened(
         resolved=msgspec.convert(welcome.resolved, Resolved),
         model=welcome.model,
-        text=_text(welcome.tokenizer, welcome.template),
+        text=Text.of(None if source is None else source.unpacked(), welcome.template),
         notes=welcome.notes,
         refusal=lambda _prompt, _new: None,  # the engine's own process refuses what could never run
         context=welcome.context,
     )
-
-
-def _text(source: TokenizerFrom | None, chat_template: str | None) -> Text:
-    from overlap.text import ChatTemplate, Tokenizer
-
-    if source is None:
-        return RemoteText(None, None)  # type: ignore[return-value]  # has what Text has
-    if source.kind == "gguf":
-        tokenizer = Tokenizer.from_gguf(source.fields)
-    else:
-        tokenizer = Tokenizer.from_json_file(Path(source.path), config=source.fields)
-    template = ChatTemplate(
-        chat_template,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        unk_token=tokenizer.unk_token,
-        pad_token=tokenizer.pad_token,
-    )
-    return RemoteText(tokenizer, template)  # type: ignore[return-value]
