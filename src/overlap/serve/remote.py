@@ -83,8 +83,11 @@ class RemoteCore(Core):
         return self.add_front(lambda number: Front(number, loop))
 
     def start(self) -> Future[Opened]:
-        """Connect. The future brings what the engine is, or why it could not be reached."""
-        self._reading = asyncio.get_running_loop().create_task(self._read())
+        """Connect, once. The future brings what the engine is, or why it could not be reached."""
+        if self._close_asked:
+            raise EngineClosed("The engine was closed. Make a new one.")
+        if self._reading is None:
+            self._reading = asyncio.get_running_loop().create_task(self._read())
         return self._opened
 
     def submit(self, request: Request) -> None:
@@ -167,6 +170,8 @@ class RemoteCore(Core):
                 self._writer.transport.abort()
             if self._reading is not None:
                 self._reading.cancel()
+            if not self._opened.done():
+                self._opened.set_exception(EngineClosed("The engine was closed."))
             self._stopped.set_result(None)
         return self._stopped
 
