@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from overlap import AsyncEngine, SamplingParams
-from overlap.config import cache_directory, package_index
+from overlap.environment import cache_directory, package_index
 from overlap.models.source import locate
 
 PROMPT = "Gravity is the force by which a planet or other body draws objects toward its center. In short,"

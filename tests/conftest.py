@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from overlap.config import cache_directory, package_index
+from overlap.environment import cache_directory, package_index
 from overlap.models.source import locate
 
 CHAT_TEMPLATE = (

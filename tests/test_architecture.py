@@ -17,11 +17,12 @@ DECIDERS = sorted(
         *(ROOT / "cache").glob("*.py"),
         *(ROOT / "microbatch" / f"{name}.py" for name in ("cost", "policy")),
         ROOT / "config.py",
+        ROOT / "resolve.py",
     ]
 )
 PUBLIC_EDGE = [ROOT / "errors.py", ROOT / "messages.py", ROOT / "front.py", ROOT / "engine.py", ROOT / "loop.py"]
 HOT_PATH = [
-    ROOT / "runner.py",
+    *(ROOT / f"{name}.py" for name in ("runner", "lane_runner", "flight")),
     *(ROOT / "graphs" / f"{name}.py" for name in ("eager", "lane", "pieces", "driver", "capture")),
     *(ROOT / "schedule").glob("*.py"),
     *(ROOT / "state").glob("*.py"),
@@ -34,7 +35,7 @@ HOT_PATH = [
 ]
 WAITS = {"item", "cpu", "synchronize", "tolist", "nonzero", "result", "sleep", "wait", "join", "acquire"}
 HOST_ONLY = {  # (file, function): why nothing there waits for a device
-    ("runner.py", "usable"): "looks at the device after a failure",
+    ("lane_runner.py", "usable"): "looks at the device after a failure",
     ("ops/rope.py", "_write"): "the CPU's own path",
     ("ops/attention.py", "_plan_decode"): "behind a test for CUDA",
     ("sample/philox.py", "gumbel"): "behind a test for CUDA",
@@ -48,17 +49,18 @@ SLEEPERS = {  # (file, function) of the streams: who sleeps until the device is 
     ("streams/cuda.py", "close"): "ends it all",
 }
 LAYERS = [  # an import goes to the same line or further down
-    {"serve", "cli", "cli_options", "__main__"},
+    {"serve", "cli", "cli_options", "conversation", "__main__"},
     {"engine", "calibrate", "__init__", "testing"},
     {"core", "assemble"},
     {"front"},
-    {"loop", "runner"},
+    {"loop", "runner", "lane_runner", "flight"},
     {"schedule", "graphs", "streams", "observe", "microbatch"},
-    {"state", "sample", "models", "text", "cache", "config", "grammar"},
+    {"state", "sample", "models", "text", "cache", "config", "resolve", "environment", "grammar"},
     {"ops"},
 ]
 VALUES = {
     "errors", "messages", "cache", "schedule.plan", "schedule.shaping", "models.config", "streams.stream", "config",
+    "resolve",
 }  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def test_the_environment_is_read_in_one_file_and_nothing_global_is_set(path: Pat
     text = path.read_text()
     tree = ast.parse(text)
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
-    if path.name != "config.py":
+    if path.name != "environment.py":
         assert "os.environ" not in text
         assert "getenv" not in text
     for setter in (  # OpenMP's own omp_set_num_threads is a setting of the calling thread, and no other's

@@ -11,21 +11,12 @@ import torch
 
 from overlap.assemble import machine
 from overlap.cache.pages import PAGE
-from overlap.config import (
-    EngineConfig,
-    KvBudget,
-    Machine,
-    Resolved,
-    cache_directory,
-    num_kv_pages,
-    package_index,
-    page_bytes,
-    parse_kv_cache,
-    resolve,
-)
+from overlap.config import EngineConfig, KvBudget, parse_kv_cache
+from overlap.environment import cache_directory, package_index
 from overlap.equivalents import ENGINE_OPTIONS
 from overlap.errors import ConfigError
 from overlap.models.config import ModelConfig
+from overlap.resolve import Machine, Resolved, num_kv_pages, page_bytes, resolve
 
 MODEL = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=512, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2,

@@ -41,7 +41,7 @@ def expected(smollm2_path: Path) -> tuple[list[list[int]], list[list[int]]]:
     """(prompts as tokens, answers) by transformers, which reads the same file with its own code."""
     from transformers import AutoModelForCausalLM
 
-    from overlap.config import cache_directory
+    from overlap.environment import cache_directory
     from overlap.models import open_checkpoint
     from overlap.text import Tokenizer
 

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from overlap.runner import Runner, TorchFlight, _LaneRunner
+from overlap.flight import TorchFlight
+from overlap.lane_runner import LaneRunner
+from overlap.runner import Runner
 from overlap.schedule.plan import SIDE
 from overlap.streams.sim import SimDevice
 
 
-def lane_on(stream: Any) -> _LaneRunner:
-    lane = object.__new__(_LaneRunner)
+def lane_on(stream: Any) -> LaneRunner:
+    lane = object.__new__(LaneRunner)
     lane._stream, lane._kv = stream, SimpleNamespace(is_cuda=True, device=None)  # type: ignore[assignment]
     return lane
 

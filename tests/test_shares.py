@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from overlap import assemble
-from overlap.config import EngineConfig, Machine, Resolved, resolve
+from overlap.config import EngineConfig
 from overlap.errors import ConfigError
 from overlap.models.config import ModelConfig
+from overlap.resolve import Machine, Resolved, resolve
 from overlap.streams import green
 from overlap.streams.green import NoShares
 from overlap.testing import SimDevice

@@ -13,18 +13,11 @@ import psutil
 import torch
 
 from overlap.cache.pages import PAGE, pages_for
-from overlap.config import (
-    EngineConfig,
-    Machine,
-    Resolved,
-    cache_directory,
-    num_kv_pages,
-    package_index,
-    page_bytes,
-    resolve,
-)
+from overlap.config import EngineConfig
+from overlap.environment import cache_directory, package_index
 from overlap.errors import ConfigError
 from overlap.grammar.masks import Masks
+from overlap.lane_runner import halves_from
 from overlap.microbatch.cost import CostModel, Nominal, cost_path
 from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
@@ -35,7 +28,8 @@ from overlap.models.shard import shard_config
 from overlap.observe.progress import wanted
 from overlap.observe.stages import Stages
 from overlap.ops.attention import choose_attention, fallbacks_of
-from overlap.runner import Runner, halves_from
+from overlap.resolve import Machine, Resolved, num_kv_pages, page_bytes, resolve
+from overlap.runner import Runner
 from overlap.schedule.pace import Pace
 from overlap.schedule.planner import Planner
 from overlap.schedule.split import Always, Splitter

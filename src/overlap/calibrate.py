@@ -22,9 +22,9 @@ from overlap.observe.progress import bar
 from overlap.schedule.split import Route, name_of
 
 if TYPE_CHECKING:
-    from overlap.config import Resolved
     from overlap.core import Core
     from overlap.engine import AsyncEngine
+    from overlap.resolve import Resolved
 
 T = TypeVar("T")
 Call: TypeAlias = Callable[[Callable[[], object]], Awaitable[Any]]

@@ -1,4 +1,4 @@
-"""The command line: `overlap generate`, `chat`, `serve`, `warmup`, `calibrate` and `train-drafter`.
+"""The command line: `overlap generate`, `chat`, `serve`, `explain`, `warmup`, `calibrate` and `train-drafter`.
 
 The model's text goes to stdout and everything else to stderr, so that a pipe gets the text alone.
 """
@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from overlap import AsyncEngine, EngineConfig, Output, SamplingParams, __version__
 from overlap.cli_options import add_engine, add_sampling, add_serving
+from overlap.conversation import Conversation, converse, note
 from overlap.core import THREAD
 from overlap.errors import OverlapError, RequestError
 from overlap.messages import TokenLogprob
@@ -148,50 +149,6 @@ def _finite(value: Any) -> Any:
 # ---------------------------------------------------------------- chat
 
 
-@dataclass(slots=True)
-class Conversation:
-    """A conversation at the terminal, and the engine that keeps it going."""
-
-    engine: AsyncEngine
-    params: SamplingParams
-    messages: list[dict[str, str]]
-    opening: tuple[dict[str, str], ...]
-    """What `/reset` goes back to."""
-
-    async def answer(self, text: str) -> None:
-        """Stream the answer to `text`. However the answer ends, what was shown of it stays in the conversation.
-
-        A message that the engine refuses, as it does when the conversation has outgrown the context, is taken back.
-        """
-        self.messages.append({"role": "user", "content": text})
-        shown = ""
-        output: Output | None = None
-        try:
-            async with contextlib.aclosing(self.engine.generate(self.messages, self.params)) as outputs:
-                async for output in outputs:
-                    print(output.text_delta, end="", flush=True)
-                    shown = output.text
-            print(flush=True)
-        except RequestError as error:
-            _note(f"{error} The message was not kept; /reset starts a new conversation.")
-        finally:
-            if output is None:
-                self.messages.pop()
-            else:
-                self.messages.append({"role": "assistant", "content": shown})
-        if output is not None and output.finish_reason == "length" and not self._was_cut(output):
-            context = self.engine.context
-            _note(f"The conversation has filled the model's context of {context} tokens. /reset starts a new one.")
-
-    def reset(self) -> None:
-        """Forget all but the system message."""
-        self.messages[:] = self.opening
-
-    def _was_cut(self, output: Output) -> bool:
-        """Whether the answer ended at `max_tokens`, as it was asked to."""
-        return self.params.max_tokens is not None and output.usage.completion_tokens >= self.params.max_tokens
-
-
 def _chat(arguments: argparse.Namespace) -> int:
     opening = () if arguments.system is None else ({"role": "system", "content": arguments.system},)
     params = _sampling(arguments)
@@ -204,52 +161,11 @@ def _chat(arguments: argparse.Namespace) -> int:
         runner.run(engine.start())
         try:
             if sys.stdin.isatty():
-                _note(f"{engine.model_name}. Ctrl-C stops an answer; /reset forgets the conversation; Ctrl-D ends.")
-            _converse(runner, Conversation(engine, params, list(opening), opening))
+                note(f"{engine.model_name}. Ctrl-C stops an answer; /reset forgets the conversation; Ctrl-D ends.")
+            converse(runner, Conversation(engine, params, list(opening), opening))
         finally:
             runner.run(engine.aclose())
     return 0
-
-
-def _converse(runner: asyncio.Runner, conversation: Conversation) -> None:
-    """Read messages and answer them until the input or the reader ends it."""
-    while True:
-        try:
-            line = _read_line()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            _note("\nCtrl-D or /exit ends.")
-            continue
-        match line.strip():
-            case "":
-                continue
-            case "/exit":
-                return
-            case "/reset":
-                conversation.reset()
-                _note("The conversation is forgotten.")
-            case text if text.startswith("/") and " " not in text and "/" not in text[1:]:
-                _note(f"There is no command {text}. Commands: /reset, /exit.")
-            case text:
-                try:
-                    runner.run(conversation.answer(text))
-                except KeyboardInterrupt:
-                    _note("\n(stopped)")
-
-
-def _read_line() -> str:
-    """Read a line with line editing at a terminal, without a prompt from a pipe. Raises EOFError at the end."""
-    if sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # gives input() line editing and history
-        return input("> ")
-    if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line
 
 
 # ---------------------------------------------------------------- serve
@@ -271,7 +187,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             drain_seconds=arguments.drain_seconds,
         )
         with asyncio.Runner() as runner:
-            return runner.run(Supervisor(asked, _note).run())
+            return runner.run(Supervisor(asked, note).run())
     import uvloop  # the other commands start sooner without it
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -289,13 +205,13 @@ async def _serve_until_told(arguments: argparse.Namespace) -> None:
     async with _engine(arguments) as engine:
         options = options_of(_serve_options(arguments))
         async with serving(engine, options, host=arguments.host, port=arguments.port) as address:
-            _note(f"{engine.model_name} is served at {address}/v1 (Ctrl-C ends)")
+            note(f"{engine.model_name} is served at {address}/v1 (Ctrl-C ends)")
             await told.wait()
 
 
 def _serve_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of ServeOptions that were given, as they go to fronts of their own too."""
-    from overlap.config import api_key
+    from overlap.environment import api_key
 
     key = arguments.api_key or api_key()
     return {
@@ -312,7 +228,7 @@ def _serve_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _warmup(arguments: argparse.Namespace) -> int:
     from overlap import warmup
-    from overlap.config import cache_directory, package_index
+    from overlap.environment import cache_directory, package_index
     from overlap.models import open_checkpoint
 
     warmup.check(arguments.arch)
@@ -332,9 +248,9 @@ def _warmup(arguments: argparse.Namespace) -> int:
             fa3=arguments.fa3,
         )
         if not found:
-            _note(f"{model}: FlashInfer has no kernels for its heads; torch's attention would run.")
+            note(f"{model}: FlashInfer has no kernels for its heads; torch's attention would run.")
         wanted += found
-    return 1 if warmup.build(wanted, arguments.arch, _note) else 0
+    return 1 if warmup.build(wanted, arguments.arch, note) else 0
 
 
 # ---------------------------------------------------------------- explain
@@ -387,7 +303,7 @@ def _train_drafter(arguments: argparse.Namespace) -> int:
     )
     report = train_drafter(job)
     shares = ", ".join(f"{share:.2f}" for share in report.accepted)
-    _note(f"accepted by position: {shares}; {report.mean_emitted:.2f} tokens a verify. The head is in {job.output}")
+    note(f"accepted by position: {shares}; {report.mean_emitted:.2f} tokens a verify. The head is in {job.output}")
     return 0
 
 
@@ -490,10 +406,6 @@ def _engine(arguments: argparse.Namespace) -> AsyncEngine:
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**_given(arguments, _SAMPLING_OPTIONS))
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ from overlap.turns import Rest
 
 if TYPE_CHECKING:
     from overlap.assemble import Costs, Parts
-    from overlap.config import EngineConfig, Resolved
+    from overlap.config import EngineConfig
     from overlap.grammar.masks import Masks
     from overlap.models.config import ModelConfig
     from overlap.observe.timeline import Timeline
     from overlap.parallel.leading import LeadingRunner
     from overlap.parallel.team import Team
+    from overlap.resolve import Resolved
     from overlap.runner import Runner
     from overlap.schedule.matcher import Matcher
     from overlap.schedule.planner import Planner

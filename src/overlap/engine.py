@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from overlap.arguments import checked, listed, request_of
 from overlap.calibrate import calibrate
-from overlap.config import EngineConfig, Resolved
+from overlap.config import EngineConfig
 from overlap.core import Core, Opened
 from overlap.errors import EngineClosed, EngineDead, RequestError
 from overlap.figures import Statistics
@@ -28,6 +28,7 @@ from overlap.messages import ChatMessage, Output, Prompt, SamplingParams, Terms
 from overlap.observe.progress import bar
 from overlap.observe.trace import Trace, Tracing
 from overlap.register import Entry, Register
+from overlap.resolve import Resolved
 from overlap.text.answer import AnswerText
 from overlap.text.prompts import PromptEncoder
 

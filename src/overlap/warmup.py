@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Final, Literal
 
-from overlap.config import child_environment
+from overlap.environment import child_environment
 from overlap.errors import ConfigError
 from overlap.models.config import ModelConfig
 

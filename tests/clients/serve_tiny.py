@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from overlap import AsyncEngine
-from overlap.config import child_environment
+from overlap.environment import child_environment
 from overlap.serve import serving
 
 

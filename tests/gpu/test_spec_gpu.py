@@ -345,7 +345,7 @@ def test_answers_under_graphs_are_those_of_the_same_steps_run_eagerly_while_requ
     `drafts` is how many drafts a row verifies where rows are few, and where they are many.
     """
     ladder = (16, drafts[0]), (1 << 31, drafts[1])
-    monkeypatch.setattr("overlap.config._draft_ladder", lambda asked, *_, **__: ladder if asked.speculative else ())
+    monkeypatch.setattr("overlap.resolve._draft_ladder", lambda asked, *_, **__: ladder if asked.speculative else ())
     aborts = {3: 20, 7: 33, 11: 40, 12: 41}
     answers, statistics = [], []
     for replays in (True, False):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from overlap import AsyncEngine, RequestAborted, SamplingParams
-from overlap.runner import TorchFlight
+from overlap.flight import TorchFlight
 from overlap.schedule.plan import SIDE, StepPlan
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_rows": 6, "kv_cache": 2048, "token_budget": 48}

@@ -129,7 +129,7 @@ async def test_many_rows_verify_fewer_drafts_each_and_no_token_changes(
 ) -> None:
     jobs = jobs_of(31, 12)
     want, _ = await answers(tiny_llama_dir, jobs)
-    monkeypatch.setattr("overlap.config._draft_ladder", lambda *_, **__: ((3, 6), (5, 4), (12, 2)))
+    monkeypatch.setattr("overlap.resolve._draft_ladder", lambda *_, **__: ((3, 6), (5, 4), (12, 2)))
     got, figures = await answers(tiny_llama_dir, jobs, **FOUR, **drafters[name])
     assert same(got, want)
     if name == "itself":  # some answers are longer: at the end few rows are left
@@ -142,7 +142,7 @@ async def test_many_rows_verify_fewer_drafts_each_and_no_token_changes(
 async def test_where_steps_with_prompts_do_not_draft_or_only_short_ones_no_token_changes(
     tiny_llama_dir: Path, drafters: Any, way: str, *, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overlap.config._drafts_with_prompts", lambda *_: False)
+    monkeypatch.setattr("overlap.resolve._drafts_with_prompts", lambda *_: False)
     monkeypatch.setattr("overlap.runner.Runner.short_steps", short)
     jobs = jobs_of(47, 14)
     want, _ = await answers(tiny_llama_dir, jobs)

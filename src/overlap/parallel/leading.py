@@ -7,10 +7,11 @@ from typing import Final
 
 from overlap.cache.pages import Ints
 from overlap.errors import EngineDead
+from overlap.flight import TorchFlight
 from overlap.graphs.driver import GraphStatistics
 from overlap.parallel.team import Team
 from overlap.parallel.wire import WarmUp
-from overlap.runner import Runner, TorchFlight
+from overlap.runner import Runner
 from overlap.schedule.plan import StepPlan
 from overlap.streams.stream import Busy
 

@@ -21,8 +21,10 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from overlap.assemble import _free_bytes, _on, _stream
 from overlap.cache.pages import PAGE, pages_for
-from overlap.config import cache_directory, package_index, torchrun
+from overlap.environment import cache_directory, package_index, torchrun
 from overlap.errors import ConfigError
+from overlap.flight import TorchFlight
+from overlap.lane_runner import halves_from
 from overlap.models import build, open_checkpoint
 from overlap.models.open import LoadFormat
 from overlap.models.shard import shard_config
@@ -45,7 +47,7 @@ from overlap.parallel.wire import (
     receive,
     send,
 )
-from overlap.runner import Runner, TorchFlight, halves_from
+from overlap.runner import Runner
 from overlap.streams.stream import Stream
 
 DEPTH: Final = 2

@@ -25,7 +25,8 @@ from typing import Final, TypeVar
 import torch
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
-from overlap.config import EngineConfig, Resolved, TorchRun, child_environment, torchrun
+from overlap.config import EngineConfig
+from overlap.environment import TorchRun, child_environment, torchrun
 from overlap.errors import ConfigError, EngineDead
 from overlap.parallel.group import LOCALHOST, Group
 from overlap.parallel.lockstep import Lockstep
@@ -44,6 +45,7 @@ from overlap.parallel.wire import (
     receive,
     send,
 )
+from overlap.resolve import Resolved
 from overlap.schedule.plan import StepPlan
 from overlap.streams.stream import Stream
 

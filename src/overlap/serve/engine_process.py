@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import msgspec
 
-from overlap.config import EngineConfig, cache_directory, package_index
+from overlap.config import EngineConfig
 from overlap.core import Core, Opened
+from overlap.environment import cache_directory, package_index
 from overlap.errors import ConfigError, EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.front import Front
 from overlap.observe.metrics import FrontFigures, engine_figures

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from overlap.config import EngineConfig, Resolved
+from overlap.config import EngineConfig
 from overlap.core import Core, Opened
 from overlap.engine import AsyncEngine
 from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestError
 from overlap.figures import Statistics
 from overlap.front import Front
 from overlap.observe.metrics import FrontFigures
+from overlap.resolve import Resolved
 from overlap.schedule.request import Request
 from overlap.serve.link import (
     FROM_ENGINE,

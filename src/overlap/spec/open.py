@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from overlap.cache.pages import PAGE, pages_for
-from overlap.config import Resolved, package_index
+from overlap.environment import package_index
 from overlap.errors import ConfigError
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
 from overlap.ops.attention import Attention, choose_attention, fallbacks_of
+from overlap.resolve import Resolved
 from overlap.spec.chain import ChainDrafter, ModelHead, head_kv
 from overlap.spec.drafter import Drafter, Head
 from overlap.spec.eagle import EagleHead, load_head

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from overlap import AsyncEngine
-from overlap.config import cache_directory, package_index
+from overlap.environment import cache_directory, package_index
 from overlap.errors import ConfigError
 from overlap.models import build, open_checkpoint
 from overlap.models.llama import Llama
