@@ -168,6 +168,7 @@ class Loop:
         self._steps = self._failed = self._tokens_in = self._tokens_out = self._expired = self._side_steps = 0
         self._busy_s = self._side_busy_s = self._bubble_s = 0.0
         self._slept = True  # no work waited, or the side lane had it: what the main lane then waits is no bubble
+        self._put_back: Flight | None = None  # of the side lane: what came while it was waited for went first
         self._untold: tuple[StepPlan, Settled] | None = None  # the last step's, until the next one is launched
         self._rest = rest or Rest()
         self._idle_waiters: list[Callable[[], None]] = []
@@ -237,7 +238,7 @@ class Loop:
             if main:
                 await self._settle(main, beside=side)
             elif side:
-                await self._settle(side, beside=main)
+                await self._settle(side, beside=main, or_work=True)
             else:
                 await self._wait_mask()
 
@@ -325,26 +326,34 @@ class Loop:
         except Exception as failure:
             return _FailedFlight(plan, failure)
 
-    async def _settle(self, lane: deque[Flight], *, beside: deque[Flight]) -> None:
-        """Wait for a lane's first flight, and settle it."""
+    async def _settle(self, lane: deque[Flight], *, beside: deque[Flight], or_work: bool = False) -> None:
+        """Wait for a lane's first flight, and settle it; with `or_work` only if no news come first."""
         self._tell()
         flight = lane.popleft()
         watchdog = self._watchdogs[flight.plan.lane]
-        watchdog.watch(flight.plan)
+        if flight is not self._put_back:
+            watchdog.watch(flight.plan)
         slept, self._slept = self._slept, False
         if flight.plan.again and flight.plan.lane == MAIN:
             self._rest.begin()
         try:
             with self._timeline.span("land", flight.plan):
-                tokens = await flight.wait_landed()
+                tokens = await (self._landed_or_work(flight) if or_work else flight.wait_landed())
+            if tokens is None:
+                lane.appendleft(flight)
         except Exception as failure:
             self._fail(flight.plan, failure)
             return
         finally:
             self._rest.end()
-            watchdog.rest()
-            if lane:
-                watchdog.watch(lane[0].plan)
+            self._put_back = lane[0] if lane and lane[0] is flight else None
+            if self._put_back is None:
+                watchdog.rest()
+                if lane:
+                    watchdog.watch(lane[0].plan)
+        if tokens is None:
+            self._slept = True  # the other lane had nothing to run: what it waits is no bubble
+            return
         landed_at = time.perf_counter()
         with self._timeline.span("settle", flight.plan):
             settled = self._planner.settle(flight.plan, tokens, flight.scored())
@@ -372,6 +381,21 @@ class Loop:
         else:
             self._planner.note_odd(flight.plan)
         self._timeline.ran(flight.plan, busy, bubble)
+
+    async def _landed_or_work(self, flight: Flight) -> Ints | None:
+        """Return the tokens of a flight, or None if news come before it has landed: a mask, a request, an end."""
+        await asyncio.sleep(0)
+        if not self._work.is_set():
+            landing, coming = asyncio.ensure_future(flight.wait_landed()), asyncio.ensure_future(self._work.wait())
+            try:
+                await asyncio.wait((landing, coming), return_when=asyncio.FIRST_COMPLETED)
+                if landing.done():
+                    return landing.result()
+            finally:
+                landing.cancel()
+                coming.cancel()
+        self._work.clear()
+        return None
 
     def _fail(self, plan: StepPlan, failure: BaseException) -> None:
         self._failed += 1

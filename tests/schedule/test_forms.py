@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ import pytest
 from overlap.cache.pages import Ints
 from overlap.errors import RequestError
 from overlap.loop import Loop
-from overlap.schedule.plan import StepPlan
+from overlap.schedule.plan import SIDE, StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
+from overlap.schedule.split import Always
 from overlap.streams.stream import Stream
 from overlap.testing import EchoModel, SimDevice, SimRunner
+from overlap.testing.echo import SimFlight
 
 MODEL = EchoModel()
 
@@ -70,13 +73,20 @@ class MaskedRunner(SimRunner):
 class Rig:
     """A loop on a simulated device, and what it told."""
 
-    def __init__(self, *, max_rows: int = 8, num_pages: int = 64, side: bool = False, overlap: bool = True) -> None:
-        from overlap.schedule.split import Always
-
-        self.device = SimDevice(4.0)
+    def __init__(
+        self,
+        *,
+        max_rows: int = 8,
+        num_pages: int = 64,
+        side: bool = False,
+        overlap: bool = True,
+        cost: float | Callable[[str, int], float] = 4.0,
+        mode: Literal["mixed", "serial", "lanes"] = "lanes",
+    ) -> None:
+        self.device = SimDevice(cost)
         self.planner = Planner(
             max_rows=max_rows, num_pages=num_pages, token_budget=max_rows + 24, prefill_chunk=16, context=1024,
-            splitter=Always("lanes", prefill_tokens=24) if side else None,
+            splitter=Always(mode, prefill_tokens=24) if side else None,
         )  # fmt: skip
         second: Stream | None = self.device.stream("prompts") if side else None
         self.runner = MaskedRunner(self.device.stream("compute"), MODEL, num_pages=num_pages, side=second)
@@ -189,6 +199,83 @@ async def test_whatever_ends_fails_or_is_preempted_each_token_and_each_mask_is_t
         if isinstance(one.matcher, LateMatcher):
             assert got[: len(one.matcher.told)] == one.matcher.told
             assert how != "no token may come next" or got == one.matcher.told
+
+
+@pytest.mark.parametrize("free", [0, 1])
+@pytest.mark.parametrize("delay", [0, 1])  # of more the simulated clock makes a whole chunk
+async def test_rows_that_all_have_a_form_go_on_beside_a_long_prompt_once_their_masks_are_made(
+    delay: int, free: int
+) -> None:
+    """A chunk takes as long as 16 decode steps."""
+    rig = Rig(side=True, num_pages=200, cost=lambda work, tokens: 160.0 if work == "prompts" else 10.0)
+    told = list[float]()
+
+    def happen() -> None:
+        if len(rig.answers.get(0, [])) > len(told):
+            told.append(rig.device.now)
+
+    rig.happen = happen
+    rows = [request(key, [1, 2, key], 300, delay=lambda: delay) for key in range(3)]
+    rows += [request(key, [1, 2, key], 300, delay=None) for key in range(3, 3 + free)]
+    await rig.serve([*rows, request(9, [7] * 960, 2, delay=None)])
+    assert rig.answers == {
+        **{key: MODEL.answer([1, 2, key], 300) for key in range(3 + free)},
+        9: MODEL.answer([7] * 960, 2),
+    }
+    reading = rig.device.streams["prompts"].spans
+    assert sum(span.end - span.start for span in reading) > 38 * 160.0
+    during = [now for now in told if reading[0].start <= now <= reading[-1].end]
+    most = 10.0 * (1 if not free else 2 + delay) + 10.0
+    assert max(np.diff(during)) <= most, "no token waits for a chunk"
+
+
+class Held:
+    """A flight that lands when it is let."""
+
+    def __init__(self, flight: SimFlight, let: asyncio.Event) -> None:
+        self._flight, self._let = flight, let
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._flight, name)
+
+    @property
+    def landed(self) -> bool:
+        return self._let.is_set() and self._flight.landed
+
+    async def wait_landed(self) -> Ints:
+        await self._let.wait()
+        return await self._flight.wait_landed()
+
+
+@pytest.mark.parametrize("delay", [0, 1, 4, 30])
+async def test_however_long_a_step_of_the_side_lane_takes_rows_with_a_form_go_on_meanwhile(delay: int) -> None:
+    rig, let = Rig(side=True, num_pages=200), asyncio.Event()
+    launch = rig.runner.launch
+    rig.runner.launch = (  # type: ignore[method-assign, assignment]
+        lambda plan: Held(launch(plan), let) if plan.lane == SIDE else launch(plan)
+    )
+
+    def happen() -> None:
+        if len(rig.answers.get(0, [])) == 40:
+            assert 9 not in rig.answers, "the prompt is still being read"
+            let.set()
+
+    rig.happen = happen
+    rows = [request(key, [1, 2, key], 60, delay=lambda: delay) for key in range(3)]
+    await rig.serve([*rows, request(9, [7] * 960, 2, delay=None)])
+    assert rig.answers == {
+        **{key: MODEL.answer([1, 2, key], 60) for key in range(3)}, 9: MODEL.answer([7] * 960, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["mixed", "serial"])
+async def test_prompts_are_read_while_the_masks_of_all_rows_are_made(mode: Literal["mixed", "serial"]) -> None:
+    rig = Rig(side=True, num_pages=200, mode=mode)
+    rows = [request(key, [1, 2, key], 60, delay=lambda: 9) for key in range(3)]
+    await rig.serve([*rows, request(9, [7] * 960, 2, delay=None)])
+    alone = [plan for plan in rig.runner.plans if plan.num_rows > plan.num_decode == 0]
+    assert len(alone) > 20, "the device does not idle while there is a prompt to read"
+    assert rig.answers[9] == MODEL.answer([7] * 960, 2)
 
 
 class MadeMeanwhile(LateMatcher):

@@ -248,8 +248,8 @@ class SplitPolicy:
         if self._total <= self._patience and not self._calibrated:
             ways = {route: way for route, way in ways.items() if route[0] != "lanes" or way.samples}
         if size.trial is not None:
-            way = ways[size.trial]
-            if size.trial_left and way.samples < size.trial_samples + FIRM:
+            way = ways.get(size.trial)  # with a row more it may be one of those that wait for patience
+            if way is not None and size.trial_left and way.samples < size.trial_samples + FIRM:
                 size.trial_left -= 1
                 self.trials += 1
                 return _choice(way, "a trial of " + name_of(way.route))

@@ -72,15 +72,15 @@ class Lanes:
 
         Without decode rows the whole budget is theirs: a prompt of just so many tokens needs no second step.
 
-        `decoding` are the slots that decode, `num_decode` of which have a page to go on; `prompts` tells of what is to
-        be read, if anyone asks.
+        `decoding` are the slots that decode, which run `num_decode` tokens now: none while masks are made for all of
+        them. `prompts` tells of what is to be read, if anyone asks.
         """
         room = self._token_budget - num_decode
         if not len(decoding):
             self._none_ran = self.main.planned
         if self.side.flying:
             return False, 0
-        if self.splitter is None or not num_decode:
+        if self.splitter is None or not len(decoding):
             return False, room
         self._drains = False
         mode, tokens = self._choose(decoding, prompts())
@@ -88,7 +88,7 @@ class Lanes:
             return False, 0
         if mode == "mixed":
             return False, min(room, tokens)
-        self._prompts_turn = not self._prompts_turn
+        self._prompts_turn = not self._prompts_turn or not num_decode
         return self._prompts_turn, tokens if self._prompts_turn else 0
 
     def split_again(self, decoding: Ints, prompts: Callable[[], Prompts]) -> None:
