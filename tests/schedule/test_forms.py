@@ -251,9 +251,11 @@ class Held:
 async def test_however_long_a_step_of_the_side_lane_takes_rows_with_a_form_go_on_meanwhile(delay: int) -> None:
     rig, let = Rig(side=True, num_pages=200), asyncio.Event()
     launch = rig.runner.launch
-    rig.runner.launch = (  # type: ignore[method-assign, assignment]
-        lambda plan: Held(launch(plan), let) if plan.lane == SIDE else launch(plan)
-    )
+
+    def held(plan: StepPlan) -> Any:
+        return Held(launch(plan), let) if plan.lane == SIDE else launch(plan)
+
+    rig.runner.launch = held  # type: ignore[method-assign]
 
     def happen() -> None:
         if len(rig.answers.get(0, [])) == 40:
