@@ -31,6 +31,19 @@ async def test_params_that_are_no_sampling_params_are_refused(engine: AsyncEngin
                 await anext(engine.generate_batch(["hi"], given))
 
 
+async def test_more_least_tokens_than_there_is_room_for_are_refused_and_harm_nobody(engine: AsyncEngine) -> None:
+    beside = engine.generate([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
+    await anext(beside)
+    room = engine.context - 3
+    for least in (room + 1, 2**31 - 1, 2**31, 2**70):
+        with pytest.raises(
+            RequestError, match=rf"min_tokens is {least}, and behind this prompt of 3 tokens .* {room}\."
+        ):
+            await engine.generate([5, 6, 8], SamplingParams(min_tokens=least))
+    assert len((await beside).token_ids) == 200
+    assert engine.statistics().failed_steps == 0
+
+
 async def test_a_request_id_and_whole_of_a_wrong_kind_are_refused(engine: AsyncEngine) -> None:
     wrong: Any
     for wrong in (7, b"mine", ""):

@@ -51,7 +51,12 @@ def request_of(
     end_ids: set[int],
     vocab_size: int,
 ) -> Request:
-    """Return what the engine's loop has to know of a request."""
+    """Return what the engine's loop has to know of a request. Raises RequestError for what no answer could have."""
+    if params.min_tokens > limit:
+        raise RequestError(
+            f"min_tokens is {params.min_tokens}, and behind this prompt of {len(prompt)} tokens there is room for "
+            f"{limit}. Lower min_tokens, shorten the prompt, or open the engine with more context or kv_cache."
+        )
     goes_on = params.ignore_eos and params.structured is None  # a form is complete where it ends
     stop_ids = {*params.stop_token_ids, *(() if goes_on else end_ids)}
     return Request(

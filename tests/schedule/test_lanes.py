@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,6 +13,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from overlap.cache.pages import Ints
+from overlap.errors import RequestError
 from overlap.loop import Loop
 from overlap.microbatch.cost import FIRM, CostModel, Nominal
 from overlap.microbatch.policy import SplitPolicy
@@ -57,6 +59,7 @@ class Rig:
     side_blocks: int = 1
     block_cost: float = 0.0
     context: int = 4096
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         self.answers: dict[int, list[int]] = {}
@@ -69,7 +72,7 @@ class Rig:
             max_rows=self.max_rows,
             num_pages=self.num_pages,
             token_budget=self.token_budget,
-            prefill_chunk=self.token_budget,
+            prefill_chunk=self.chunk or self.token_budget,
             context=self.context,
             splitter=self.splitter,
         )
@@ -512,3 +515,42 @@ async def test_while_a_prompt_of_16384_tokens_is_read_running_answers_go_on_at_t
     assert last - first > 15 * 160.0
     steps = [span for span in rig.device.streams["main"].spans if first <= span.start < last]
     assert len(steps) * 10.0 > 0.95 * (last - first), "hardly a step waits for the prompt"
+
+
+class Unmade:
+    """A form that allows nothing behind its first token, as soon as that is said."""
+
+    look = staticmethod(lambda: None)
+
+    def __init__(self) -> None:
+        self.mask: Ints = np.zeros(1, dtype=np.int32)
+        self.ready = True
+        self.failure: RequestError | None = None
+
+    def take(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        self.ready = False
+
+
+async def test_a_slot_that_changes_hands_between_two_lanes_plans_is_not_taken_for_the_row_before() -> None:
+    """A form fails when the main lane was planned; the side lane's plan gives its slot to the next prompt."""
+    rig = Rig(Always("lanes", prefill_tokens=16), max_rows=3, token_budget=19, chunk=5)
+    form = Unmade()
+    plan, given = rig.planner.plan, list[int]()
+
+    def planned(lane: int = MAIN) -> StepPlan | None:
+        found = plan(lane)
+        lanes = rig.planner._lanes
+        if lane == MAIN and found is None and len(lanes.side.flying) == 1 and not lanes.main.flying:
+            given.append(lane)
+            form.failure, form.ready = RequestError("no token may come next"), True
+            asyncio.get_running_loop().call_soon(rig.loop.look)
+        return found
+
+    rig.planner.plan = planned  # type: ignore[method-assign]
+    prompts = {0: [1, 2], 1: [3, 4, 5], 2: list(range(90)), 3: [7] * 40, 4: list(range(50, 90))}
+    limits = {0: 30, 1: 4, 2: 6, 3: 6, 4: 6}
+    await rig.serve(*(request(key, prompts[key], limits[key], matcher=None if key else form) for key in prompts))
+    assert given, "the moment came"
+    assert set(rig.failures) == {0}
+    for key in range(1, 5):
+        assert rig.answers[key] == MODEL.answer(prompts[key], limits[key])

@@ -10,13 +10,14 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from overlap.cache.pages import PAGE
+from overlap.cache.pages import PAGE, Ints
 from overlap.errors import DeadlineExceeded, QueueFull, RequestError
 from overlap.loop import Loop
 from overlap.schedule.life import Life
@@ -24,7 +25,7 @@ from overlap.schedule.plan import StepPlan
 from overlap.schedule.planner import Planner
 from overlap.schedule.request import Request
 from overlap.schedule.settled import Settled
-from overlap.schedule.split import Always, Splitter
+from overlap.schedule.split import Always, Choice, Outlook, Splitter
 from overlap.testing import EchoModel, SimDevice, SimRunner
 from overlap.testing.echo import SimFlight
 
@@ -181,7 +182,11 @@ class Storm:
         )
         self.cases[request.key] = Case(request, prompt, due)
         self.live.add(request.key)
+        self.equip(request)
         self.loop.submit(request)
+
+    def equip(self, request: Request) -> None:
+        """Give a request what it may have besides."""
 
     def end(self, key: int) -> None:
         request = self.planner.request(key)
@@ -340,3 +345,123 @@ async def test_the_storm_meets_all_that_is_hard() -> None:
         assert met[case] >= 3, f"{case}: {met[case]}"
     assert met["evicted pages"] > 100
     assert 100 < met["cached tokens"] < met["prompt tokens"]
+
+
+class Sudden:
+    """Allows everything. Its next mask, or its failure, is there once it was asked for often enough, or after a while.
+
+    So it comes where another thread would bring it: also between the plans of two lanes.
+    """
+
+    look = staticmethod(lambda: None)
+
+    def __init__(self, num_prompt: int, draw: random.Random, loop: Loop, fails_at: int) -> None:
+        self.mask: Ints = np.array([num_prompt], dtype=np.int32)
+        self.told: list[int] = []
+        self._num_prompt, self._draw, self._loop, self._fails_at = num_prompt, draw, loop, fails_at
+        self._ready, self._failure = True, None
+        self._asks = 0
+
+    @property
+    def ready(self) -> bool:
+        self._ask()
+        return self._ready
+
+    @property
+    def failure(self) -> RequestError | None:
+        self._ask()
+        return self._failure
+
+    def take(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        assert self._ready, "told a token before the mask of the one before was there"
+        assert not drafts
+        self.told += tokens
+        self._ready, self._asks = False, self._draw.choice([1, 2, 3, 4, 5, 8, 20])
+        self._wait(len(self.told), self._draw.choice([0, 1, 3, 30]))
+
+    def _wait(self, told: int, turns: int) -> None:
+        if told == len(self.told) and turns:
+            asyncio.get_running_loop().call_soon(self._wait, told, turns - 1)
+        elif told == len(self.told):
+            self._make()
+
+    def _ask(self) -> None:
+        self._asks -= 1
+        if not self._ready and self._asks <= 0:
+            self._make()
+
+    def _make(self) -> None:
+        if self._ready:
+            return
+        self.mask = np.array([self._num_prompt + len(self.told)], dtype=np.int32)
+        if len(self.told) >= self._fails_at:
+            self._failure = RequestError("no token may come next")  # type: ignore[assignment]
+        self._ready = True
+        asyncio.get_running_loop().call_soon(self._loop.look)
+
+
+class MaskedRunner(BrittleRunner):
+    """Holds each row with a form to having the mask of its position, and all others to having none."""
+
+    def launch(self, plan: StepPlan) -> SimFlight:
+        for emit, row in enumerate(plan.emits.tolist()):
+            owner = self.planner._slots.owners[int(plan.slots[row])]
+            assert owner is None or (owner.matcher is not None) == (emit in plan.masked)
+        return super().launch(plan)
+
+    def _run(self, plan: StepPlan, out: list[int], scores: list[int]) -> None:
+        super()._run(plan, out, scores)
+        for emit, mask in zip(plan.masked, plan.masks, strict=True):
+            assert mask.tolist() == [self._length[int(plan.slots[plan.emits[emit]])]]
+
+
+class FormStorm(Storm):
+    """Half of the requests have a form, and some forms fail."""
+
+    def _make_runner(self) -> MaskedRunner:
+        device = SimDevice(lambda work, tokens: self.draw.choice([0.5, 1.0, 3.0]))
+        runner = MaskedRunner(
+            device.stream("compute"), MODEL, num_pages=self.num_pages,
+            fault=lambda plan: self._fault(plan, 0.4),
+            row_fault=lambda plan, row: self._fault(plan, 0.4 / plan.num_rows),
+            side=device.stream("side"), side_blocks=self.draw.choice([1, 1, 3]),
+        )  # fmt: skip
+        runner.concerned = {}
+        runner.planner = self.planner
+        runner.launch_fault = lambda plan: self._fault(plan, 0.4)
+        return runner
+
+    def equip(self, request: Request) -> None:
+        if self.draw.random() < 0.5:
+            fails_at = self.draw.choice([999, 999, 999, self.draw.randint(1, 20)])
+            request.matcher = Sudden(len(request.prompt), self.draw, self.loop, fails_at)
+
+    def tell_failed(self, key: int, front: int, failure: BaseException) -> None:
+        if "no token may come next" not in str(failure):
+            super().tell_failed(key, front, failure)
+            return
+        case = self.cases[key]
+        assert isinstance(case.request.matcher, Sudden)
+        assert case.tokens == case.request.matcher.told, "all that it was told was told on"
+        case.end("unmatched")
+        self.live.discard(key)
+
+
+class Drawn(Always):
+    """A splitter that chooses at random."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__("mixed")
+        self._draw = draw
+
+    def choose(self, outlook: Outlook) -> Choice:
+        mode: Literal["mixed", "serial", "lanes"] = self._draw.choice(["mixed", "serial", "lanes", "lanes"])
+        return Choice(mode, self._draw.choice([1, 7, 40, 1000]), self._draw.choice([0, 24]) if mode == "lanes" else 0)
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_whatever_happens_in_two_lanes_nothing_is_lost_and_every_token_is_right(seed: int) -> None:
+    draw = random.Random(seed)
+    drawn = Drawn(draw)
+    splitter: Splitter = draw.choice([drawn, drawn, Always("lanes"), Always("serial")])
+    await FormStorm(seed, splitter).rage()

@@ -64,6 +64,7 @@ class Prefill:
         """
         if not len(self._queue):
             return
+        self._decoding.refresh()  # a slot that is given anew must not be taken for the row that has left it
         left, before = budget, 0
 
         def budget_for(coming: Request) -> int:

@@ -140,7 +140,7 @@ def entries_of(shaped: Shaped | None) -> tuple[Ints, npt.NDArray[np.float32], In
     banned = shaping.banned if shaped.made < shaping.min_tokens else ()
     ids = [token for token, _ in shaping.logit_bias] + list(banned)
     values = [value for _, value in shaping.logit_bias] + [-np.inf] * len(banned)
-    until = len(shaped.tokens) - shaped.made + shaping.min_tokens
+    until = min(len(shaped.tokens) - shaped.made + shaping.min_tokens, FOREVER)
     untils = [FOREVER] * len(shaping.logit_bias) + [until] * len(banned)
     return np.array(ids, dtype=np.int32), np.array(values, dtype=np.float32), np.array(untils, dtype=np.int32)
 
