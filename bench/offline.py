@@ -247,7 +247,7 @@ async def measure(asked: argparse.Namespace, model: str, options: dict[str, Any]
                 "bandwidth_gb_per_s": round(best.bandwidth / 1e9, 1), "peak_tflops": round(best.flops / 1e12, 2),
                 "sustained_tflops": round(best.sustained / 1e12, 2),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "dtype": engine.config.dtype, "lanes": asked.lanes,
+                "dtype": engine.config.dtype, "lanes": engine.config.lanes,
                 "tensor_parallel": asked.tensor_parallel, "torch": torch.__version__, "scale": asked.scale,
             }  # fmt: skip
             print(json.dumps(line), flush=True)

@@ -377,6 +377,8 @@ def test_the_package_index_is_pips_else_pypi(monkeypatch: pytest.MonkeyPatch) ->
 def test_lanes_are_left_to_the_engine_on_a_gpu_and_where_a_target_is_given() -> None:
     assert resolved(HOPPER).lanes == "auto"
     assert resolved(PLAIN).lanes == "mixed"
+    assert resolved(HOPPER, tensor_parallel=2).lanes == "halves"
+    assert resolved(PLAIN, tensor_parallel=2).lanes == "mixed"
     assert resolved(HOPPER, lanes="streams", decode_sms=40).decode_sms == 40
     assert resolved(HOPPER, lanes="streams").decode_sms == 0
     with pytest.raises(ConfigError, match="decode_sms is for CUDA; the device is 'cpu'"):

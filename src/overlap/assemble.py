@@ -384,7 +384,8 @@ def _splitter(
         step_s=5e-4,
         attend_s=4 * model.num_layers * model.num_heads * model.head_dim / flops,
     )
-    machine = f"{place} {resolved.dtype} on {name}"
+    launched = " without graphs" if cuda and not resolved.graphs else ""  # steps then take what the host takes
+    machine = f"{place} {resolved.dtype} on {name}{launched}"
     cost = CostModel(nominal, machine)
     costs = Costs(cost, cost_path(cache, machine))
     cost.load(costs.path)

@@ -84,13 +84,14 @@ class EngineConfig:
     """How prompts and decode rows share the device. "mixed": in one step. "serial": in steps of their own, in turn.
     "streams": at the same time, in two lanes. "halves", with `tensor_parallel`: in one step, which is run as two halves
     of its rows where it has many prompt tokens; while the ranks sum for one, the other computes. "auto" chooses for
-    each step by what steps have taken so far, on CUDA; with `tensor_parallel`, and on a CPU, it is "mixed"."""
+    each step by what steps have taken so far, on CUDA; there it is "halves" with `tensor_parallel`; on a CPU it is
+    "mixed"."""
     decode_sms: int | None = None
     """With `lanes="streams"` on CUDA: how many SMs are the decode rows' own while prompts are read beside them; the
     prompts have the others. A multiple of 8. None lets the two compete for all; `lanes="auto"` chooses by itself."""
     target_itl_ms: float | None = None
-    """With `lanes="auto"`: the longest time between two tokens of a running answer to aim at, in milliseconds. Prompts
-    are then read as fast as that allows. None aims at the most tokens a second. > 0."""
+    """With `lanes="auto"`: the longest time between two tokens of a running answer to aim at, in milliseconds. Of the
+    ways that keep it the one with the most tokens a second is taken. None aims at those alone. > 0."""
     tensor_parallel: int = 1
     """Over how many ranks the model is cut, each on a device (or process) of its own; see `models.shard` for which
     models can be. >= 1."""

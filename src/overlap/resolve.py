@@ -198,9 +198,10 @@ def _lanes(asked: EngineConfig, chose: _Chose, *, on_cuda: bool) -> Lanes:
             raise ConfigError(
                 'lanes="streams" needs tensor_parallel=1: two lanes would sum over the ranks in no common order.'
             )
+        if asked.lanes == "auto" and on_cuda:
+            return chose("lanes", "halves", "ranks sum in one order, so in one lane; a half hides the other's sums")
         if asked.lanes == "auto":
-            why = 'ranks sum in one order, so in one lane; "halves" pay where sums take long, over NVLink they do not'
-            return chose("lanes", "mixed", why)
+            return chose("lanes", "mixed", "ranks sum in one order, so in one lane")
     elif asked.lanes == "halves":
         raise ConfigError('lanes="halves" hides the sums of several ranks: give tensor_parallel, or another `lanes`.')
     if asked.speculative is not None and asked.lanes == "auto":

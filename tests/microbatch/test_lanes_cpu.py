@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,28 @@ async def tokens(engine: AsyncEngine, prompt: list[int], params: SamplingParams 
 async def test_a_decode_step_and_a_prompt_run_at_the_same_time(tiny_llama_dir: Path) -> None:
     async with AsyncEngine(tiny_llama_dir, lanes="streams", **OPTIONS) as engine:
         runner: Any = engine._core._loop._runner  # type: ignore[union-attr]
-        decode_runs, prompt_runs = threading.Event(), threading.Event()
-        met: list[str] = []
-        for lane, mine, other in ((0, decode_runs, prompt_runs), (1, prompt_runs, decode_runs)):
-            attention = runner._lanes[lane]._attention
+        reads, both = threading.Event(), threading.Barrier(2)
+        met: dict[int, int] = {}
 
-            def attend(
-                *args: Any, lane: int = lane, mine: Any = mine, other: Any = other, run: Any = attention.attend
-            ) -> Any:
-                if prompt_runs.is_set() or lane == 1:
-                    mine.set()
-                    if other.wait(20):
-                        met.append(f"lane {lane}")
+        def attend_in(lane: int, run: Callable[..., Any]) -> Callable[..., Any]:
+            def attend(*args: Any) -> Any:
+                if lane not in met and (lane == 1 or reads.is_set()):
+                    reads.set()
+                    both.wait(60)  # where one has to end before the other begins this fails the step
+                    met[lane] = threading.get_ident()
                 return run(*args)
 
-            attention.attend = attend
+            return attend
+
+        for lane in (0, 1):
+            attention = runner._lanes[lane]._attention
+            attention.attend = attend_in(lane, attention.attend)
         short = asyncio.create_task(tokens(engine, [5, 6, 7]))
         await asyncio.sleep(0.05)
         await tokens(engine, list(range(3, 200)), SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
         await short
-        assert {"lane 0", "lane 1"} <= set(met), "one lane waited for the other to end"
+        assert set(met) == {0, 1}
+        assert met[0] != met[1], "each lane has a thread of its own"
         assert engine.statistics().side_steps > 0
 
 

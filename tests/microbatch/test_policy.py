@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections import Counter
@@ -455,6 +456,36 @@ def test_with_patience_two_lanes_are_not_tried_before_many_steps_were_planned() 
             assert chosen.choices["lanes"] > 0, "it finds out in the end"
     assert tried[0] > 0
     assert tried[400] == 0
+
+
+@pytest.mark.parametrize("rows", [5, 12, 24, 64])
+@pytest.mark.parametrize("context", [100, 300, 1000])
+@pytest.mark.parametrize("tokens", [300, 1024, 4096])
+def test_a_way_that_is_not_known_of_a_row_more_may_leave_in_the_middle_of_its_trial(
+    rows: int, context: int, tokens: int
+) -> None:
+    """As after a calibration that was interrupted: two lanes are known of some sizes, not of all their shares."""
+    trials = 0
+    for slower, owed in itertools.product((1.0, 1.5, 3.0), (0.003, 0.03, 0.3)):
+        cost = CostModel(NOMINAL)
+        for _ in range(6):
+            cost.note("decode", rows, rows * context, 0, 1.5e-3)
+            cost.note("prefill", 0, 0, tokens, 1e-3 + tokens * 7e-6)
+            cost.note("mixed", rows, rows * context, tokens, 2e-3 + tokens * 7.2e-6)
+        for kind, seconds in (("prefill beside", slower * (1e-3 + tokens * 7e-6)), ("decode beside", 2e-3)):
+            cost.note(kind, rows, rows * context, tokens, seconds, 0)  # type: ignore[arg-type]
+        chosen = SplitPolicy(cost, token_budget=8192, shares=(24, 40), patience=256)
+        now = rows
+        for _ in range(200):
+            choice = chosen.choose(
+                Outlook(
+                    num_decode=now, decode_context=now * context, prefill_tokens=tokens, side_busy=False,
+                    num_prompts=1, owed=owed, left=100, answer=100, ready_tokens=tokens,
+                )
+            )  # fmt: skip
+            if choice.mode == "lanes" and "trial" in choice.why:
+                now, trials = rows + 1, trials + 1  # a prompt is through, and decodes now
+    assert trials, "the moment came"
 
 
 def test_where_each_way_was_measured_few_trials_are_made() -> None:

@@ -137,7 +137,10 @@ class Lanes:
         if self.splitter is None:
             return ()
         counts = ", ".join(f"{number} {way}" for way, number in self.choices.most_common())
-        return (*self.splitter.explain(), *((f"lanes: steps with prompts were {counts}",) if counts else ()))
+        return (
+            *self.splitter.explain(),
+            *((f"lanes: while rows decoded, steps with prompts were {counts}",) if counts else ()),
+        )
 
     @property
     def two(self) -> bool:

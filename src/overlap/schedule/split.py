@@ -130,7 +130,8 @@ class Always:
     def explain(self) -> tuple[str, ...]:
         """Return what it was told."""
         own = f", {self._choice.share} SMs for decode rows" if self._choice.share else ""
-        return (f"lanes: {self._choice.mode}{own}, as asked",)
+        asked = "streams" if self._choice.mode == "lanes" else self._choice.mode
+        return (f"lanes: {asked}{own}, as asked",)
 
 
 def name_of(route: Route) -> str:
