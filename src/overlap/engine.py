@@ -324,10 +324,10 @@ class AsyncEngine:
         `.json` opens in ui.perfetto.dev: plan, launch, tell, land and settle on the host, and every step on the device
         with the bubbles in front of it. `.svg` is a picture of a few steps from the middle. The target of the `with` is
         the Trace, which a notebook shows as that picture. Raises ConfigError for another ending, a directory that is
-        not there, and while another trace is recorded.
+        not there, and while another trace is recorded; OverlapError if the engine does not answer for 5 s.
         """
         planner, _ = self._core.parts
-        return Tracing(path, Trace(self.model_name, queue=planner.queue), self._core.watch)
+        return Tracing(path, Trace(self.model_name, queue=planner.queue), self._core.watch, self._core.unwatch)
 
     def explain(self) -> str:
         """Return what was chosen and why, a line each."""
