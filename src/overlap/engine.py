@@ -173,7 +173,7 @@ class AsyncEngine:
         reader's thread; `await` does so by itself. Raises RequestError for arguments that are none of these. Iterating
         raises RequestError for a request that cannot be served, QueueFull when too many wait, DeadlineExceeded,
         RequestAborted after `abort`, RequestFailed when a step of it failed, EngineClosed and EngineDead when the
-        engine ended before the answer did.
+        engine ended before the answer did. An error comes behind what was made before it, but RequestAborted at once.
         """
         terms = Terms(priority=priority, deadline=deadline, fairness_key=fairness_key, cache_salt=cache_salt)
         return self._generation(prompt, params, terms, request_id, 0, whole=whole)
@@ -388,8 +388,7 @@ class AsyncEngine:
             raise RequestError(f"whole must be True or False, not {whole!r:.80}.")
         begin = partial(self._begin, prompt, checked(params), terms)
         request_id = request_id or f"req-{secrets.token_hex(8)}"
-        requests = self._requests
-        return Generation(begin, requests.forget_answer, requests.drop_answer, request_id, index, whole=whole)
+        return Generation(begin, self._requests, request_id, index, whole=whole)
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         try:
