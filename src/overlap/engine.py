@@ -294,12 +294,8 @@ class AsyncEngine:
         return await self._encoder.encode_chat(messages, tools, add_generation_prompt=add_generation_prompt)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of `ids`. Raises RequestError for ids that no token has."""
-        tokenizer = self.tokenizer
-        for token in ids:
-            if not 0 <= token < tokenizer.vocab_size:
-                raise RequestError(f"A token id is an integer from 0 to {tokenizer.vocab_size - 1}, not {token}.")
-        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Return the text of `ids`. Raises RequestError for what is no list of ids, and for ids that no token has."""
+        return self._encoder.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def statistics(self) -> Statistics:
         """Return the figures of this moment."""
