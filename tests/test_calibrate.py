@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,28 @@ async def test_a_short_context_and_a_short_queue_are_enough_and_two_at_once_are_
     async with AsyncEngine(tiny_llama_dir, **{**OPTIONS, "context": 40, "max_waiting": 1}) as engine:
         running = asyncio.create_task(engine.calibrate(progress=False))
         await asyncio.sleep(0.05)
+        with pytest.raises(ConfigError, match="by someone else"):
+            await engine.calibrate()
+        await running
+        assert policy_of(engine).calibrated
+
+
+async def test_one_that_is_cancelled_while_it_begins_is_over_and_ends_no_other(tiny_llama_dir: Path) -> None:
+    async def begin_and_cancel(engine: AsyncEngine) -> None:
+        engine._core._post(time.sleep, 0.05)  # as a long step
+        beginning = asyncio.create_task(engine.calibrate(progress=False))
+        await asyncio.sleep(0)
+        beginning.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await beginning
+
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as engine:
+        await begin_and_cancel(engine)
+        assert policy_of(engine)._held is None
+        running = asyncio.create_task(engine.calibrate(progress=False))
+        while policy_of(engine)._held is None:
+            await asyncio.sleep(0.001)
+        await begin_and_cancel(engine)
         with pytest.raises(ConfigError, match="by someone else"):
             await engine.calibrate()
         await running

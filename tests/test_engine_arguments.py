@@ -75,6 +75,17 @@ async def test_a_batch_that_is_a_single_prompt_or_none_is_refused(
         await anext(engine.generate_batch(prompts, SHORT))
 
 
+async def test_what_cannot_be_encoded_or_decoded_is_refused(engine: AsyncEngine) -> None:
+    wrong: Any
+    for wrong in (5, None):
+        with pytest.raises(RequestError, match=f"must be text, a str, not {wrong}"):
+            await engine.encode(wrong)
+    for wrong in ("abc", None, [1.5], [None]):
+        with pytest.raises(RequestError, match=r"Token ids are decoded from a list|A token id is an integer"):
+            engine.decode(wrong)
+    assert engine.decode(await engine.encode("hi")) == "hi"
+
+
 async def test_a_batch_takes_any_iterable_of_prompts_of_every_kind(engine: AsyncEngine) -> None:
     prompts: list[Any] = ["hi", [5, 6], np.array([5, 6]), [{"role": "user", "content": "hi"}]]
     indices = [output.index async for output in engine.generate_batch((one for one in prompts), SHORT, progress=False)]

@@ -204,6 +204,8 @@ parent = os.getpid()
 engine = AsyncEngine(sys.argv[1], device="cpu", dtype="float32", kv_cache=4096, max_rows=8)
 loop = asyncio.new_event_loop()
 loop.run_until_complete(engine.start())
+begun = engine.generate("The", SamplingParams(max_tokens=400, ignore_eos=True))
+loop.run_until_complete(anext(begun))
 held = threading.Lock() if sys.argv[2] == "free" else engine._core._lock
 with held:  # as another thread may do at this moment
     child = os.fork()
@@ -212,6 +214,7 @@ if child == 0:
     if held is engine._core._lock:
         held.acquire(blocking=False)
     refused(read(engine))
+    refused(anext(begun))
     refused(engine.start())
     refused(engine.abort("mine"))
     refused(engine.clear_cache())

@@ -12,7 +12,7 @@ import pytest
 
 from overlap import SamplingParams
 from overlap.config import EngineConfig
-from overlap.errors import RequestAborted
+from overlap.errors import DeadlineExceeded, RequestAborted
 from overlap.front import Answer, Front
 from overlap.messages import Output
 from overlap.schedule.settled import End, Settled
@@ -134,14 +134,14 @@ def test_an_output_stays_true_while_its_answer_grows(tokenizer: Tokenizer) -> No
 
 async def test_a_token_behind_a_cancelled_wait_is_there_for_the_next_look(tokenizer: Tokenizer) -> None:
     one = answer(tokenizer, KINDS["plain"])
-    waiting = asyncio.ensure_future(one.news())
+    waiting = asyncio.ensure_future(one.news(asyncio.get_running_loop()))
     waiting.cancel()
     one.take(40)
     one.take(41)
     output = one.output_nowait()
     assert output is not None
     assert output.token_ids == [40, 41]
-    news = one.news()
+    news = one.news(asyncio.get_running_loop())
     one.take(42)
     assert news.done()
 
@@ -152,12 +152,53 @@ async def test_a_muted_answer_takes_nothing_and_ends_with_what_it_is_told(tokeni
     one.mute()
     assert not one.take(41)
     assert one.output_nowait() is None
-    news = one.news()
-    one.fail(RequestAborted("aborted"))
+    news = one.news(asyncio.get_running_loop())
+    one.abort(RequestAborted("aborted"))
     assert news.done()
     assert one.take(42)
     with pytest.raises(RequestAborted):
         one.output_nowait()
+
+
+@pytest.mark.parametrize("muted", [False, True])
+def test_an_abort_comes_in_place_of_all_that_was_not_read_be_it_the_end(tokenizer: Tokenizer, muted: bool) -> None:
+    unread, read_up, late = (answer(tokenizer, KINDS["plain"], key=key) for key in range(3))
+    for one in (unread, read_up):
+        one.push(40, End(one.key, 0, "length", None))
+    late.take(40)
+    late.fail(DeadlineExceeded("late"))
+    last = read_up.output_nowait()
+    assert last is not None
+    assert last.finished
+    for one in (unread, late, read_up):
+        if muted:
+            one.mute()
+            assert one is late or one.output_nowait() is None, "nothing ends before the failure is there"
+        one.abort(RequestAborted("aborted"))
+    for one in (unread, late):
+        with pytest.raises(RequestAborted):
+            one.output_nowait()
+    assert read(read_up) == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_failure_comes_behind_what_came_before_it(tokenizer: Tokenizer, kind: str) -> None:
+    front = Front(0, asyncio.get_running_loop())
+    streamed, whole = (answer(tokenizer, KINDS[kind], key=key, whole=key == 1) for key in range(2))
+    for one in (streamed, whole):
+        front.open(one)
+    told = np.zeros((4, TOLD_WORDS), np.int32)
+    front._take_settled(
+        Settled(np.array([0, 1, 0, 1]), np.zeros(4, np.int32), np.array([40, 40, 41, 41], np.int32), (), told=told)
+    )
+    for one in (streamed, whole):
+        front._take_failed(one.key, DeadlineExceeded("late"))
+    output = streamed.output_nowait()
+    assert output is not None
+    assert (output.token_ids, output.finished) == ([40, 41], False)
+    for one in (streamed, whole):
+        with pytest.raises(DeadlineExceeded):
+            one.output_nowait()
 
 
 def test_without_a_tokenizer_the_text_stays_empty() -> None:

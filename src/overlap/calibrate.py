@@ -121,14 +121,26 @@ async def calibrate(engine: AsyncEngine, core: Core, *, vocab_size: int, progres
     async def call(function: Callable[[], T]) -> T:
         return await asyncio.wrap_future(core.call(function))
 
-    if not await call(policy.begin):
-        raise ConfigError("The engine is being calibrated by someone else. Wait for that to end.")
+    begun = False  # known on the engine's thread: it begins there though nobody waits for it any more
+
+    def begin() -> bool:
+        nonlocal begun
+        begun = policy.begin()
+        return begun
+
+    def end() -> bool:
+        if begun:
+            policy.end()
+        return begun
+
     try:
+        if not await call(begin):
+            raise ConfigError("The engine is being calibrated by someone else. Wait for that to end.")
         with bar(len(cells) * len(policy.routes), "calibrating", "way", asked=progress) as shown:
             await Calibration(engine, policy, call, vocab_size=vocab_size, told=shown.update).run(cells)
     finally:
-        await call(policy.end)
-        await asyncio.wrap_future(core.keep_costs())
+        if await call(end):
+            await asyncio.wrap_future(core.keep_costs())
     if not policy.calibrated:
         found = ", ".join(f"{name_of(route)} {policy.samples(route)}" for route in policy.routes)
         raise ConfigError(

@@ -258,9 +258,13 @@ class Core:
         self._post_awaited(future, self._live_loop.when_idle, tell)
         return future
 
-    def watch(self, timeline: Timeline | None) -> Future[None]:
-        """Let the loop tell `timeline` of each verb, from its own thread; None ends that."""
+    def watch(self, timeline: Timeline) -> Future[None]:
+        """Let the loop tell `timeline` of each verb, from its own thread. The future may raise ConfigError."""
         return self.call(self._live_loop.watch, timeline)
+
+    def unwatch(self, timeline: Timeline) -> Future[None]:
+        """Let the loop tell `timeline` no more, if it does."""
+        return self.call(self._live_loop.unwatch, timeline)
 
     def keep_costs(self) -> Future[None]:
         """Write down what steps have taken, from the engine's thread. Raises EngineClosed, EngineDead."""

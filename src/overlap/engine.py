@@ -173,7 +173,7 @@ class AsyncEngine:
         reader's thread; `await` does so by itself. Raises RequestError for arguments that are none of these. Iterating
         raises RequestError for a request that cannot be served, QueueFull when too many wait, DeadlineExceeded,
         RequestAborted after `abort`, RequestFailed when a step of it failed, EngineClosed and EngineDead when the
-        engine ended before the answer did.
+        engine ended before the answer did. An error comes behind what was made before it, but RequestAborted at once.
         """
         terms = Terms(priority=priority, deadline=deadline, fairness_key=fairness_key, cache_salt=cache_salt)
         return self._generation(prompt, params, terms, request_id, 0, whole=whole)
@@ -294,12 +294,8 @@ class AsyncEngine:
         return await self._encoder.encode_chat(messages, tools, add_generation_prompt=add_generation_prompt)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of `ids`. Raises RequestError for ids that no token has."""
-        tokenizer = self.tokenizer
-        for token in ids:
-            if not 0 <= token < tokenizer.vocab_size:
-                raise RequestError(f"A token id is an integer from 0 to {tokenizer.vocab_size - 1}, not {token}.")
-        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Return the text of `ids`. Raises RequestError for what is no list of ids, and for ids that no token has."""
+        return self._encoder.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def statistics(self) -> Statistics:
         """Return the figures of this moment."""
@@ -324,10 +320,10 @@ class AsyncEngine:
         `.json` opens in ui.perfetto.dev: plan, launch, tell, land and settle on the host, and every step on the device
         with the bubbles in front of it. `.svg` is a picture of a few steps from the middle. The target of the `with` is
         the Trace, which a notebook shows as that picture. Raises ConfigError for another ending, a directory that is
-        not there, and while another trace is recorded.
+        not there, and while another trace is recorded; OverlapError if the engine does not answer for 5 s.
         """
         planner, _ = self._core.parts
-        return Tracing(path, Trace(self.model_name, queue=planner.queue), self._core.watch)
+        return Tracing(path, Trace(self.model_name, queue=planner.queue), self._core.watch, self._core.unwatch)
 
     def explain(self) -> str:
         """Return what was chosen and why, a line each."""
@@ -388,8 +384,7 @@ class AsyncEngine:
             raise RequestError(f"whole must be True or False, not {whole!r:.80}.")
         begin = partial(self._begin, prompt, checked(params), terms)
         request_id = request_id or f"req-{secrets.token_hex(8)}"
-        requests = self._requests
-        return Generation(begin, requests.forget_answer, requests.drop_answer, request_id, index, whole=whole)
+        return Generation(begin, self._requests, request_id, index, whole=whole)
 
     async def _last_output(self, prompt: Prompt, params: SamplingParams | None, terms: Terms, index: int) -> Output:
         try:

@@ -42,7 +42,7 @@ class RequestAborted(RequestError):
 
 
 class DeadlineExceeded(RequestError, TimeoutError):
-    """The request had not ended by its deadline; what it made so far was delivered."""
+    """The request had not ended by its deadline; what it made so far comes before this, unless it is read whole."""
 
 
 class QueueFull(RequestError):

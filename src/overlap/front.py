@@ -146,14 +146,20 @@ class Answer:
             self._scored.push(start, words)
 
     def fail(self, failure: BaseException) -> None:
-        """End the answer with an error."""
+        """End the answer with an error, behind what came before it."""
         if not self.ended:
             self._failure = failure
-            self._news = False  # nothing more of an aborted or failed request is seen
             self.wake()
 
+    def abort(self, failure: BaseException) -> None:
+        """End the answer with an error in place of all that was not read, its end too."""
+        if self._news or self._finish_reason is None:
+            self._failure, self._news = failure, False
+        self._muted = False
+        self.wake()
+
     def mute(self) -> None:
-        """From any thread: let nothing more be seen; `fail` follows on the reader's own thread."""
+        """From any thread: let nothing more be seen; `abort` follows on the reader's own thread."""
         self._muted = True
 
     def wake(self) -> None:
@@ -173,11 +179,11 @@ class Answer:
 
     def output_nowait(self) -> Output | None:
         """Return what is new, or None; raise StopAsyncIteration behind the last Output, or the failure."""
-        if not self._news or self._muted or (self._whole and not self.ended):
+        if not self._news or self._muted or (self._whole and self._finish_reason is None):
             if self._failure is not None:
                 failure, self._failure = self._failure, EngineClosed(f"request {self.request_id!r} has ended")
                 raise failure
-            if self._finish_reason is not None:
+            if self._finish_reason is not None and not self._muted:
                 raise StopAsyncIteration
             return None
         if self._turns is not None:
@@ -187,9 +193,9 @@ class Answer:
         delta, self._unread = text[self._unread :], len(text)
         return Output.of(self._grows, text, delta, self._finish_reason, self._stop_reason)
 
-    def news(self) -> asyncio.Future[None]:
-        """Return what is done once it is worth to look again. One reader at a time."""
-        self._waiter = waiter = asyncio.get_running_loop().create_future()
+    def news(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """Return what is done once it is worth to look again. One reader at a time, on the front's event loop."""
+        self._waiter = waiter = loop.create_future()
         return waiter
 
 
@@ -312,9 +318,9 @@ class Front:
             answer.fail(make())
 
     def abort(self, answer: Answer) -> None:
-        """End an answer with RequestAborted."""
+        """End an answer with RequestAborted, unless its last Output was read."""
         self.close(answer)
-        answer.fail(RequestAborted(f"Request {answer.request_id!r} was aborted."))
+        answer.abort(RequestAborted(f"Request {answer.request_id!r} was aborted."))
 
 
 def _logprob(token: int, told: Ints, num: int) -> TokenLogprob:

@@ -209,11 +209,16 @@ class Loop:
         self._idle_waiters.append(call)
         self._work.set()
 
-    def watch(self, timeline: Timeline | None) -> None:
-        """Tell `timeline` of each verb from now on; None ends that. Raises ConfigError if another one is told."""
-        if timeline is not None and self._timeline is not self._unwatched:
+    def watch(self, timeline: Timeline) -> None:
+        """Tell `timeline` of each verb from now on. Raises ConfigError if one is told already."""
+        if self._timeline is not self._unwatched:
             raise ConfigError("A trace of this engine is being recorded. End it before the next one begins.")
-        self._timeline = timeline or self._unwatched
+        self._timeline = timeline
+
+    def unwatch(self, timeline: Timeline) -> None:
+        """Tell `timeline` no more; does nothing if it is not told."""
+        if self._timeline is timeline:
+            self._timeline = self._unwatched
 
     async def run(self) -> None:
         """Serve until closed and the last flight has landed."""

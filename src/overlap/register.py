@@ -44,6 +44,10 @@ class Register:
         self._lock = threading.Lock()  # guards the entries
         self._reference = weakref.ref(self)
 
+    def check_process(self) -> None:
+        """Raise EngineClosed in a process that was forked off the engine's own."""
+        self._core.check_process()
+
     def enter(self, request_id: str, front: Front) -> Entry:
         """Take a request in. Raises RequestError if its id is in use."""
         self.forget_dropped()
@@ -80,7 +84,7 @@ class Register:
             self.forget(entry)
 
     def drop_answer(self, answer: Answer) -> None:
-        """As `forget_answer`, from a finalizer."""
+        """As `forget_answer`, from a finalizer, which runs anywhere: it takes no lock."""
         entry = self.entries.get(answer.request_id)
         if entry is not None and entry.answer is answer:
             self.drop(entry)

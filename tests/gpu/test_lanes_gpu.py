@@ -187,7 +187,7 @@ async def test_decode_steps_go_on_while_a_long_prompt_is_read(
         watch = Watch()
         await asyncio.wrap_future(engine._core.watch(watch))
         await tokens(engine, [draw.randrange(3, 511) for _ in range(16000)], once)
-        await asyncio.wrap_future(engine._core.watch(None))
+        await asyncio.wrap_future(engine._core.unwatch(watch))
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)

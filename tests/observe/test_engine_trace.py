@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from overlap import AsyncEngine, ConfigError, SamplingParams
+from overlap import AsyncEngine, ConfigError, OverlapError, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
 
@@ -37,3 +39,34 @@ async def test_a_trace_of_an_unknown_kind_is_refused(tiny_llama_dir: Path) -> No
     async with AsyncEngine(tiny_llama_dir, device="cpu", dtype="float32", kv_cache=4096) as engine:
         with pytest.raises(ConfigError, match=r"run\.gif"):
             engine.trace("run.gif")
+
+
+async def test_a_trace_that_nobody_waits_for_any_more_while_it_begins_is_over(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+
+    async def use(engine: AsyncEngine) -> None:
+        async with engine.trace(path):
+            raise AssertionError("it did not begin")
+
+    async with AsyncEngine(tiny_llama_dir, device="cpu", dtype="float32", kv_cache=4096) as engine:
+        engine._core._post(time.sleep, 0.1)  # as a long step
+        beginning = asyncio.create_task(use(engine))
+        await asyncio.sleep(0)
+        beginning.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await beginning
+        with monkeypatch.context() as patched:
+            patched.setattr("overlap.observe.trace.PATIENCE_S", 0.02)
+            engine._core._post(time.sleep, 0.2)
+            with pytest.raises(OverlapError, match=r"not answered for 0\.02 s.* try again"):
+                await use(engine)
+            with pytest.raises(OverlapError, match=r"not answered for 0\.02 s.* try again"), engine.trace(path):
+                pass
+        assert not path.exists()
+        async with engine.trace(path):
+            for _ in range(2):  # who is refused does not end it either
+                with pytest.raises(ConfigError, match="is being recorded"):
+                    await use(engine)
+        assert path.exists()

@@ -191,7 +191,8 @@ async def test_a_trace_begins_and_ends_while_the_loop_runs() -> None:
             with pytest.raises(ConfigError, match="being recorded"):
                 rig.loop.watch(Trace())
         if step == 6:
-            rig.loop.watch(None)
+            rig.loop.unwatch(Trace())
+            rig.loop.unwatch(trace)
 
     rig.outbox.on_settled = swap
     await rig.serve(request(0, [1, 2, 3], 9))
@@ -317,7 +318,14 @@ class Watched:
         self.seen: list[Timeline | None] = []
         self.ended = False
 
-    def watch(self, timeline: Timeline | None) -> Future[None]:
+    def watch(self, timeline: Timeline) -> Future[None]:
+        return self._see(timeline)
+
+    def unwatch(self, timeline: Timeline) -> Future[None]:
+        assert timeline is self.seen[-1]
+        return self._see(None)
+
+    def _see(self, timeline: Timeline | None) -> Future[None]:
         if self.ended:
             raise EngineClosed("The engine was closed.")
         self.seen.append(timeline)
@@ -329,10 +337,10 @@ class Watched:
 @pytest.mark.parametrize("name", ["trace.json", "trace.svg"])
 async def test_a_file_is_written_at_the_end_by_with_and_by_async_with(tmp_path: Path, name: str) -> None:
     loop = Watched()
-    with Tracing(tmp_path / name, Trace(), loop.watch) as first:
+    with Tracing(tmp_path / name, Trace(), loop.watch, loop.unwatch) as first:
         assert loop.seen == [first]
     sync = (tmp_path / name).read_text()
-    async with Tracing(tmp_path / name, Trace(), loop.watch) as second:
+    async with Tracing(tmp_path / name, Trace(), loop.watch, loop.unwatch) as second:
         loop.ended = True  # the engine ends first: what was recorded is written all the same
     assert loop.seen == [first, None, second]
     assert (tmp_path / name).read_text() == sync
@@ -351,7 +359,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_recorded(
 ) -> None:
     loop = Watched()
     with pytest.raises(ConfigError, match=message):
-        Tracing(tmp_path / name, Trace(), loop.watch)
+        Tracing(tmp_path / name, Trace(), loop.watch, loop.unwatch)
     assert loop.seen == []
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from math import inf
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,7 @@ from time import perf_counter
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from overlap.errors import ConfigError, EngineClosed, EngineDead, nearest
+from overlap.errors import ConfigError, EngineClosed, EngineDead, OverlapError, nearest
 from overlap.observe.perfetto import perfetto
 from overlap.observe.picture import picture
 from overlap.observe.record import VERBS, DeviceSpan, HostSpan, Record, Step
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from overlap.schedule.plan import StepPlan
     from overlap.streams.stream import Busy
 
-Watch: TypeAlias = "Callable[[Timeline | None], Future[None]]"
+Watch: TypeAlias = "Callable[[Timeline], Future[None]]"
 
 LONGEST: Final = 100_000  # steps of which a trace keeps what happened: the last ones
 PATIENCE_S: Final = 5.0  # an engine that ends at this very moment does not answer any more
@@ -143,15 +143,16 @@ def _align(host: list[HostSpan], device: list[DeviceSpan]) -> list[DeviceSpan]:
 class Tracing:
     """Records a running engine for as long as the `with` (or `async with`) lasts, then writes the file.
 
-    `watch(timeline)` lets the loop tell that timeline from now on, and none again with None; its future is done once
-    it does. What is in the air at the end is not in the record. The file is written even if the engine has ended
-    meanwhile. Raises ConfigError for a path that could not be written.
+    `watch(timeline)` lets the loop tell that timeline from now on, and `unwatch(timeline)` no more; their futures are
+    done once it does. What is in the air at the end is not in the record. The file is written even if the engine has
+    ended meanwhile. Raises ConfigError for a path that could not be written.
     """
 
-    def __init__(self, path: str | PathLike[str], trace: Trace, watch: Watch) -> None:
+    def __init__(self, path: str | PathLike[str], trace: Trace, watch: Watch, unwatch: Watch) -> None:
         self._path = Path(path)
         self._trace = trace
         self._watch = watch
+        self._unwatch = unwatch
         if self._path.suffix not in WRITERS:
             raise ConfigError(
                 f"A trace ends in .json (for Perfetto) or .svg (a picture), not {self._path.name!r}."
@@ -161,22 +162,41 @@ class Tracing:
             raise ConfigError(f"The trace {str(self._path)!r} has no directory to be in: make it first.")
 
     def __enter__(self) -> Trace:
-        self._watch(self._trace).result(PATIENCE_S)
+        with self._beginning():
+            self._watch(self._trace).result(PATIENCE_S)
         return self._trace
 
     def __exit__(self, *_: object) -> None:
         with suppress(EngineClosed, EngineDead, TimeoutError):
-            self._watch(None).result(PATIENCE_S)
+            self._unwatch(self._trace).result(PATIENCE_S)
         self._write()
 
     async def __aenter__(self) -> Trace:
-        await asyncio.wait_for(asyncio.wrap_future(self._watch(self._trace)), PATIENCE_S)
+        with self._beginning():
+            await asyncio.wait_for(asyncio.wrap_future(self._watch(self._trace)), PATIENCE_S)
         return self._trace
 
     async def __aexit__(self, *_: object) -> None:
         with suppress(EngineClosed, EngineDead, TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(self._watch(None)), PATIENCE_S)
+            await asyncio.wait_for(asyncio.wrap_future(self._unwatch(self._trace)), PATIENCE_S)
         await asyncio.to_thread(self._write)
+
+    @contextmanager
+    def _beginning(self) -> Iterator[None]:
+        """End what nobody waits for any more while it begins: it begins all the same, once the loop gets to it."""
+        try:
+            yield
+        except ConfigError:  # another one is recorded
+            raise
+        except BaseException as error:
+            with suppress(EngineClosed, EngineDead):
+                self._unwatch(self._trace)
+            if isinstance(error, TimeoutError):
+                raise OverlapError(
+                    f"No trace was begun: the engine has not answered for {PATIENCE_S:g} s. It may be in the middle "
+                    "of a long step: look at `engine.health()`, and try again."
+                ) from error
+            raise
 
     def _write(self) -> None:
         self._path.write_text(WRITERS[self._path.suffix](self._trace.record()), encoding="utf-8")

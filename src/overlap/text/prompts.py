@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -13,6 +13,7 @@ import numpy as np
 from overlap.cache.pages import Ints
 from overlap.errors import EngineClosed, RequestError
 from overlap.messages import ChatMessage, Prompt
+from overlap.plain import plain_int
 
 if TYPE_CHECKING:
     from overlap.text.templates import ChatTemplate
@@ -60,10 +61,7 @@ class PromptEncoder:
             raise RequestError(f"A prompt is text, token ids or chat messages, not {type(prompt).__name__}.")
         if parts and all(isinstance(part, Mapping) for part in parts):
             return self._known(await self.encode_chat(parts))
-        for token in parts:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._vocab_size:
-                raise RequestError(f"A token id is an integer from 0 to {self._vocab_size - 1}, not {token!r:.80}.")
-        return np.array(parts, dtype=np.int32)
+        return np.array(_checked(parts, self._vocab_size), dtype=np.int32)
 
     def _known(self, ids: list[int]) -> Ints:
         """Return the ids of a text, if the model has rows for them all: a tokenizer may have more tokens than that."""
@@ -96,9 +94,17 @@ class PromptEncoder:
     async def encode_text(self, text: str, *, special: bool) -> list[int]:
         """Return the token ids of `text`; see `Tokenizer.encode` for `special`. Raises RequestError."""
         tokenizer = self.tokenizer
-        if len(text) < _LONG_TEXT:
+        if not isinstance(text, str) or len(text) < _LONG_TEXT:  # what is no text is refused there
             return tokenizer.encode(text, special=special)
         return await self._on_thread(partial(tokenizer.encode, text, special=special))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of `ids`. Raises RequestError for what is no list of ids, and for ids that no token has."""
+        tokenizer = self.tokenizer
+        parts: Any = ids.tolist() if hasattr(ids, "tolist") else ids  # numpy arrays, tensors
+        if isinstance(parts, (str, bytes, bytearray)) or not isinstance(parts, Sequence):
+            raise RequestError(f"Token ids are decoded from a list, as `encode` returns it, not from {ids!r:.80}.")
+        return tokenizer.decode(_checked(parts, tokenizer.vocab_size), skip_special_tokens=skip_special_tokens)
 
     async def _on_thread(self, function: Callable[[], T]) -> T:
         try:
@@ -108,3 +114,14 @@ class PromptEncoder:
                 raise
             raise EngineClosed("The engine was closed.") from None
         return await made
+
+
+def _checked(parts: Iterable[object], size: int) -> list[int]:
+    """Return token ids as Python's own integers. Raises RequestError for what is none of the `size` that there are."""
+    ids = []
+    for part in parts:
+        token = plain_int(part)
+        if token is None or not 0 <= token < size:
+            raise RequestError(f"A token id is an integer from 0 to {size - 1}, not {part!r:.80}.")
+        ids.append(token)
+    return ids

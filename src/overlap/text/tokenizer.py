@@ -100,7 +100,7 @@ class Tokenizer:
         Raises RequestError for what is no text, or holds half of a surrogate pair.
         """
         if not isinstance(text, str):
-            raise RequestError(f"The prompt must be text, not {type(text).__name__}.")
+            raise RequestError(f"What is encoded must be text, a str, not {text!r:.80}.")
         try:
             ids = self._model.encode(text, add_special_tokens=special).ids
         except TypeError as error:
