@@ -17,7 +17,7 @@ from overlap.config import EngineConfig
 from overlap.environment import cache_directory, package_index
 from overlap.errors import ConfigError
 from overlap.grammar.masks import Masks
-from overlap.lane_runner import halves_from
+from overlap.lane_runner import host_bound_tokens
 from overlap.microbatch.cost import CostModel, Nominal, cost_path
 from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
@@ -211,8 +211,7 @@ def _parts(
         shares, share_notes = _shares(resolved, device, (stream, side[1]))
     halves = None
     if resolved.lanes == "halves":
-        second, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
-        halves = second, halves_from(checkpoint.config, resolved.tensor_parallel, graphs=resolved.graphs and kv.is_cuda)
+        halves, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
     fallbacks = fallbacks_of(device, attention, why)
     stages.end("lanes")
     weight_bytes, place = program.weight_bytes(), _place(resolved.model, checkpoint)
@@ -225,9 +224,11 @@ def _parts(
         max_rows=resolved.max_rows,
         token_budget=resolved.token_budget,
         context=context,
+        host_bound=host_bound_tokens(checkpoint.config, resolved.tensor_parallel),
         graphs=resolved.graphs,
         side=side,
         halves=halves,
+        rank=None if team is None else 0,
         speculate=speculation(resolved, program, head, attention, kv, context, fallbacks),
     )
     runner: Runner | LeadingRunner = own

@@ -24,7 +24,7 @@ from overlap.cache.pages import PAGE, pages_for
 from overlap.environment import cache_directory, package_index, torchrun
 from overlap.errors import ConfigError
 from overlap.flight import TorchFlight
-from overlap.lane_runner import halves_from
+from overlap.lane_runner import host_bound_tokens
 from overlap.models import build, open_checkpoint
 from overlap.models.open import LoadFormat
 from overlap.models.shard import shard_config
@@ -164,8 +164,7 @@ class _Rank:
         )
         halves = None
         if setup.halves:
-            second, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
-            halves = second, halves_from(checkpoint.config, setup.size, graphs=setup.graphs and kv.is_cuda)
+            halves, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
         return Runner(
             program,
             attention,
@@ -174,8 +173,10 @@ class _Rank:
             max_rows=setup.max_rows,
             token_budget=setup.token_budget,
             context=memory.context,
+            host_bound=host_bound_tokens(checkpoint.config, setup.size),
             graphs=setup.graphs,
             halves=halves,
+            rank=setup.rank,
         )
 
     def _fail(self, failure: BaseException) -> None:
