@@ -2,6 +2,9 @@
 
 python examples/several_devices.py MODEL 2                               the engine starts the other ranks by itself
 torchrun --nproc-per-node=2 examples/several_devices.py MODEL 2          torchrun starts them; an engine each job
+
+On two machines of eight devices, with the model at the same path on both (N is 0 on the first, and 1):
+torchrun --nnodes=2 --node-rank=N --master-addr=FIRST --nproc-per-node=8 examples/several_devices.py MODEL 16
 """
 
 import argparse

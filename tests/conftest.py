@@ -55,19 +55,31 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Token 0 is `<|endoftext|>`, 1 is `<|im_start|>` and 2 is `<|im_end|>`, the end token.
     """
+    path = tmp_path_factory.mktemp("tiny-llama")
+    write_llama(path, hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cut_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with sizes of which 2 or 3 ranks hold a part each."""
+    path = tmp_path_factory.mktemp("cut-llama")
+    write_llama(path, hidden_size=96, intermediate_size=162, num_attention_heads=6, num_key_value_heads=6)
+    return path
+
+
+def write_llama(path: Path, **sizes: int) -> None:
+    """Write a small random Llama of 3 layers, with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = tmp_path_factory.mktemp("tiny-llama")
     config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+        vocab_size=512, num_hidden_layers=3, head_dim=16, max_position_embeddings=512, rope_theta=10000.0,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2, **sizes,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(path)
     write_tokenizer(path)
-    return path
 
 
 def write_tokenizer(path: Path) -> None:

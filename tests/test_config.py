@@ -12,11 +12,11 @@ import torch
 from overlap.assemble import machine
 from overlap.cache.pages import PAGE
 from overlap.config import EngineConfig, KvBudget, parse_kv_cache
-from overlap.environment import cache_directory, package_index
+from overlap.environment import TorchRun, cache_directory, package_index, torchrun
 from overlap.equivalents import ENGINE_OPTIONS
 from overlap.errors import ConfigError
 from overlap.models.config import ModelConfig
-from overlap.resolve import Machine, Resolved, num_kv_pages, page_bytes, resolve
+from overlap.resolve import Machine, Resolved, num_kv_pages, page_bytes, rank_device, resolve
 
 MODEL = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=512, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -243,6 +243,74 @@ def test_a_device_can_be_left_open_named_or_numbered(asked: str, device: str) ->
 def test_a_device_that_is_not_there_is_refused_with_how_many_there_are(machine: Machine, asked: str) -> None:
     with pytest.raises(ConfigError, match=f"{asked!r} was asked for; torch sees {machine.cuda_devices} CUDA devices"):
         resolved(machine, device=asked)
+
+
+EIGHT = replace(HOPPER, cuda_devices=8)
+
+
+@pytest.mark.parametrize(
+    ("machine", "ranks", "asked", "last"),
+    [
+        (EIGHT, 8, "auto", "cuda:7"),
+        (EIGHT, 4, "cuda:4", "cuda:7"),
+        (replace(EIGHT, cuda_devices=1), 8, "auto", "cuda:0"),
+        (replace(EIGHT, cuda_devices=1), 1, "cuda", "cuda:0"),
+        (EIGHT, 8, "cpu", "cpu"),
+    ],
+    ids=["8 on a machine", "from the fifth on", "each sees its own", "one on a machine", "on the CPU"],
+)
+def test_of_torchruns_ranks_each_has_a_device_of_its_machine(
+    machine: Machine, ranks: int, asked: str, last: str
+) -> None:
+    first = resolved(replace(machine, local_ranks=ranks), device=asked, tensor_parallel=16).device
+    assert rank_device(first, 0, machine.cuda_devices) == first
+    assert rank_device(first, ranks - 1, machine.cuda_devices) == last
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(9, "auto"), (5, "cuda:4")])
+def test_more_ranks_on_a_machine_than_devices_are_refused_with_what_to_do(ranks: int, asked: str) -> None:
+    said = rf"LOCAL_RANK {ranks - 1} of torchrun has cuda:8, since LOCAL_RANK 0 has .*sees 8 CUDA.*one rank a device"
+    with pytest.raises(ConfigError, match=said):
+        resolved(replace(EIGHT, local_ranks=ranks), device=asked, tensor_parallel=16)
+    with pytest.raises(ConfigError, match="tensor_parallel is 16, one CUDA device a rank from cuda:0 on; torch sees 8"):
+        resolved(EIGHT, tensor_parallel=16)
+
+
+PLACE = {
+    "TORCHELASTIC_RUN_ID": "x", "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8",
+    "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+def test_torchrun_says_which_rank_this_is_and_which_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torchrun() is None
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    place = torchrun()
+    assert place == TorchRun(
+        rank=9, size=16, local_rank=1, local_size=8, address="10.0.0.1", port=29500, agent_store=False
+    )
+    assert not place.local
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("RANK", "one", "torchrun sets RANK to a number; here it is 'one'"),
+        ("RANK", "16", "RANK is 16, of WORLD_SIZE 16"),
+        ("WORLD_SIZE", "", "torchrun sets WORLD_SIZE to a number; here it is ''"),
+        ("LOCAL_RANK", "-1", "torchrun sets LOCAL_RANK to a number; here it is '-1'"),
+        ("LOCAL_RANK", "8", "LOCAL_RANK is 8, of LOCAL_WORLD_SIZE 8"),
+        ("MASTER_PORT", "x", "torchrun sets MASTER_PORT to a number; here it is 'x'"),
+    ],
+)
+def test_a_place_that_torchrun_does_not_give_is_refused_with_the_variable(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each, usual in (PLACE | {name: value}).items():
+        monkeypatch.setenv(each, usual)
+    with pytest.raises(ConfigError, match=said):
+        torchrun()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import torch
 
 from overlap.cache.pages import PAGE, pages_for
 from overlap.config import EngineConfig
-from overlap.environment import cache_directory, package_index
+from overlap.environment import cache_directory, package_index, torchrun
 from overlap.errors import ConfigError
 from overlap.grammar.masks import Masks
-from overlap.lane_runner import halves_from
+from overlap.lane_runner import host_bound_tokens
 from overlap.microbatch.cost import CostModel, Nominal, cost_path
 from overlap.microbatch.policy import SplitPolicy
 from overlap.models import Checkpoint, build, open_checkpoint
@@ -81,8 +81,11 @@ class Parts:
     """Why attention, or the drafter's, is slower than it could be on this device: 1 each."""
 
 
-def machine(device: str = "auto") -> Machine:
-    """Look at this machine, and of its CUDA devices at the one that `device` (as `EngineConfig.device`) names."""
+def machine(device: str = "auto", local_ranks: int = 0) -> Machine:
+    """Look at this machine, and of its CUDA devices at the one that `device` (as `EngineConfig.device`) names.
+
+    `local_ranks` is how many ranks torchrun has started on it.
+    """
     cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(device.partition(":")[2] or 0)
     there = index < cuda_devices  # else `resolve` refuses it
@@ -92,6 +95,7 @@ def machine(device: str = "auto") -> Machine:
         fast_cpu_bfloat16=_fast_cpu_bfloat16(),
         cores=torch.get_num_threads(),
         cuda_bytes=torch.cuda.get_device_properties(index).total_memory if there else 0,
+        local_ranks=local_ranks,
     )
 
 
@@ -116,7 +120,9 @@ def assemble(asked: EngineConfig, stages: Stages | None = None) -> Parts:
     )
     try:
         stages.end("files")
-        resolved = resolve(asked, checkpoint.config, machine(asked.device))
+        place = torchrun() if asked.tensor_parallel > 1 else None
+        here = machine(asked.device, 0 if place is None else place.local_size)
+        resolved = resolve(asked, checkpoint.config, here)
         device = torch.device(resolved.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of the engine's thread, which nobody else sees
@@ -178,6 +184,8 @@ def _parts(
     show: bool,
 ) -> Parts:
     """Load and set up memory; with a `team`, this rank's part."""
+    if team is not None:
+        team.use_cores()  # of the stream's thread, on which this runs
     model, dtype = shard_config(checkpoint.config, resolved.tensor_parallel), getattr(torch, resolved.dtype)
     program = build(checkpoint, device=device, dtype=dtype, progress=show, ranks=None if team is None else team.group)
     stages.end("weights")
@@ -211,8 +219,7 @@ def _parts(
         shares, share_notes = _shares(resolved, device, (stream, side[1]))
     halves = None
     if resolved.lanes == "halves":
-        second, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
-        halves = second, halves_from(checkpoint.config, resolved.tensor_parallel, graphs=resolved.graphs and kv.is_cuda)
+        halves, _ = choose_attention(kv, model.num_heads, max_pages_per_row=pages_for(context))
     fallbacks = fallbacks_of(device, attention, why)
     stages.end("lanes")
     weight_bytes, place = program.weight_bytes(), _place(resolved.model, checkpoint)
@@ -225,9 +232,11 @@ def _parts(
         max_rows=resolved.max_rows,
         token_budget=resolved.token_budget,
         context=context,
+        host_bound=host_bound_tokens(checkpoint.config, resolved.tensor_parallel),
         graphs=resolved.graphs,
         side=side,
         halves=halves,
+        rank=None if team is None else 0,
         speculate=speculation(resolved, program, head, attention, kv, context, fallbacks),
     )
     runner: Runner | LeadingRunner = own

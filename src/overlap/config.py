@@ -68,7 +68,8 @@ class EngineConfig:
     max_waiting: int = 16384
     """The most requests in the queue; one more is refused with QueueFull. >= 1."""
     step_limit: float = 60.0
-    """Seconds that a step may take before the watchdog reports it: a warning in the log, and in `health()`. > 0."""
+    """Seconds that a step may take before the watchdog reports it: a warning in the log, and in `health()`. It ends
+    nothing. > 0."""
     load_format: LoadFormat = "auto"
     """"dummy" makes random weights, from no more than a config.json."""
     revision: str | None = None
@@ -94,7 +95,7 @@ class EngineConfig:
     ways that keep it the one with the most tokens a second is taken. None aims at those alone. > 0."""
     tensor_parallel: int = 1
     """Over how many ranks the model is cut, each on a device (or process) of its own; see `models.shard` for which
-    models can be. >= 1."""
+    models can be. All are on this machine, from `device` on; those of torchrun may be on several. >= 1."""
     speculative: str | None = None
     """What drafts tokens for the model to verify, several in one step; answers stay the same. "ngram": what followed
     the last tokens when they last stood in the text. "eagle": a small head on the model's own states. "draft": a

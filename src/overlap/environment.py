@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from overlap.errors import ConfigError
+
 
 def cache_directory(asked: str | os.PathLike[str] | None) -> Path:
     """Return where fetched models are kept: as asked, else `$OVERLAP_CACHE`, else `overlap` in the user's cache."""
@@ -28,27 +30,48 @@ class TorchRun:
 
     rank: int
     size: int
-    local: bool
-    """All ranks are on this machine."""
+    local_rank: int
+    """Which of the ranks on this machine it is, from 0."""
+    local_size: int
+    """How many there are on this machine."""
     address: str
     port: int
     agent_store: bool
     """torchrun itself hosts the store at `address`, `port`; else rank 0 does."""
 
+    @property
+    def local(self) -> bool:
+        """Whether all ranks are on this machine."""
+        return self.local_size == self.size
+
 
 def torchrun() -> TorchRun | None:
-    """Return where torchrun has put this process; None if it was not started by torchrun."""
+    """Return where torchrun has put this process; None if it was not started by torchrun.
+
+    Raises ConfigError if what torchrun says is no such place.
+    """
     found = os.environ
     if not all(name in found for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
     return TorchRun(
-        rank=int(found["RANK"]),
-        size=int(found["WORLD_SIZE"]),
-        local=found.get("LOCAL_WORLD_SIZE") == found["WORLD_SIZE"],
+        rank=_number("RANK", below="WORLD_SIZE"),
+        size=_number("WORLD_SIZE"),
+        local_rank=_number("LOCAL_RANK", below="LOCAL_WORLD_SIZE"),
+        local_size=_number("LOCAL_WORLD_SIZE"),
         address=found["MASTER_ADDR"],
-        port=int(found["MASTER_PORT"]),
+        port=_number("MASTER_PORT"),
         agent_store=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def _number(name: str, *, below: str = "") -> int:
+    """Return what torchrun has set a variable to: a number, and less than another one."""
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise ConfigError(f"torchrun sets {name} to a number; here it is {value!r}. Leave it to torchrun.")
+    if below and int(value) >= _number(below):
+        raise ConfigError(f"{name} is {value}, of {below} {os.environ[below]}. Leave both to torchrun.")
+    return int(value)
 
 
 def api_key() -> str | None:

@@ -333,6 +333,6 @@ def _logprob(token: int, told: Ints, num: int) -> TokenLogprob:
 
 def dead(cause: BaseException) -> EngineDead:
     """Return an EngineDead with its cause attached."""
-    error = EngineDead(f"The engine can not go on: {cause!r}")
+    error = EngineDead(f"The engine can not go on: {cause if isinstance(cause, EngineDead) else repr(cause)}")
     error.__cause__ = cause
     return error

@@ -57,15 +57,32 @@ host time while readers in the same process hold the interpreter (docs/log.md), 
 together, and more read prompts sooner."""
 
 
-def host_bound_tokens(parameters: float) -> int:
-    """Return how many tokens a step of a model (or of a rank's part) has at most to be run in pieces."""
-    return int(HOST_BOUND / (2 * parameters))
+def host_bound_tokens(config: ModelConfig, num_ranks: int) -> int:
+    """Return how many tokens a step has at most to be run in pieces, by the whole model: the same on all ranks.
 
-
-def halves_from(config: ModelConfig, num_ranks: int, *, graphs: bool) -> int:
-    """Return from how many tokens on a step may be run as two halves: more than pieces have. The same on all ranks."""
+    Not by what a rank holds: where the vocabulary cannot be cut evenly, the last one holds less.
+    """
     parameters = sum(math.prod(shape) for shape in tensor_shapes(config).values())
-    return host_bound_tokens(parameters / num_ranks) + 1 if graphs else 0
+    return int(HOST_BOUND * num_ranks / (2 * parameters))
+
+
+def explain_halves(least: int, token_budget: int, num_halved: int) -> str:
+    """Return which steps are run as two halves, or why none is. `least` tokens are more than pieces have."""
+    if least > token_budget:
+        return (
+            f"halves: no step is cut: those of up to {least - 1} tokens run whole, as graphs' pieces, and token_budget "
+            f"is {token_budget}. Raise it, give graphs=False, or give another `lanes`"
+        )
+    least = max(LEAST_TOKENS, least)
+    if least > token_budget:
+        return (
+            f"halves: no step is cut: that takes {least} prompt tokens or more, and token_budget is {token_budget}. "
+            "Raise it, or give another `lanes`"
+        )
+    return (
+        f"halves: steps with {least} prompt tokens or more, whose rows can be cut into two of about as many, "
+        f"run as two halves: while the ranks sum for one, the other computes; {num_halved} so far"
+    )
 
 
 def _has_tail(plan: StepPlan, layout: Layout) -> bool:
@@ -88,12 +105,16 @@ class LaneRunner:
         *,
         graphs: bool,
         decodes: bool,
-        halves: tuple[Attention, int] | None,
+        host_bound: int,
+        halves: Attention | None,
+        rank: int | None,
         speculation: Speculation | None,
     ) -> None:
         self._program = program
         self._halves = halves
+        self._halves_from = 0  # tokens; more than pieces have
         self._num_halved = 0
+        self._token_budget = token_budget
         self._attention = attention
         self._stream = stream
         self._kv = kv
@@ -118,13 +139,14 @@ class LaneRunner:
         elif not kv.is_cuda:
             self._graph_note = "graphs: none on a CPU"
         else:
-            self._shares, self._graph_note = self._share_graphs(max_rows, token_budget)
+            most = min(token_budget, max(max_rows, host_bound))
+            self._halves_from = most + 1
+            self._shares, self._graph_note = self._share_graphs(max_rows, token_budget, most, rank)
 
-    def _share_graphs(self, max_rows: int, token_budget: int) -> tuple[ShareGraphs, str]:
+    def _share_graphs(self, max_rows: int, token_budget: int, most: int, rank: int | None) -> tuple[ShareGraphs, str]:
+        """`most` is how many tokens a step in pieces has at most."""
         speculation = self._speculation
         whole = self._decodes and (self._attention.captures_decode if speculation is None else speculation.captures)
-        parameters = self._program.weight_bytes() / self._kv.dtype.itemsize
-        most = min(token_budget, max(max_rows, host_bound_tokens(parameters)))
         tokens = token_buckets(most) if whole else token_buckets(most, smallest=1)
         wide: dict[int, tuple[int, ...]] = {}
         if whole and speculation is not None:  # a wide step has to fit into the budget: see the planner
@@ -137,7 +159,7 @@ class LaneRunner:
 
         def make(_share: int) -> GraphDriver:
             policy = Policy(row_buckets(max_rows) if whole else (), tokens, wide, strips)
-            return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows)
+            return GraphDriver(self._lane, policy, max_tokens=most, max_rows=max_rows, rank=rank)
 
         note = (
             f"graphs: decode steps whole, up to {max_rows} rows, those with short prompts up to "
@@ -315,9 +337,9 @@ class LaneRunner:
         out = None if graphs is None or pieces is None else graphs.inputs(pieces, layout.num_rows, layout.num_emits)
         inputs = build_inputs(packed, layout, self._rows, out)
         self._rows.shapes.admit(plan.admissions, self._program.vocab_size, self._kv.device)
-        halves, least = (None, 0) if self._halves is None else self._halves
+        halves = self._halves
         # By the plan alone, not by what was captured so far: all ranks have to cut alike.
-        middle = None if halves is None or plan.num_tokens < least else middle_of(plan)
+        middle = None if halves is None or plan.num_tokens < self._halves_from else middle_of(plan)
         rows = AttentionRows(
             num_decode=plan.num_decode,
             seq_lens=inputs.seq_lens,
@@ -379,11 +401,7 @@ class LaneRunner:
         """Return what runs as which graph, what was captured, and every fallback with its reason: a sentence each."""
         lines = [self._graph_note, *(self._shares.explain() if self._shares is not None else ())]
         if self._halves is not None:
-            least = max(LEAST_TOKENS, self._halves[1])
-            lines.append(
-                f"halves: steps with {least} prompt tokens or more, whose rows can be cut into two of about as many, "
-                f"run as two halves: while the ranks sum for one, the other computes; {self._num_halved} so far"
-            )
+            lines.append(explain_halves(self._halves_from, self._token_budget, self._num_halved))
         return tuple(lines)
 
     def close(self) -> None:

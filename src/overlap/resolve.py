@@ -43,6 +43,8 @@ class Machine:
     cores: int
     cuda_bytes: int = 0
     """The memory of that device; 0 without one, or where it is not known."""
+    local_ranks: int = 0
+    """How many ranks torchrun has started on it; 0 if the engine starts them by itself, all of them here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,10 +173,29 @@ def _device(asked: EngineConfig, machine: Machine, chose: _Chose) -> str:
         device = "cuda:0"
     if device.startswith("cuda") and int(device[5:]) >= machine.cuda_devices:
         raise ConfigError(f"device {asked.device!r} was asked for; torch sees {machine.cuda_devices} CUDA devices.")
-    if device.startswith("cuda") and int(device[5:]) + asked.tensor_parallel > machine.cuda_devices:
+    if machine.local_ranks:
+        rank_device(device, machine.local_ranks - 1, machine.cuda_devices)  # refuses the last one if any
+    elif device.startswith("cuda") and int(device[5:]) + asked.tensor_parallel > machine.cuda_devices:
         raise ConfigError(
             f"tensor_parallel is {asked.tensor_parallel}, one CUDA device a rank from {device} on; torch sees "
             f"{machine.cuda_devices}."
+        )
+    return device
+
+
+def rank_device(first: str, local_rank: int, cuda_devices: int) -> str:
+    """Return the device of one of torchrun's ranks on a machine, of which rank 0 there has `first`.
+
+    Where a rank sees one device only, that is its own. Raises ConfigError where there are too few.
+    """
+    if not first.startswith("cuda") or (first == "cuda:0" and cuda_devices == 1):
+        return first
+    device = f"cuda:{int(first[5:]) + local_rank}"
+    if int(device[5:]) >= cuda_devices:
+        raise ConfigError(
+            f"LOCAL_RANK {local_rank} of torchrun has {device}, since LOCAL_RANK 0 has {first}; torch sees "
+            f"{cuda_devices} CUDA devices there. Start one rank a device, or let each see its own only "
+            "(CUDA_VISIBLE_DEVICES)."
         )
     return device
 

@@ -36,16 +36,19 @@ class Runner:
         max_rows: int,
         token_budget: int,
         context: int,
+        host_bound: int,
         graphs: bool = True,
         side: tuple[Attention, Stream] | None = None,
-        halves: tuple[Attention, int] | None = None,
+        halves: Attention | None = None,
+        rank: int | None = None,
         speculate: Callable[[SlotRows], Speculation] | None = None,
     ) -> None:
-        """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are.
+        """`graphs` lets steps be captured and replayed, on CUDA; see `explain` for which are. Those of more than
+        `host_bound` tokens (`lane_runner.host_bound_tokens`) and of more than `max_rows` are not run in pieces.
 
         `side` makes a side lane: a stream of its own, and an attention that shares no workspace with the main lane's.
-        `halves` is another attention, for the second half of a step that is run as two (`microbatch.halves`), and how
-        many tokens such a step has at least: the same on all ranks.
+        `halves` is another attention, for the second half of a step that is run as two (`microbatch.halves`).
+        `rank` is this one's of several, which are given the same of all else.
         `speculate` makes what drafts and verifies over the slots' rows; it excludes a side lane.
         """
         self._device = kv.device
@@ -66,7 +69,9 @@ class Runner:
                 token_budget,
                 graphs=graphs,
                 decodes=decodes,
+                host_bound=host_bound,
                 halves=halves,
+                rank=rank,
                 speculation=speculation,
             )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from overlap.assemble import Parts, assemble
 from overlap.cache.pages import Ints
 from overlap.config import EngineConfig
-from overlap.errors import RequestError
+from overlap.errors import EngineDead, RequestError
 from overlap.graphs.buckets import row_buckets, token_buckets
 from overlap.graphs.capture import CaptureError
 from overlap.graphs.driver import GraphDriver
@@ -131,8 +131,13 @@ class RepeatingDriver(GraphDriver):
 
 
 @contextmanager
-def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096, **more: Any) -> Iterator[Parts]:
-    """Parts on the CPU; `whole` says whether decode steps get graphs of their own, None means no graphs at all."""
+def opened(
+    path: Path, *, whole: bool | None, kv_cache: int = 4096, rank: int | None = None, **more: Any
+) -> Iterator[Parts]:
+    """Parts on the CPU; `whole` says whether decode steps get graphs of their own, None means no graphs at all.
+
+    `rank` is what the graphs are told of other ranks, of which there are none.
+    """
     options: dict[str, Any] = {"max_rows": 8, "token_budget": 64, "kv_cache": kv_cache}
     parts = assemble(EngineConfig(model=str(path), device="cpu", dtype="float32", **options, **more))
     runner = parts.own
@@ -143,7 +148,7 @@ def opened(path: Path, *, whole: bool | None, kv_cache: int = 4096, **more: Any)
             wide = {1 + drafts: rows for _, drafts in ladder}
             tokens = token_buckets(64, smallest=16 if whole else 1)
             policy = Policy(rows, tokens, wide, STRIPS if whole else ())
-            own = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8)
+            own = RepeatingDriver(runner._main._lane, policy, max_tokens=64, max_rows=8, rank=rank)
             runner._main._shares = ShareGraphs(lambda _: own)
         yield parts
     finally:
@@ -265,6 +270,17 @@ def test_graphs_that_cannot_be_captured_or_are_lost_change_no_answer(tiny_llama_
         assert parts.own.statistics().capture_failures > 0
         assert "CaptureError: no" in explained
         assert "steps without a graph" in explained
+
+
+@pytest.mark.parametrize("way", ["refuses", "loses"])
+def test_of_several_ranks_one_that_cannot_have_a_graph_ends_the_engine_with_what_to_do(
+    tiny_llama_dir: Path, way: str
+) -> None:
+    with opened(tiny_llama_dir, whole=True, rank=1) as parts:
+        setattr(parts.own._main._graphs, way, [Shape("sampled", size) for size in row_buckets(8)])
+        said = r"Rank 1 has no graph of \d sampled rows \(CaptureError: (no|lost)\), .* or give graphs=False"
+        with pytest.raises(EngineDead, match=said):
+            serve(parts, 3, warm=True)
 
 
 def test_every_graph_is_captured_in_idle_moments_and_then_nothing_is_left(tiny_llama_dir: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from overlap.cache.pages import PAGE
+from overlap.graphs.buckets import token_buckets
 from overlap.graphs.eager import drive
+from overlap.lane_runner import explain_halves, host_bound_tokens
 from overlap.microbatch.halves import LEAST_TOKENS, Half, cut, drive_together, middle_of
 from overlap.models.config import ModelConfig
 from overlap.models.dummy import DummyCheckpoint
@@ -142,6 +144,33 @@ def test_halves_pay_with_enough_prompt_tokens_that_can_be_cut_into_two_of_about_
 ) -> None:
     own = planned(counts, num_decode)
     assert middle_of(own) == middle
+
+
+def test_halves_that_no_step_can_have_are_explained_with_why_and_what_to_do() -> None:
+    assert explain_halves(797, 8192, 3).startswith("halves: steps with 797 prompt tokens or more")
+    assert explain_halves(0, 128, 3).startswith("halves: steps with 128 prompt tokens or more")
+    pieces = (
+        "no step is cut: those of up to 8192 tokens run whole, as graphs' pieces, and token_budget is 8192. Raise it"
+    )
+    assert pieces in explain_halves(8193, 8192, 0)
+    assert "that takes 128 prompt tokens or more, and token_budget is 127" in explain_halves(0, 127, 0)
+
+
+SMALL = ModelConfig(
+    architecture="LlamaForCausalLM", vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3,
+    head_dim=64, intermediate_size=1536, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, context=8192,
+    tied_embeddings=True, attention_bias=False, mlp_bias=False, eos_token_ids=(2,), bos_token_id=1, dtype="bfloat16",
+)  # fmt: skip
+LARGE = replace(
+    SMALL, vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+    intermediate_size=14336, tied_embeddings=False,
+)  # fmt: skip
+
+
+def test_how_many_tokens_run_in_pieces_goes_by_the_whole_model_and_the_number_of_ranks() -> None:
+    assert [host_bound_tokens(LARGE, ranks) for ranks in (1, 2, 8)] == [398, 796, 3187]
+    assert token_buckets(min(8192, host_bound_tokens(SMALL, 1)))[-1] == 8192
+    assert host_bound_tokens(SMALL, 3) == 71367
 
 
 def planned(counts: list[int], num_decode: int) -> StepPlan:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -14,17 +15,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
-from overlap import AsyncEngine, ConfigError, EngineDead, RequestAborted, SamplingParams
+from overlap import AsyncEngine, ConfigError, EngineDead, Output, RequestAborted, SamplingParams, StructuredOutput
+from overlap.environment import TorchRun
 from overlap.parallel.group import Group
 from overlap.parallel.leading import LeadingRunner
+from overlap.parallel.rank import serve
+from overlap.parallel.wire import REPORTS, Failed, Hello, Setup, Stop, receive, send
 from overlap.schedule.plan import StepPlan
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_rows": 4, "load_format": "dummy"}
@@ -107,30 +115,97 @@ async def test_any_number_of_ranks_gives_the_same_tokens_with_shared_prefixes_an
     assert "tensor parallel: 3 ranks" in engines[3].explain()
 
 
-async def test_two_halves_of_a_step_give_the_tokens_of_one_with_aborts_preemption_and_shared_prefixes(
-    model: Path,
-) -> None:
-    more = {"token_budget": 256, "kv_cache": 640, "max_rows": 6}
+async def test_two_halves_of_a_step_give_the_tokens_of_one_whatever_is_aborted_beside_them(model: Path) -> None:
+    more = {"token_budget": 256, "kv_cache": 560, "max_rows": 8}
     prompts = [[3 + (i * k) % 300 for i in range(30 + 31 * (k % 6))] for k in range(1, 19)]
     prompts += [SHARED + prompt[:60] for prompt in prompts[:6]]
-
-    async def tokens(engine: AsyncEngine) -> list[list[int]]:
-        asked = zip(prompts, PARAMS * 4, strict=True)
-        return await asyncio.gather(*(answer(engine, *one) for one in asked))
-
+    jobs = [(prompt, replace(PARAMS[index % 6], max_tokens=40)) for index, prompt in enumerate(prompts)]
     async with AsyncEngine(model, **OPTIONS | more) as engine:
-        whole = await tokens(engine)
-    async with AsyncEngine(model, **OPTIONS | more, tensor_parallel=3, lanes="halves") as engine:
-        left = [asyncio.create_task(answer(engine, prompt, PARAMS[0])) for prompt in prompts[:4]]
-        await asyncio.sleep(0.05)
-        for task in left[1:]:
-            task.cancel()
-        assert await tokens(engine) == whole
-        await asyncio.gather(*left, return_exceptions=True)
+        whole = await asyncio.gather(*(answer(engine, *job) for job in jobs))
+    async with AsyncEngine(model, **OPTIONS | more, tensor_parallel=2, lanes="halves") as engine:
+
+        async def one(index: int, limit: int, after_s: float, salt: str) -> bool:
+            """Ask, leave after `limit` tokens or so many seconds, check what came; return whether it was left."""
+            prompt, params = jobs[index]
+            tokens: list[int] = []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(after_s):
+                    async for output in engine.generate(prompt, params, cache_salt=salt):
+                        tokens = output.token_ids
+                        if len(tokens) >= limit:
+                            break
+            assert tokens == whole[index][: len(tokens)]
+            return len(tokens) < 40
+
+        for seed in range(4):
+            draw = random.Random(seed)
+            ends = [draw.choice([(40, 60), (40, 60), (40, draw.uniform(0, 0.5)), (1, 60), (2, 60)]) for _ in jobs]
+            order = draw.sample(range(len(jobs)), len(jobs))
+            left = await asyncio.gather(*(one(index, *ends[index], str(seed)) for index in order))
+            assert 6 < sum(left) < 20, seed
+            await asyncio.wrap_future(engine._core.idle())
+            await asyncio.wrap_future(engine._core.call(engine._core.parts[0].check_idle))
         figures = engine.statistics()
-        assert (figures.failed_steps, figures.running) == (0, 0)
-        halves = next(line for line in engine.explain().splitlines() if line.startswith("halves: "))
-        assert int(halves.split()[-3]) > 3, halves
+        assert figures.failed_steps == 0
+        assert figures.preemptions > 0
+        assert cut_steps(engine) > 6
+
+
+def cut_steps(engine: AsyncEngine) -> int:
+    """Return how many steps were run as two halves."""
+    halves = next(line for line in engine.explain().splitlines() if line.startswith("halves: "))
+    return int(halves.split()[-3])
+
+
+async def test_halves_say_so_when_no_step_can_be_cut(model: Path) -> None:
+    async with AsyncEngine(model, **OPTIONS, token_budget=64, tensor_parallel=2, lanes="halves") as engine:
+        assert (
+            "halves: no step is cut: that takes 128 prompt tokens or more, and token_budget is 64" in engine.explain()
+        )
+
+
+FORMS = (
+    StructuredOutput.regex(r"[A-C]{2}-\d{1,4}(é|ü)?"),
+    StructuredOutput.json_object(),
+    StructuredOutput.choice(["red", "reddish", "green"]),
+)
+ASKED: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0, "seed": 4, "frequency_penalty": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+    {"temperature": 0.0, "logit_bias": {40: 5.0, 7: -3.0}, "logprobs": 3},
+    {"temperature": 0.0, "prompt_logprobs": 2},
+    {"temperature": 0.0, "min_tokens": 9},
+)
+
+
+@pytest.mark.parametrize("options", [{"tensor_parallel": 2}, {"tensor_parallel": 3, "lanes": "halves"}], ids=str)
+async def test_forms_penalties_bias_and_log_probabilities_are_over_ranks_what_they_are_on_one(
+    cut_llama_dir: Path, options: dict[str, Any]
+) -> None:
+    prompts, params = [], []
+    for index, asked in enumerate(ASKED):
+        for turn in range(4):
+            prompts.append([3 + (place * (turn + 2) + index) % 500 for place in range(18 + 41 * turn)])
+            form = FORMS[(index + turn) % 3] if turn % 2 and "min_tokens" not in asked else None
+            params.append(SamplingParams(max_tokens=20, structured=form, **asked))
+
+    async def answers(**more: Any) -> list[Output]:
+        common = {"device": "cpu", "dtype": "float32", "kv_cache": 4096, "max_rows": 8, "token_budget": 256}
+        async with AsyncEngine(cut_llama_dir, **common, **more) as engine:
+            outputs = {out.index: out async for out in engine.generate_batch(prompts, params, progress=False)}
+            assert engine.statistics().failed_steps == 0
+            assert "lanes" not in more or cut_steps(engine) > 0
+        return [outputs[index] for index in range(len(prompts))]
+
+    for one, several in zip(await answers(), await answers(**options), strict=True):
+        assert several.token_ids == one.token_ids
+        assert several.finish_reason == one.finish_reason
+        assert scores(several) == pytest.approx(scores(one), abs=1e-3)
+
+
+def scores(output: Output) -> list[float]:
+    """Return all log-probabilities of an answer and its prompt."""
+    told = [*(output.logprobs or ()), *(output.prompt_logprobs or ())]
+    return [one.logprob for one in told if one is not None]
 
 
 async def test_halves_want_several_ranks(model: Path) -> None:
@@ -236,6 +311,51 @@ async def test_a_leader_that_never_comes_back_from_a_sum_is_left_behind_with_the
     assert not engine._core._thread.is_alive()
 
 
+async def test_a_rank_that_is_held_up_for_longer_than_step_limit_is_reported_and_ends_nothing(model: Path) -> None:
+    async with AsyncEngine(model, **OPTIONS, tensor_parallel=2, step_limit=0.3) as engine:
+        (follower,) = processes_of(engine)
+        follower.suspend()
+        asyncio.get_running_loop().call_later(1.0, follower.resume)
+        assert len(await answer(engine, [5, 6, 7], PARAMS[0])) == 40
+        assert engine.statistics().late_steps > 0
+        assert engine.health().ok
+
+
+@pytest.mark.parametrize("comes_back", [True, False], ids=["too late", "never"])
+async def test_a_rank_that_hangs_ends_the_engine_with_who_waited_for_how_long_and_what_to_do(
+    model: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    monkeypatch.setattr("overlap.parallel.team.SUM_S", 1.0)
+    before = left_behind()
+    async with AsyncEngine(model, **OPTIONS, tensor_parallel=2) as engine:
+        (follower,) = processes_of(engine)
+        follower.suspend()
+        if comes_back:
+            asyncio.get_running_loop().call_later(1.2, follower.resume)
+        with pytest.raises(EngineDead) as died:
+            await answer(engine, [5, 6, 7], PARAMS[0])
+    assert re.fullmatch(
+        rf"The engine can not go on: rank 0 \(process {os.getpid()}\) failed: it waited 1 s for another rank in a sum, "
+        r"as long as it may: that rank hangs. See what its process does, end it, and open a new engine "
+        r"\(gloo: Timed out waiting 1000ms for recv operation to complete\). All ranks are needed for every step.",
+        str(died.value),
+    )
+    assert left_behind() <= before
+
+
+async def test_on_a_cpu_each_rank_uses_its_share_of_the_cores_and_the_program_all(
+    engines: dict[int, AsyncEngine],
+) -> None:
+    share, found = max(1, torch.get_num_threads() // 2), Future[int]()
+    runner = engines[2]._core._runner
+    assert isinstance(runner, LeadingRunner)
+    runner._runner._main._stream.launch("ask", lambda: found.set_result(torch.get_num_threads()))
+    assert found.result(10) == share
+    (follower,) = processes_of(engines[2])
+    assert follower.environ()["OMP_NUM_THREADS"] == str(share)
+    assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)))
+
+
 async def test_an_exception_in_one_rank_ends_the_engine_with_its_message(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,28 +437,50 @@ def test_a_follower_whose_leader_is_killed_ends_by_itself(model: Path) -> None:
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
 @pytest.mark.slow
-async def test_torchrun_starts_the_ranks_just_as_well(
-    model: Path, tmp_path: Path, engines: dict[int, AsyncEngine]
+@pytest.mark.parametrize("machines", [1, 2])
+async def test_torchrun_starts_the_ranks_just_as_well_on_one_machine_or_two(
+    model: Path, tmp_path: Path, engines: dict[int, AsyncEngine], machines: int
 ) -> None:
     script = tmp_path / "serve.py"
     script.write_text(EVERY_RANK)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        str(model),
-    ]
-    done = await asyncio.to_thread(
-        subprocess.run, command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("tokens"))
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={2 // machines}"]
+    meet = [f"--nnodes={machines}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+
+    def agent(number: int) -> subprocess.CompletedProcess[str]:
+        command = [*start, *meet, f"--node-rank={number}", str(script), str(model)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+    agents = await asyncio.gather(*(asyncio.to_thread(agent, number) for number in range(machines)))
+    assert not any(done.returncode for done in agents), [done.stderr for done in agents]
+    line = next(line for line in agents[0].stdout.splitlines() if line.startswith("tokens"))
     params = SamplingParams(max_tokens=9, ignore_eos=True, temperature=0)
     assert list(map(int, line.split()[1:])) == await answer(engines[1], [5, 6, 7], params)
+
+
+def test_a_rank_of_torchrun_that_lacks_its_device_says_so_before_anybody_waits_for_it() -> None:
+    leader, follower = socket.socketpair()
+    place = TorchRun(rank=1, size=2, local_rank=99, local_size=100, address="here", port=1, agent_store=False)
+    setup = Setup(
+        model="m", load_format="dummy", revision=None, cache_dir=None, rank=1, size=2, store="", device="cuda:1",
+        dtype="float32", max_rows=1, token_budget=2, graphs=False, halves=False, timeout_s=60.0,
+    )  # fmt: skip
+    with leader, follower:
+        send(leader, setup)
+        send(leader, Stop())  # else the follower takes the end of the connection for that of its leader
+        with pytest.raises(ConfigError, match="LOCAL_RANK 99 of torchrun has cuda:100"):
+            serve(follower, Hello(pid=1), place, HashStore())
+        hello, failed = (REPORTS.decode(receive(leader) or b"") for _ in range(2))
+    assert hello == Hello(pid=1)
+    assert isinstance(failed, Failed)
+    assert failed.why.startswith("LOCAL_RANK 99 of torchrun has cuda:100, since LOCAL_RANK 0 has cuda:1; torch sees")
 
 
 def test_ranks_of_torchrun_that_never_follow_are_told_of(model: Path) -> None:
@@ -351,11 +493,9 @@ def test_ranks_of_torchrun_that_never_follow_are_told_of(model: Path) -> None:
         "    except ConfigError as error: print(error)",
         "asyncio.run(main())",
     ))  # fmt: skip
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     place = {
-        "TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program, str(model)], capture_output=True, text=True, timeout=60, env=os.environ | place

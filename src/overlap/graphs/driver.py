@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from overlap.cache.pages import Ints
-from overlap.errors import InternalError
+from overlap.errors import EngineDead, InternalError
 from overlap.graphs.capture import CaptureError, Graph, Recorder
 from overlap.graphs.lane import Lane, decode_step, part, short_step
 from overlap.graphs.pieces import Pieces, answer_buffers, record, rehearse
@@ -59,9 +59,13 @@ class GraphStatistics:
 class GraphDriver:
     """Use it on one thread, inside the lane's stream. Nothing here waits for the device."""
 
-    def __init__(self, lane: Lane, policy: Policy, *, max_tokens: int, max_rows: int) -> None:
-        """`max_tokens` and `max_rows` are the largest buckets of the policy, or larger."""
+    def __init__(self, lane: Lane, policy: Policy, *, max_tokens: int, max_rows: int, rank: int | None = None) -> None:
+        """`max_tokens` and `max_rows` are the largest buckets of the policy, or larger.
+
+        `rank` is this one's of several, which run all steps alike: then a graph that cannot be had raises EngineDead.
+        """
         self.policy = policy
+        self._rank = rank
         self._lane = lane
         self._inputs = lane.static_inputs(max(max_tokens, max_rows), max_rows)
         self._max_tokens = max_tokens
@@ -161,7 +165,11 @@ class GraphDriver:
 
     @torch.inference_mode()
     def capture(self, shape: Shape) -> bool:
-        """Run a shape once with padding only, then capture it; False, with the reason kept, if that fails."""
+        """Run a shape once with padding only, then capture it; False, with the reason kept, if that fails.
+
+        Of several ranks one that fails raises EngineDead: the others may have the graph, whose sums are of other sizes
+        than those of the eager step.
+        """
         if shape in self._full or shape in self._pieces:
             return True
         start = time.perf_counter()
@@ -223,7 +231,13 @@ class GraphDriver:
         self._failures += 1
         self._again = None
         first = str(failure).strip().splitlines()
-        self.policy.lost(shape, f"{type(failure).__name__}: {first[0] if first else 'no message'}")
+        why = f"{type(failure).__name__}: {first[0] if first else 'no message'}"
+        if self._rank is not None:
+            raise EngineDead(
+                f"Rank {self._rank} has no graph of {shape} ({why}), and the others may have it: sums over the ranks "
+                "would not be of one size. Leave graphs more memory by a lower kv_cache, or give graphs=False"
+            ) from None
+        self.policy.lost(shape, why)
         self._full.pop(shape, None)
         self._pieces.pop(shape, None)
 

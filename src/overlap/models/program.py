@@ -52,7 +52,7 @@ class Pending(Protocol):
 class Ranks(Protocol):
     """The ranks that hold a model together, as one of them sees it. Each calls the same in the same order.
 
-    Raises what torch.distributed raises once a rank is lost, or late by the group's time limit.
+    Raises EngineDead once a rank is lost, or late by the group's time limit.
     """
 
     rank: int

@@ -52,6 +52,7 @@ class LedFlight:
         try:
             tokens = await self._flight.wait_landed()
         except Exception as failure:
+            self._team.blame(failure)
             if not await asyncio.to_thread(self._team.wait_lost, CAUSE_S):
                 raise
             raise EngineDead(self._team.why()) from failure

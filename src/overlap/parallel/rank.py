@@ -21,15 +21,15 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from overlap.assemble import _free_bytes, _on, _stream
 from overlap.cache.pages import PAGE, pages_for
-from overlap.environment import cache_directory, package_index, torchrun
+from overlap.environment import TorchRun, cache_directory, package_index, torchrun
 from overlap.errors import ConfigError
 from overlap.flight import TorchFlight
-from overlap.lane_runner import halves_from
+from overlap.lane_runner import host_bound_tokens
 from overlap.models import build, open_checkpoint
 from overlap.models.open import LoadFormat
 from overlap.models.shard import shard_config
 from overlap.ops.attention import choose_attention
-from overlap.parallel.group import Group
+from overlap.parallel.group import Group, reason
 from overlap.parallel.lockstep import Lockstep
 from overlap.parallel.team import ADDRESS_KEY, START_S, place_store
 from overlap.parallel.wire import (
@@ -40,6 +40,7 @@ from overlap.parallel.wire import (
     Loaded,
     Memory,
     Order,
+    Placed,
     Ready,
     Setup,
     Stop,
@@ -47,6 +48,7 @@ from overlap.parallel.wire import (
     receive,
     send,
 )
+from overlap.resolve import rank_device
 from overlap.runner import Runner
 from overlap.streams.stream import Stream
 
@@ -75,17 +77,17 @@ class _Orders:
         return self._orders.get()
 
 
-def serve(connection: socket.socket, hello: Hello, store: Store | None = None) -> int:
+def serve(connection: socket.socket, hello: Hello, place: TorchRun | None = None, store: Store | None = None) -> int:
     """Follow the leader behind `connection` until it says Stop; return the exit status.
 
-    `store` is where the ranks meet; None for the file that the leader names.
+    `store` is where the ranks of torchrun meet; without, it is the file that the leader names.
     """
     send(connection, hello)
     orders = _Orders(connection)
     try:
         setup = orders.next()
         if isinstance(setup, Setup):
-            _Rank(connection, orders, setup, store).run()
+            _Rank(connection, orders, setup, place, store).run()
     except BaseException as failure:
         _tell_failure(connection, failure)
         raise
@@ -93,28 +95,38 @@ def serve(connection: socket.socket, hello: Hello, store: Store | None = None) -
 
 
 def _tell_failure(connection: socket.socket, failure: BaseException) -> None:
-    first = str(failure).strip().splitlines()
     with suppress(OSError):  # the leader is gone, and needs no reason
-        send(connection, Failed(f"{type(failure).__name__}: {first[0] if first else 'no message'}"))
+        send(connection, Failed(reason(failure)))
 
 
 class _Rank:
     """One follower's life."""
 
-    def __init__(self, connection: socket.socket, orders: _Orders, setup: Setup, store: Store | None) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        orders: _Orders,
+        setup: Setup,
+        place: TorchRun | None,
+        store: Store | None,
+    ) -> None:
         self._connection = connection
         self._orders = orders
         self._setup = setup
-        self._device = torch.device(setup.device)
+        device = setup.device
+        if place is not None:
+            device = rank_device(device, place.local_rank, torch.cuda.device_count())
+        self._device = torch.device(device)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        send(connection, Placed())
         self._group = Group(
             store or FileStore(setup.store, setup.size),
             setup.rank,
             setup.size,
             self._device,
             timeout_s=setup.timeout_s,
-            local=store is None,
+            local=place is None or place.local,
         )
 
     def run(self) -> None:
@@ -164,8 +176,7 @@ class _Rank:
         )
         halves = None
         if setup.halves:
-            second, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
-            halves = second, halves_from(checkpoint.config, setup.size, graphs=setup.graphs and kv.is_cuda)
+            halves, _ = choose_attention(kv, part.num_heads, max_pages_per_row=pages_for(memory.context))
         return Runner(
             program,
             attention,
@@ -174,8 +185,10 @@ class _Rank:
             max_rows=setup.max_rows,
             token_budget=setup.token_budget,
             context=memory.context,
+            host_bound=host_bound_tokens(checkpoint.config, setup.size),
             graphs=setup.graphs,
             halves=halves,
+            rank=setup.rank,
         )
 
     def _fail(self, failure: BaseException) -> None:
@@ -219,7 +232,7 @@ def follow() -> int:
     with socket.create_connection((host, int(port)), timeout=START_S) as connection:
         connection.settimeout(None)
         hello = Hello(pid=os.getpid(), rank=place.rank, token=token)
-        return serve(connection, hello, PrefixStore("overlap/group", store))
+        return serve(connection, hello, place, PrefixStore("overlap/group", store))
 
 
 if __name__ == "__main__":

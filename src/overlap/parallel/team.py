@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from overlap.config import EngineConfig
 from overlap.environment import TorchRun, child_environment, torchrun
 from overlap.errors import ConfigError, EngineDead
-from overlap.parallel.group import LOCALHOST, Group
+from overlap.parallel.group import LOCALHOST, SUM_S, Group, SumLate, reason
 from overlap.parallel.lockstep import Lockstep
 from overlap.parallel.wire import (
     REPORTS,
@@ -38,6 +38,7 @@ from overlap.parallel.wire import (
     Loaded,
     Memory,
     Order,
+    Placed,
     Ready,
     Report,
     Setup,
@@ -47,9 +48,10 @@ from overlap.parallel.wire import (
 )
 from overlap.resolve import Resolved
 from overlap.schedule.plan import StepPlan
+from overlap.streams.cpu import use_cores
 from overlap.streams.stream import Stream
 
-R = TypeVar("R", Hello, Loaded, Ready)
+R = TypeVar("R", Hello, Placed, Loaded, Ready)
 
 GONE_S: Final = 3.0
 """How long a rank that does not hear any more may take to be known to have ended."""
@@ -157,6 +159,7 @@ class Team:
         self._group: Group | None = None
         self._followers: list[_Follower] = []
         self._meeting: Path | None = None
+        self._cores = 0  # of each rank, where all are processes of ours on one CPU
         self._why: str | None = None
         self._told = False
         """Whether a rank has said that it failed."""
@@ -182,9 +185,9 @@ class Team:
             for follower in team._followers:
                 follower.expect(Hello)
                 follower.tell(_setup(asked, resolved, follower.rank, path))
-            device = torch.device(resolved.device)
-            local = place is None or place.local
-            team._group = Group(store, 0, team.size, device, timeout_s=resolved.step_limit, local=local)
+            for follower in team._followers:
+                follower.expect(Placed)
+            team._join(store, torch.device(resolved.device), local=place is None or place.local)
         except BaseException as failure:
             team.give_up()
             team.close()
@@ -193,6 +196,14 @@ class Team:
             raise
         return team
 
+    def _join(self, store: Store, device: torch.device, *, local: bool) -> None:
+        try:
+            self._group = Group(store, 0, self.size, device, timeout_s=SUM_S, local=local)
+        except Exception as failure:
+            self.wait_lost(GONE_S)  # if a rank has ended, that is the reason
+            why = self.lost or f"rank 0 failed: {reason(failure)}"
+            raise EngineDead(f"The engine did not start: {why}.") from failure
+
     def _start_processes(self, resolved: Resolved) -> tuple[Store, str]:
         if sys.platform == "win32":
             raise ConfigError(
@@ -200,8 +211,9 @@ class Team:
             )
         self._meeting = Path(tempfile.mkdtemp(prefix="overlap-ranks-"))
         path = str(self._meeting / "store")
-        cores = max(1, torch.get_num_threads() // self.size)
-        threads = {"OMP_NUM_THREADS": str(cores)} if resolved.device == "cpu" else {}
+        if resolved.device == "cpu":
+            self._cores = max(1, torch.get_num_threads() // self.size)
+        threads = {"OMP_NUM_THREADS": str(self._cores)} if self._cores else {}
         for rank in range(1, self.size):
             ours, theirs = socket.socketpair()
             with theirs:
@@ -258,6 +270,11 @@ class Team:
         assert self._group is not None, "a team that was started has joined its group"
         return self._group
 
+    def use_cores(self) -> None:
+        """Let this thread's operations use this rank's share of the cores: torchrun gives each of its ranks one."""
+        if self._cores:
+            use_cores(self._cores)
+
     def least_free_bytes(self, own: int) -> int:
         """Wait until all followers have their weights; return the least memory that a rank has left."""
         least = min([own, *(follower.expect(Loaded).free_bytes for follower in self._followers)])
@@ -286,6 +303,14 @@ class Team:
             late = self._why is not None
         if late:
             call()
+
+    def blame(self, failure: BaseException) -> None:
+        """Take in what a step raised on this rank, before what the others make of it is heard.
+
+        They only see this rank's connections close; so one that has hung names the rank that waited for it.
+        """
+        if isinstance(failure, SumLate):
+            self._lose(f"rank 0 (process {os.getpid()}) failed: {failure}")
 
     def wait_lost(self, timeout_s: float) -> bool:
         """Wait until a follower is gone, so many seconds at most; return whether one is. Blocks."""
@@ -387,7 +412,7 @@ def place_store(place: TorchRun) -> Store:
 
 def _setup(asked: EngineConfig, resolved: Resolved, rank: int, store: str) -> Setup:
     device = resolved.device
-    if device.startswith("cuda"):
+    if store and device.startswith("cuda"):  # each of torchrun's ranks knows its own
         device = f"cuda:{int(device[5:]) + rank}"
     return Setup(
         model=os.fspath(Path(asked.model).absolute()) if Path(asked.model).exists() else asked.model,
@@ -403,5 +428,5 @@ def _setup(asked: EngineConfig, resolved: Resolved, rank: int, store: str) -> Se
         token_budget=resolved.token_budget,
         graphs=resolved.graphs,
         halves=resolved.lanes == "halves",
-        timeout_s=resolved.step_limit,
+        timeout_s=SUM_S,
     )

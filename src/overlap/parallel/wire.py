@@ -29,6 +29,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     store: str
     """The path of the file in which the ranks meet; empty for torchrun's store."""
     device: str
+    """This rank's; under torchrun that of the first rank of a machine."""
     dtype: str
     max_rows: int
     token_budget: int
@@ -36,6 +37,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     halves: bool
     """Whether steps with many prompt tokens are run as two halves."""
     timeout_s: float
+    """How long a sum may wait for another rank."""
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -68,6 +70,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     token: str = ""
 
 
+class Placed(msgspec.Struct, frozen=True, tag=True):
+    """A follower has its device, and joins the others now."""
+
+
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A follower has its weights."""
 
@@ -85,7 +91,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 Order: TypeAlias = Setup | Memory | Launch | WarmUp | Stop
-Report: TypeAlias = Hello | Loaded | Ready | Failed
+Report: TypeAlias = Hello | Placed | Loaded | Ready | Failed
 
 
 def _encode(value: Any) -> Any:
