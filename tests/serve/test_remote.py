@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from overlap import AsyncEngine, SamplingParams, StructuredOutput
 from overlap.config import EngineConfig
 from overlap.core import Core
 from overlap.errors import EngineClosed, EngineDead
+from overlap.generation import Generation
 from overlap.messages import Prompt, TokenLogprob
 from overlap.serve.engine_process import Hub, welcome_of
 from overlap.serve.remote import RemoteEngine
@@ -21,14 +23,28 @@ OPTIONS = {"device": "cpu", "dtype": "float32", "max_rows": 4}
 PROMPTS: list[Prompt] = ["How many tokens are there?", [5, 9, 12, 5, 9], [{"role": "user", "content": "Hello"}]]
 
 
+LONG = SamplingParams(max_tokens=480, temperature=0, ignore_eos=True)
+
+
+@dataclass
+class Behind:
+    """An engine behind a socket."""
+
+    core: Core
+    hub: Hub
+    seen: list[str] = field(default_factory=list)
+    """A word for each front that came and each that went."""
+
+
 @asynccontextmanager
-async def listening(model: Path, socket: Path) -> AsyncIterator[list[str]]:
-    """An engine behind `socket`; the list has a word for each front that came and each that went."""
+async def listening(model: Path, socket: Path) -> AsyncIterator[Behind]:
+    """An engine behind `socket`."""
     asked = EngineConfig.from_options(model, OPTIONS)
     core = Core(asked)
     opened = await asyncio.wrap_future(core.start())
     hub = Hub(core, opened, welcome_of(asked, opened))
-    seen: list[str] = []
+    behind = Behind(core, hub)
+    seen = behind.seen
 
     async def attend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen.append("came")
@@ -38,7 +54,7 @@ async def listening(model: Path, socket: Path) -> AsyncIterator[list[str]]:
     server = await asyncio.start_unix_server(attend, socket)
     beating = asyncio.create_task(hub.beat())
     try:
-        yield seen
+        yield behind
     finally:
         beating.cancel()
         server.close()
@@ -48,6 +64,20 @@ async def listening(model: Path, socket: Path) -> AsyncIterator[list[str]]:
             if seen.count("came") == seen.count("went"):
                 break
             await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def remote(model: Path, scratch: Path) -> AsyncIterator[tuple[RemoteEngine, Behind]]:
+    """A front's engine, and the one that it speaks to."""
+    far = RemoteEngine("tiny", str(scratch / "s"))
+    async with listening(model, scratch / "s") as behind, far:
+        yield far, behind
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.001)
 
 
 def flat(scores: Sequence[TokenLogprob | None] | None) -> list[float]:
@@ -67,7 +97,7 @@ async def test_an_engine_behind_a_socket_answers_as_one_in_this_process(tiny_lla
     ]
     async with AsyncEngine(tiny_llama_dir, **OPTIONS) as near:
         wanted = [await near.generate(prompt, params) for prompt in PROMPTS for params in asks]
-    async with listening(tiny_llama_dir, tmp_path / "s"), RemoteEngine("tiny", str(tmp_path / "s")) as far:
+    async with remote(tiny_llama_dir, tmp_path) as (far, _):
         found = await asyncio.gather(*(far.generate(prompt, params) for prompt in PROMPTS for params in asks))
     for one, other in zip(wanted, found, strict=True):
         assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
@@ -76,19 +106,19 @@ async def test_an_engine_behind_a_socket_answers_as_one_in_this_process(tiny_lla
 
 
 async def test_tasks_that_start_one_engine_connect_once(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    async with listening(tiny_llama_dir, tmp_path / "s") as seen:
+    async with listening(tiny_llama_dir, tmp_path / "s") as behind:
         far = RemoteEngine("tiny", str(tmp_path / "s"))
         await asyncio.gather(*(far.start() for _ in range(5)))
-        assert seen == ["came"]
+        assert behind.seen == ["came"]
         await far.aclose()
-    assert seen == ["came", "went"]
+    assert behind.seen == ["came", "went"]
 
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_who_starts_an_engine_that_is_closed_meanwhile_hears_so(
     tiny_llama_dir: Path, tmp_path: Path, turns: int
 ) -> None:
-    async with listening(tiny_llama_dir, tmp_path / "s") as seen:
+    async with listening(tiny_llama_dir, tmp_path / "s") as behind:
         far = RemoteEngine("tiny", str(tmp_path / "s"))
         starting = asyncio.create_task(far.start())
         for _ in range(turns):
@@ -98,7 +128,7 @@ async def test_who_starts_an_engine_that_is_closed_meanwhile_hears_so(
             await asyncio.wait_for(starting, 10)
         with pytest.raises(EngineClosed):
             await far.start()
-    assert seen.count("came") == seen.count("went"), "no connection is left open"
+    assert behind.seen.count("came") == behind.seen.count("went"), "no connection is left open"
 
 
 async def test_an_engine_that_is_not_there_is_said_to_be_out_of_reach(tmp_path: Path) -> None:
@@ -106,3 +136,33 @@ async def test_an_engine_that_is_not_there_is_said_to_be_out_of_reach(tmp_path: 
     with pytest.raises(EngineDead, match="cannot be reached"):
         await far.start()
     await far.aclose()
+
+
+async def read(answer: Generation) -> None:
+    async for _ in answer:
+        pass
+
+
+@pytest.mark.parametrize(
+    "way", ["its task is cancelled", "it closes the answer", "the answer is lost", "it is aborted"]
+)
+async def test_a_reader_that_leaves_ends_its_request_in_the_engine(
+    tiny_llama_dir: Path, tmp_path: Path, way: str
+) -> None:
+    async with remote(tiny_llama_dir, tmp_path) as (far, behind):
+        answer = far.generate([5, 6, 7], LONG, request_id="mine")
+        await anext(answer)
+        match way:
+            case "its task is cancelled":
+                reading = asyncio.create_task(read(answer))
+                await asyncio.sleep(0)
+                reading.cancel()
+                await asyncio.wait([reading])
+            case "it closes the answer":
+                await answer.aclose()
+            case "the answer is lost":
+                del answer
+            case _:
+                assert await far.abort("mine")
+        await until(lambda: not behind.core.statistics().running)
+        assert behind.core.statistics().tokens_out < 480, "it did not run to its end"

@@ -58,13 +58,6 @@ SILENT_SECONDS: Final = 30.0
 """An engine that sends no figures for so long is not well. It sends them several times a second."""
 
 
-class RemoteText(msgspec.Struct, frozen=True):
-    """What turns prompts into tokens and back (`assemble.Text`, which is not imported: it would bring torch)."""
-
-    tokenizer: object
-    template: object
-
-
 class RemoteCore(Core):
     """A Core at the other end of a Unix socket. On one event loop's thread only."""
 
@@ -235,9 +228,12 @@ class RemoteEngine(AsyncEngine):
     """An engine in another process, behind the Unix socket at `path`. `model` is its name."""
 
     def __init__(self, model: str, path: str) -> None:
+        self._path = path
         super().__init__(model)
-        self.core = RemoteCore(EngineConfig.from_options(model, {}), path)
-        self._core = self.core
+
+    def _make_core(self) -> Core:
+        self.core = RemoteCore(self._asked, self._path)
+        return self.core
 
     async def other_fronts(self) -> Sequence[FrontFigures]:
         """Return what the other fronts had counted a moment ago."""
