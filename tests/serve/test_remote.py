@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from overlap import AsyncEngine, SamplingParams, StructuredOutput
 from overlap.config import EngineConfig
 from overlap.core import Core
-from overlap.errors import EngineClosed, EngineDead
+from overlap.errors import EngineClosed, EngineDead, RequestAborted
 from overlap.generation import Generation
 from overlap.messages import Prompt, TokenLogprob
 from overlap.serve.engine_process import Hub, welcome_of
@@ -72,6 +73,19 @@ async def remote(model: Path, scratch: Path) -> AsyncIterator[tuple[RemoteEngine
     far = RemoteEngine("tiny", str(scratch / "s"))
     async with listening(model, scratch / "s") as behind, far:
         yield far, behind
+
+
+@contextmanager
+def deaf(far: RemoteEngine) -> Iterator[None]:
+    """Let it read nothing of what comes meanwhile."""
+    writer = far.core._writer
+    assert writer is not None
+    transport: Any = writer.transport
+    transport.pause_reading()
+    try:
+        yield
+    finally:
+        transport.resume_reading()
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -166,3 +180,35 @@ async def test_a_reader_that_leaves_ends_its_request_in_the_engine(
                 assert await far.abort("mine")
         await until(lambda: not behind.core.statistics().running)
         assert behind.core.statistics().tokens_out < 480, "it did not run to its end"
+
+
+async def test_who_stops_waiting_for_an_abort_harms_nobody(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    async with remote(tiny_llama_dir, tmp_path) as (far, behind):
+        mine, other = far.generate([5, 6, 7], LONG, request_id="mine"), far.generate([5, 6, 8], LONG)
+        await anext(mine)
+        await anext(other)
+        with deaf(far):
+            aborting = asyncio.create_task(far.abort("mine"))
+            await asyncio.sleep(0)
+            aborting.cancel()
+            await asyncio.wait([aborting])
+        with pytest.raises(RequestAborted):
+            await read(mine)
+        await until(lambda: behind.core.statistics().running == 1)
+        await read(other)
+        assert far.health().ok
+
+
+async def test_an_engine_is_closed_with_an_abort_on_its_way(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    async with remote(tiny_llama_dir, tmp_path) as (far, _):
+        names = ("waited for", "left")
+        answers = [far.generate([5, 6, 7], LONG, request_id=name) for name in names]
+        for answer in answers:
+            await anext(answer)
+        with deaf(far):
+            waited, left = [asyncio.create_task(far.abort(name)) for name in names]
+            await asyncio.sleep(0)
+            left.cancel()
+            await asyncio.wait([left])
+            await far.aclose()
+        assert await waited

@@ -106,11 +106,12 @@ class RemoteCore(Core):
             self._send(EndRequest(key))
 
     def end_and_tell(self, key: int) -> Future[bool]:
-        """End a request; the future says whether it was still there."""
+        """End a request; the future says whether it was still there. It raises EngineClosed, EngineDead as `call`'s."""
         future: Future[bool] = Future()
         ask = next(self._asks)
-        self._ended_asks[ask] = future
         self._send(EndRequest(key, ask))
+        self._ended_asks[ask] = future
+        self._pending.add(future)
         return future
 
     def refuse_new(self) -> None:
@@ -208,7 +209,9 @@ class RemoteCore(Core):
                 if (look := self._looks.get(ask)) is not None and not look.done():
                     look.set_result(message)
             case Ended(ask=ask, was=was):
-                self._ended_asks.pop(ask).set_result(was)
+                future = self._ended_asks.pop(ask, None)  # None: the engine had ended before it said so
+                if future is not None and self._pending.take(future):
+                    future.set_result(was)
             case Over():
                 self._end_everything(lambda: error_of(message))
             case Welcome():
@@ -216,9 +219,8 @@ class RemoteCore(Core):
 
     def _end_everything(self, make: Callable[[], OverlapError]) -> None:
         self._end_all(make)
-        asks, self._ended_asks = self._ended_asks, {}
-        for ask in asks.values():
-            ask.set_result(False)
+        self._ended_asks.clear()
+        self._pending.fail(make)
         for look in self._looks.values():
             if not look.done():
                 look.set_exception(make())
