@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from overlap import AsyncEngine, SamplingParams, StructuredOutput
 from overlap.config import EngineConfig
 from overlap.core import Core
-from overlap.errors import EngineClosed, EngineDead, RequestAborted
+from overlap.errors import EngineClosed, EngineDead, OverlapError, RequestAborted, RequestError
 from overlap.generation import Generation
-from overlap.messages import Prompt, TokenLogprob
-from overlap.serve.engine_process import Hub, welcome_of
+from overlap.messages import Output, Prompt, TokenLogprob
+from overlap.schedule.request import Request
+from overlap.schedule.shaping import Shaping
+from overlap.serve.engine_process import HELD_BYTES, Hub, welcome_of
 from overlap.serve.remote import RemoteEngine
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_rows": 4}
@@ -212,3 +214,155 @@ async def test_an_engine_is_closed_with_an_abort_on_its_way(tiny_llama_dir: Path
             await asyncio.wait([left])
             await far.aclose()
         assert await waited
+
+
+BEYOND: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"max_tokens": 2**70}, {}),
+    ({"min_tokens": 2**70}, {}),
+    ({"max_tokens": 510}, {}),
+    ({}, {"priority": 2**70}),
+    ({}, {"priority": -(2**70)}),
+    ({}, {"cache_salt": "\ud800"}),
+    ({}, {"fairness_key": "\ud800"}),
+]
+
+
+async def test_what_no_engine_could_do_is_refused_behind_a_socket_in_the_same_words(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    async def refusal(engine: AsyncEngine, given: dict[str, Any], terms: dict[str, Any]) -> str:
+        with pytest.raises(RequestError) as error:
+            await engine.generate([5, 6, 7], SamplingParams(**given), **terms)
+        assert type(error.value) is RequestError
+        return str(error.value)
+
+    async with AsyncEngine(tiny_llama_dir, **OPTIONS) as near, remote(tiny_llama_dir, tmp_path) as (far, behind):
+        for given, terms in BEYOND:
+            assert await refusal(near, given, terms) == await refusal(far, given, terms)
+        assert behind.core.statistics().tokens_in == 0
+
+
+async def test_least_tokens_that_no_answer_could_have_are_refused_by_the_engine_too(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    async with remote(tiny_llama_dir, tmp_path) as (far, _):
+        send = far.core.submit
+        shaping = Shaping(min_tokens=9, banned=(2,))
+        far.core.submit = lambda request: send(replace(request, shaping=shaping))  # type: ignore[method-assign]
+        with pytest.raises(RequestError, match="min_tokens is 9, and the answer may have 8 tokens"):
+            await far.generate([5, 6, 7], SamplingParams(max_tokens=8))
+        assert len((await far.generate([5, 6, 7], SamplingParams(max_tokens=9))).token_ids) == 9
+
+
+@pytest.mark.parametrize("where", ["the check in the front", "the engine's compiler", "the engine's process"])
+async def test_a_form_that_fails_in_no_known_way_is_told_to_who_waits_for_it(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    class PanicError(BaseException): ...
+
+    def panic(*_: object) -> NoReturn:
+        raise PanicError("index out of bounds")
+
+    async def fail(form: StructuredOutput) -> NoReturn:
+        raise ZeroDivisionError("a bug")
+
+    ask = SamplingParams(max_tokens=8, structured=StructuredOutput.regex("a+"))
+    async with remote(tiny_llama_dir, tmp_path) as (far, behind):
+        masks: Any = behind.core._masks
+        await asyncio.to_thread(masks._making.join)
+        match where:
+            case "the check in the front":
+                monkeypatch.setattr("overlap.grammar.compile.limits", panic)
+            case "the engine's compiler":
+                masks._grammars.compile = panic
+            case _:
+                behind.core.matcher = fail  # type: ignore[method-assign]
+        async with asyncio.timeout(20):
+            with pytest.raises(RequestError, match=r"index out of bounds|a bug"):
+                await far.generate([5], ask)
+            assert len((await far.generate([5], SamplingParams(max_tokens=8, ignore_eos=True))).token_ids) == 8
+
+
+async def test_draining_lets_what_this_process_asked_for_end(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    async with remote(tiny_llama_dir, tmp_path) as (far, _):
+        reading = asyncio.ensure_future(read_whole(far))
+        await until(lambda: far.health().ok and bool(far._requests.entries))
+        await asyncio.sleep(0.05)
+        draining = asyncio.create_task(far.aclose(drain=True))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineClosed, match="begins nothing new"):
+            await far.generate([5])
+        await draining
+        assert len((await reading).token_ids) == 480
+
+
+async def test_who_drains_an_engine_that_goes_meanwhile_waits_no_more(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    async with remote(tiny_llama_dir, tmp_path) as (far, behind):
+        answer = far.generate([5, 6, 7], LONG)
+        await anext(answer)
+        draining = asyncio.create_task(far.aclose(drain=True))
+        await asyncio.sleep(0)
+        behind.core.close()
+        async with asyncio.timeout(20):
+            await draining
+            with pytest.raises(EngineClosed):
+                await read(answer)
+
+
+async def read_whole(engine: AsyncEngine) -> Output:
+    return await engine.generate([5, 6, 7], LONG)
+
+
+@pytest.mark.parametrize("kind", [EngineClosed, EngineDead])
+async def test_an_engine_that_takes_nothing_more_says_so_across_the_socket(
+    tiny_llama_dir: Path, tmp_path: Path, kind: type[OverlapError]
+) -> None:
+    def refuse(request: Request) -> NoReturn:
+        raise kind("It takes nothing more.")
+
+    async with remote(tiny_llama_dir, tmp_path) as (far, behind):
+        behind.core.submit = refuse  # type: ignore[method-assign]
+        with pytest.raises(kind, match="takes nothing more"):
+            await far.generate([5, 6, 7])
+
+
+async def test_a_front_that_leaves_while_a_form_is_compiled_leaves_no_request(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    submitted: list[int] = []
+    compiling, compiled = asyncio.Event(), asyncio.Event()
+
+    async def matcher(form: StructuredOutput) -> None:
+        compiling.set()
+        await compiled.wait()
+
+    async with listening(tiny_llama_dir, tmp_path / "s") as behind:
+        behind.core.matcher = matcher  # type: ignore[method-assign]
+        behind.core.submit = lambda request: submitted.append(request.key)  # type: ignore[method-assign]
+        far = RemoteEngine("tiny", str(tmp_path / "s"))
+        await far.start()
+        answer = far.generate([5], SamplingParams(max_tokens=8, structured=StructuredOutput.regex("a+")))
+        reading = asyncio.create_task(read(answer))
+        await compiling.wait()
+        await far.aclose()
+        await until(lambda: behind.seen == ["came", "went"])
+        compiled.set()
+        await until(lambda: not behind.hub._compiling)
+        with pytest.raises(EngineClosed):
+            await reading
+    assert not submitted
+
+
+async def test_a_front_that_does_not_read_gets_no_more_figures(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with remote(tiny_llama_dir, tmp_path) as (far, behind):
+        (line,) = behind.hub._lines
+        monkeypatch.setattr("overlap.serve.engine_process.PULSE_SECONDS", 0)
+        with deaf(far):
+            await until(lambda: line.full)
+            await asyncio.sleep(0.2)
+            held = line._writer.transport.get_write_buffer_size()
+            assert held < HELD_BYTES + 4096, "one more at most"
+        await until(lambda: not line.full)
+        assert (await far.generate([5], SamplingParams(max_tokens=1))).finished

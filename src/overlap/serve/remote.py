@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -24,7 +25,7 @@ from overlap.figures import Statistics
 from overlap.front import Front
 from overlap.observe.metrics import FrontFigures
 from overlap.resolve import Resolved
-from overlap.schedule.request import Request
+from overlap.schedule.request import Request, refusal_of
 from overlap.serve.link import (
     FROM_ENGINE,
     MOST_TO_ENGINE,
@@ -56,6 +57,9 @@ if TYPE_CHECKING:
 
 SILENT_SECONDS: Final = 30.0
 """An engine that sends no figures for so long is not well. It sends them several times a second."""
+
+IDLE_SECONDS: Final = 0.02
+"""How often it is looked whether all answers have ended, while they are waited for."""
 
 
 class RemoteCore(Core):
@@ -113,6 +117,16 @@ class RemoteCore(Core):
         self._ended_asks[ask] = future
         self._pending.add(future)
         return future
+
+    def idle(self) -> Future[None]:
+        """Return a future of the moment when no answer of this process is open. It may raise as `drain`'s."""
+        return asyncio.run_coroutine_threadsafe(self._wait_idle(), asyncio.get_running_loop())
+
+    async def _wait_idle(self) -> None:
+        self.check_open()
+        while any(front.open_keys for front in self._fronts.values()):
+            await asyncio.sleep(IDLE_SECONDS)
+            self.check_open()
 
     def refuse_new(self) -> None:
         """Take no new request from now on."""
@@ -227,7 +241,10 @@ class RemoteCore(Core):
 
 
 class RemoteEngine(AsyncEngine):
-    """An engine in another process, behind the Unix socket at `path`. `model` is its name."""
+    """An engine in another process, behind the Unix socket at `path`. `model` is its name.
+
+    `aclose` ends what this process has asked for, or lets it end with `drain=True`; the engine itself serves on.
+    """
 
     def __init__(self, model: str, path: str) -> None:
         self._path = path
@@ -253,6 +270,6 @@ def opened_of(welcome: Welcome) -> Opened:
         model=welcome.model,
         text=Text.of(None if source is None else source.unpacked(), welcome.template),
         notes=welcome.notes,
-        refusal=lambda _prompt, _new: None,  # the engine's own process refuses what could never run
+        refusal=partial(refusal_of, context=welcome.context),
         context=welcome.context,
     )
