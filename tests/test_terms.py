@@ -151,10 +151,14 @@ async def test_one_request_too_many_is_refused_and_the_others_are_served(tiny_ll
     ("terms", "words"),
     [
         ({"priority": 1.5}, "priority must be an integer, not 1.5"),
+        ({"priority": 2**31}, "priority must be within ±2147483647, not 2147483648"),
+        ({"priority": -(2**31)}, "priority must be within ±2147483647, not -2147483648"),
         ({"deadline": 0}, "deadline must be a number of seconds above 0, not 0"),
         ({"deadline": float("inf")}, "deadline"),
         ({"fairness_key": 3}, "fairness_key must be a string"),
         ({"cache_salt": None}, "cache_salt must be a string"),
+        ({"fairness_key": "\ud800"}, "fairness_key has half of a surrogate pair"),
+        ({"cache_salt": "a\ud800"}, "cache_salt has half of a surrogate pair"),
     ],
 )
 async def test_terms_out_of_range_are_refused(engine: AsyncEngine, terms: dict[str, Any], words: str) -> None:

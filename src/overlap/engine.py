@@ -70,7 +70,7 @@ class AsyncEngine:
         self._opened: Opened | None = None  # first: the finalizer looks at these even if an option is refused
         self._prompts: PromptEncoder | None = None
         self._asked = EngineConfig.from_options(model, options)
-        self._core = Core(self._asked)
+        self._core = self._make_core()
         self._keys = itertools.count()
         self._requests = Register(self._core)
         self._lock = threading.Lock()  # guards those below, which threads of several event loops share
@@ -354,6 +354,10 @@ class AsyncEngine:
         return await asyncio.wrap_future(self._core.call(planner.clear_cache))
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_core(self) -> Core:
+        """Return the door to the loop. Once: all that is told to the loop goes through it."""
+        return Core(self._asked)
 
     @property
     def _live(self) -> Opened:

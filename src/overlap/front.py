@@ -305,7 +305,7 @@ class Front:
 
     def _take_failed(self, key: int, failure: BaseException) -> None:
         answer = self._answers.pop(key, None)
-        if answer is not None and isinstance(failure, RequestError):
+        if answer is not None and isinstance(failure, (RequestError, EngineClosed, EngineDead)):
             answer.fail(failure)
         elif answer is not None:
             error = RequestFailed(f"Request {answer.request_id!r} failed on the device: {failure!r}")

@@ -25,6 +25,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 MAX_STOP_STRINGS: Final = 64
 MAX_STOP_TOKEN_IDS: Final = 256
 """Each step looks for all of them in every row."""
+MAX_PRIORITY: Final = 2**31 - 1
 _FLOATS: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS: Final = ("top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs")
 _OPTIONAL: Final = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
@@ -265,7 +266,7 @@ class Terms:
 
     priority: int = 0
     """Higher goes first: requests of a higher priority are admitted before all others, and take the place of running
-    ones of a lower priority, which go on later with the tokens that they would have had."""
+    ones of a lower priority, which go on later with the tokens that they would have had. Within ±(2**31 - 1)."""
     deadline: float | None = None
     """Seconds from its start within which the request has to end; then it ends with DeadlineExceeded. > 0."""
     fairness_key: str = ""
@@ -278,6 +279,8 @@ class Terms:
         priority = plain_int(self.priority)
         if priority is None:
             raise RequestError(f"priority must be an integer, not {self.priority!r}. Higher goes first.")
+        if abs(priority) > MAX_PRIORITY:
+            raise RequestError(f"priority must be within ±{MAX_PRIORITY}, not {priority}.")
         _keep(self, "priority", priority)
         if self.deadline is not None:
             deadline = plain_float(self.deadline)
@@ -285,8 +288,13 @@ class Terms:
                 raise RequestError(f"deadline must be a number of seconds above 0, not {self.deadline!r}.")
             _keep(self, "deadline", deadline)
         for name in ("fairness_key", "cache_salt"):
-            if not isinstance(getattr(self, name), str):
-                raise RequestError(f"{name} must be a string, not {getattr(self, name)!r}.")
+            text = getattr(self, name)
+            if not isinstance(text, str):
+                raise RequestError(f"{name} must be a string, not {text!r}.")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RequestError(f"{name} has half of a surrogate pair: {text!r:.80}. Remove it.") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,10 +102,15 @@ async def until(true: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.05)
 
 
+async def live(http: aiohttp.ClientSession, server: Server) -> dict[str, Any]:
+    async with http.get(f"{server.address}/live") as response:
+        figures: dict[str, Any] = await response.json()
+        return figures
+
+
 async def is_idle(http: aiohttp.ClientSession, server: Server) -> bool:
     try:
-        async with http.get(f"{server.address}/live") as response:
-            figures = await response.json()
+        figures = await live(http, server)
     except aiohttp.ClientError:
         return False
     return bool(figures["running"] == figures["waiting"] == 0 and figures["kv_usage"] == 0)
@@ -135,10 +140,20 @@ async def test_two_fronts_give_the_text_of_an_engine_in_the_program(server: Serv
     assert await asyncio.gather(*map(ask, PROMPTS * 2)) == wanted * 2
 
 
-async def test_a_client_that_leaves_in_mid_stream_leaves_no_page(server: Server, http: aiohttp.ClientSession) -> None:
+async def test_a_client_that_leaves_in_mid_stream_ends_its_answer_and_leaves_no_page(
+    server: Server, http: aiohttp.ClientSession
+) -> None:
+    before = made = (await live(http, server))["generation_tokens"]
     for response in await asyncio.gather(*(begin(http, server) for _ in range(4))):
         response.close()
-    await until(lambda: is_idle(http, server))
+
+    async def have_ended() -> bool:
+        nonlocal made
+        made = (await live(http, server))["generation_tokens"]
+        return made > before and await is_idle(http, server)  # figures of a moment before they began do not count
+
+    await until(have_ended)
+    assert made - before < 4 * 480, "the answers did not run to their end"
 
 
 async def test_a_reader_who_stops_reading_slows_nobody(server: Server, http: aiohttp.ClientSession) -> None:

@@ -39,7 +39,11 @@ def grammar_of(form: StructuredOutput) -> str:
 
 def check(form: StructuredOutput) -> None:
     """Raise RequestError if a form cannot be used with any vocabulary."""
-    failed, messages = LLMatcher.validate_grammar_with_warnings(_grammar(form), None, limits=limits())
+    grammar = _grammar(form)
+    try:
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits())
+    except BaseException as error:  # a panic in llguidance is no Exception
+        raise refusal(form, f"it could not be checked ({error!r:.200})") from error
     if failed:
         raise refusal(form, messages[0])
 

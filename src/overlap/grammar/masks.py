@@ -118,17 +118,24 @@ class Masks:
             raise RequestError(f"No answer of this model can be held to a form: {self._broken!r:.200}")
         start = time.perf_counter()
         try:
-            matcher = self._grammars.compile(form)
-            mask = np.zeros((1, self._grammars.num_words), dtype=np.int32)
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            if matcher.is_error() or not mask.any():
-                raise refusal(form, f"no text fits it ({matcher.get_error() or 'no token may come first'})")
+            matcher = self._begun(form, self._grammars)
         except RequestError:
             self._refused += 1
             raise
+        except BaseException as error:  # a panic in llguidance is no Exception; whoever waits has to hear of it
+            self._refused += 1
+            raise refusal(form, f"it could not be compiled ({error!r:.200})") from error
         finally:
             self._compile_s += time.perf_counter() - start
         self._compiled += 1
+        return matcher
+
+    def _begun(self, form: StructuredOutput, grammars: Grammars) -> LiveMatcher:
+        matcher = grammars.compile(form)
+        mask = np.zeros((1, grammars.num_words), dtype=np.int32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error() or not mask.any():
+            raise refusal(form, f"no text fits it ({matcher.get_error() or 'no token may come first'})")
         return LiveMatcher(self, form, matcher, mask)
 
     def follow(self, matcher: LiveMatcher) -> None:

@@ -34,7 +34,7 @@ from overlap.schedule.life import Change, Life
 from overlap.schedule.pace import Pace
 from overlap.schedule.plan import MAIN, SIDE, STRIP, STRIPS, Ladder, StepPlan
 from overlap.schedule.prefill import Chunk, Prefill
-from overlap.schedule.request import Request
+from overlap.schedule.request import Request, refusal_of
 from overlap.schedule.room import Room
 from overlap.schedule.scores import scores_of
 from overlap.schedule.settled import PlannerStatistics, Settled
@@ -175,15 +175,7 @@ class Planner:
 
     def refusal(self, num_prompt: int, limit: int) -> str | None:
         """Return why a request of this size could never run, or None if it can."""
-        if num_prompt < 1:
-            return "The prompt is empty. Give at least one token."
-        if num_prompt + limit > self._context:
-            return (
-                f"The prompt has {num_prompt} token{'s' * (num_prompt != 1)} and asks for up to {limit} more; "
-                f"the engine holds {self._context} for one request. "
-                "Shorten the prompt, lower max_tokens, or open the engine with more context or kv_cache."
-            )
-        return None
+        return refusal_of(num_prompt, limit, self._context)
 
     def submit(self, request: Request) -> None:
         """Queue a request; raises RequestError if it could never run, QueueFull if too many wait."""

@@ -100,3 +100,16 @@ class Request:
     def truncates(self) -> bool:
         """Whether the tokens to choose from are filtered."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+def refusal_of(num_prompt: int, limit: int, context: int) -> str | None:
+    """Return why a request of this size could never run in an engine that holds `context` tokens of it, or None."""
+    if num_prompt < 1:
+        return "The prompt is empty. Give at least one token."
+    if num_prompt + limit > context:
+        return (
+            f"The prompt has {num_prompt} token{'s' * (num_prompt != 1)} and asks for up to {limit} more; "
+            f"the engine holds {context} for one request. "
+            "Shorten the prompt, lower max_tokens, or open the engine with more context or kv_cache."
+        )
+    return None

@@ -88,6 +88,11 @@ class Line(Front):
         """Send a message now, behind nothing that waits."""
         self._writer.write(frame(message))
 
+    @property
+    def full(self) -> bool:
+        """Whether its socket holds so much that only answers to what it asks are sent right now."""
+        return self._writer.transport.get_write_buffer_size() > HELD_BYTES
+
     def hang_up(self) -> None:
         """End the connection. What was not sent is lost."""
         self._behind.clear()
@@ -96,7 +101,7 @@ class Line(Front):
         self._writer.transport.abort()
 
     def _take_settled(self, settled: Settled) -> None:
-        if not self._behind and self._writer.transport.get_write_buffer_size() <= HELD_BYTES:
+        if not self._behind and not self.full:
             self._send_step(settled)  # nearly always
             return
         size = settled.keys.nbytes + settled.tokens.nbytes + (0 if settled.told is None else settled.told.nbytes)
@@ -116,7 +121,7 @@ class Line(Front):
     def _put(self, item: Settled | Failed, size: int) -> None:
         self._behind.append(item)
         self._behind_bytes += size
-        if self._writer.transport.get_write_buffer_size() <= HELD_BYTES:
+        if not self.full:
             self._send_behind()
         elif self._behind_bytes > MOST_BEHIND_BYTES:
             _log.error("front %d has left %d bytes unread and is cut off", self.number, self._behind_bytes)
@@ -188,10 +193,11 @@ class Hub:
         return Pulse(ask=ask, figures=figures, ill=ill, others=tuple(others))
 
     async def beat(self) -> None:
-        """Send every front the figures, again and again."""
+        """Send every front the figures, again and again; none to one that does not read."""
         while True:
             for line in tuple(self._lines):
-                line.send(self.pulse(line))
+                if not line.full:
+                    line.send(self.pulse(line))
             await asyncio.sleep(PULSE_SECONDS)
 
     def _hear(self, line: Line, message: FromFront) -> None:
@@ -220,6 +226,8 @@ class Hub:
             refusal = self._opened.refusal(len(request.prompt), request.limit)
         except RequestError as error:
             refusal = str(error)
+        if refusal is None and submit.shaping is not None and submit.shaping.min_tokens > submit.limit:
+            refusal = f"min_tokens is {submit.shaping.min_tokens}, and the answer may have {submit.limit} tokens."
         if refusal is not None:
             line.send(Failed(submit.key, "RequestError", refusal))
             return
@@ -239,6 +247,9 @@ class Hub:
         except OverlapError as error:
             self._refuse(line, request.key, error)
             return
+        except BaseException as error:  # ours, or a panic's: whoever waits has to hear of it
+            self._refuse(line, request.key, error)
+            raise
         if request.key in line.wire_keys:
             self._pass_on(line, request)
 
@@ -249,16 +260,17 @@ class Hub:
             self._refuse(line, request.key, error)
 
     @staticmethod
-    def _refuse(line: Line, key: int, error: OverlapError) -> None:
+    def _refuse(line: Line, key: int, error: BaseException) -> None:
         wire_key = line.wire_keys.get(key)
         if wire_key is not None:
             line.finish(key)
-            line.send(Failed(wire_key, type(error).__name__, str(error)))
+            line.send(failed_of(wire_key, error))
 
     def _leave(self, line: Line) -> None:
         self._lines.discard(line)
         self._core.remove_front(line)
         for key in tuple(line.wire_keys):
+            line.finish(key)  # one whose form is being compiled is not submitted then
             self._core.end(key)
         if line.figures is not None:  # its counters stay; what was open, and it itself, is no more
             line.figures = msgspec.structs.replace(line.figures, answers_open=0, fronts=0)

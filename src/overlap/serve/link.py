@@ -331,9 +331,9 @@ def settled_of(step: Step) -> Settled:
 
 def failed_of(key: int, failure: BaseException) -> Failed:
     """Return a request's failure as it crosses: its kind and its text."""
-    if isinstance(failure, RequestError):
-        kind = next(name for name in (type(failure).__name__, "RequestError") if name in ERRORS)
-        return Failed(key, kind, str(failure))
+    for kind in type(failure).__mro__:
+        if kind in ERRORS.values():
+            return Failed(key, kind.__name__, str(failure))
     return Failed(key, "RequestFailed", f"The request failed on the device: {failure!r:.500}")
 
 

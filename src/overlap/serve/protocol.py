@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from overlap.errors import nearest
-from overlap.messages import Prompt, SamplingParams
+from overlap.messages import MAX_PRIORITY, Prompt, SamplingParams
 from overlap.serve.errors import ApiError
 from overlap.serve.grammar import form_of
 
@@ -28,7 +28,6 @@ MAX_LOGPROBS: Final = 20
 """Alternatives to each token, as in the OpenAI API."""
 MAX_DEPTH: Final = 64
 """How deep messages, tools and schemas may be nested."""
-MAX_PRIORITY: Final = 2**31 - 1
 
 FORM_EXTRAS: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 """The fields of vLLM's that ask for a form."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -24,7 +25,7 @@ from overlap.figures import Statistics
 from overlap.front import Front
 from overlap.observe.metrics import FrontFigures
 from overlap.resolve import Resolved
-from overlap.schedule.request import Request
+from overlap.schedule.request import Request, refusal_of
 from overlap.serve.link import (
     FROM_ENGINE,
     MOST_TO_ENGINE,
@@ -57,12 +58,8 @@ if TYPE_CHECKING:
 SILENT_SECONDS: Final = 30.0
 """An engine that sends no figures for so long is not well. It sends them several times a second."""
 
-
-class RemoteText(msgspec.Struct, frozen=True):
-    """What turns prompts into tokens and back (`assemble.Text`, which is not imported: it would bring torch)."""
-
-    tokenizer: object
-    template: object
+IDLE_SECONDS: Final = 0.02
+"""How often it is looked whether all answers have ended, while they are waited for."""
 
 
 class RemoteCore(Core):
@@ -113,12 +110,23 @@ class RemoteCore(Core):
             self._send(EndRequest(key))
 
     def end_and_tell(self, key: int) -> Future[bool]:
-        """End a request; the future says whether it was still there."""
+        """End a request; the future says whether it was still there. It raises EngineClosed, EngineDead as `call`'s."""
         future: Future[bool] = Future()
         ask = next(self._asks)
-        self._ended_asks[ask] = future
         self._send(EndRequest(key, ask))
+        self._ended_asks[ask] = future
+        self._pending.add(future)
         return future
+
+    def idle(self) -> Future[None]:
+        """Return a future of the moment when no answer of this process is open. It may raise as `drain`'s."""
+        return asyncio.run_coroutine_threadsafe(self._wait_idle(), asyncio.get_running_loop())
+
+    async def _wait_idle(self) -> None:
+        self.check_open()
+        while any(front.open_keys for front in self._fronts.values()):
+            await asyncio.sleep(IDLE_SECONDS)
+            self.check_open()
 
     def refuse_new(self) -> None:
         """Take no new request from now on."""
@@ -215,7 +223,9 @@ class RemoteCore(Core):
                 if (look := self._looks.get(ask)) is not None and not look.done():
                     look.set_result(message)
             case Ended(ask=ask, was=was):
-                self._ended_asks.pop(ask).set_result(was)
+                future = self._ended_asks.pop(ask, None)  # None: the engine had ended before it said so
+                if future is not None and self._pending.take(future):
+                    future.set_result(was)
             case Over():
                 self._end_everything(lambda: error_of(message))
             case Welcome():
@@ -223,21 +233,26 @@ class RemoteCore(Core):
 
     def _end_everything(self, make: Callable[[], OverlapError]) -> None:
         self._end_all(make)
-        asks, self._ended_asks = self._ended_asks, {}
-        for ask in asks.values():
-            ask.set_result(False)
+        self._ended_asks.clear()
+        self._pending.fail(make)
         for look in self._looks.values():
             if not look.done():
                 look.set_exception(make())
 
 
 class RemoteEngine(AsyncEngine):
-    """An engine in another process, behind the Unix socket at `path`. `model` is its name."""
+    """An engine in another process, behind the Unix socket at `path`. `model` is its name.
+
+    `aclose` ends what this process has asked for, or lets it end with `drain=True`; the engine itself serves on.
+    """
 
     def __init__(self, model: str, path: str) -> None:
+        self._path = path
         super().__init__(model)
-        self.core = RemoteCore(EngineConfig.from_options(model, {}), path)
-        self._core = self.core
+
+    def _make_core(self) -> Core:
+        self.core = RemoteCore(self._asked, self._path)
+        return self.core
 
     async def other_fronts(self) -> Sequence[FrontFigures]:
         """Return what the other fronts had counted a moment ago."""
@@ -255,6 +270,6 @@ def opened_of(welcome: Welcome) -> Opened:
         model=welcome.model,
         text=Text.of(None if source is None else source.unpacked(), welcome.template),
         notes=welcome.notes,
-        refusal=lambda _prompt, _new: None,  # the engine's own process refuses what could never run
+        refusal=partial(refusal_of, context=welcome.context),
         context=welcome.context,
     )
