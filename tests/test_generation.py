@@ -144,5 +144,17 @@ async def test_one_that_another_task_closes_while_it_is_read_ends_for_its_reader
         assert not engine._requests.entries
 
 
+async def test_one_that_another_threads_event_loop_closes_ends_for_its_reader(engine: AsyncEngine) -> None:
+    generation = engine.generate([5, 6, 7], LONG, whole=True)
+    reading = asyncio.create_task(_count(generation))
+    while not engine.statistics().running:
+        await asyncio.sleep(0.001)
+    await asyncio.to_thread(asyncio.run, generation.aclose())
+    async with asyncio.timeout(10):
+        assert await reading == 0
+    await asyncio.wrap_future(engine._core.idle())
+    assert not engine._requests.entries
+
+
 async def _count(generation: Generation) -> int:
     return len([output async for output in generation])

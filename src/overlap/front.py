@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -172,10 +173,11 @@ class Answer:
             waiter.set_result(None)
 
     def stop_waiting(self) -> None:
-        """Let whoever waits for news look: the reading is over."""
+        """Let whoever waits for news look: the reading is over. From any thread."""
         waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if waiter is not None:
+            with suppress(RuntimeError):  # that loop was closed meanwhile: nobody waits there any more
+                waiter.get_loop().call_soon_threadsafe(_look, waiter)
 
     def output_nowait(self) -> Output | None:
         """Return what is new, or None; raise StopAsyncIteration behind the last Output, or the failure."""
@@ -321,6 +323,11 @@ class Front:
         """End an answer with RequestAborted, unless its last Output was read."""
         self.close(answer)
         answer.abort(RequestAborted(f"Request {answer.request_id!r} was aborted."))
+
+
+def _look(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _logprob(token: int, told: Ints, num: int) -> TokenLogprob:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,30 @@ async def test_a_trace_of_an_unknown_kind_is_refused(tiny_llama_dir: Path) -> No
     async with AsyncEngine(tiny_llama_dir, device="cpu", dtype="float32", kv_cache=4096) as engine:
         with pytest.raises(ConfigError, match=r"run\.gif"):
             engine.trace("run.gif")
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_trace_is_written_although_its_task_is_cancelled_while_it_leaves(
+    tiny_llama_dir: Path, tmp_path: Path, turns: int
+) -> None:
+    async with AsyncEngine(tiny_llama_dir, device="cpu", dtype="float32", kv_cache=4096) as engine:
+        leaving = asyncio.Event()
+
+        async def use() -> None:
+            async with engine.trace(tmp_path / "run.json"):
+                await engine.generate("The quick", PARAMS)
+                leaving.set()
+
+        using = asyncio.create_task(use())
+        await leaving.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        using.cancel()
+        with suppress(asyncio.CancelledError):
+            await using
+        async with engine.trace(tmp_path / "next.json"):
+            await engine.generate("The quick", PARAMS)
+    assert json.loads((tmp_path / "run.json").read_text())["traceEvents"]
 
 
 async def test_a_trace_that_nobody_waits_for_any_more_while_it_begins_is_over(

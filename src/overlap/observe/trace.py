@@ -167,9 +167,11 @@ class Tracing:
         return self._trace
 
     def __exit__(self, *_: object) -> None:
-        with suppress(EngineClosed, EngineDead, TimeoutError):
-            self._unwatch(self._trace).result(PATIENCE_S)
-        self._write()
+        try:
+            with suppress(EngineClosed, EngineDead, TimeoutError):
+                self._unwatch(self._trace).result(PATIENCE_S)
+        finally:
+            self._write()
 
     async def __aenter__(self) -> Trace:
         with self._beginning():
@@ -177,9 +179,11 @@ class Tracing:
         return self._trace
 
     async def __aexit__(self, *_: object) -> None:
-        with suppress(EngineClosed, EngineDead, TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(self._unwatch(self._trace)), PATIENCE_S)
-        await asyncio.to_thread(self._write)
+        try:
+            with suppress(EngineClosed, EngineDead, TimeoutError):
+                await asyncio.wait_for(asyncio.wrap_future(self._unwatch(self._trace)), PATIENCE_S)
+        finally:  # also of a task that is cancelled while it leaves
+            await asyncio.to_thread(self._write)
 
     @contextmanager
     def _beginning(self) -> Iterator[None]:
