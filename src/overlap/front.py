@@ -169,8 +169,7 @@ class Answer:
         if waiter is None or (self._whole and not self.ended):
             return
         self._waiter = None
-        if not waiter.done():
-            waiter.set_result(None)
+        _look(waiter)
 
     def stop_waiting(self) -> None:
         """Let whoever waits for news look: the reading is over. From any thread."""

@@ -351,8 +351,10 @@ class Loop:
             return
         finally:
             self._rest.end()
-            self._put_back = lane[0] if lane and lane[0] is flight else None
-            if self._put_back is None:
+            put_back = bool(lane) and lane[0] is flight
+            if or_work:  # what the other lane settles in between changes nothing
+                self._put_back = flight if put_back else None
+            if not put_back:
                 watchdog.rest()
                 if lane:
                     watchdog.watch(lane[0].plan)
